@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// StepProgram: one training step as data.
+//
+// Four tables (parameters, values, regions, sections) and, in each section, a
+// list of instructions. The capture makes a program of `run`s alone; passes
+// insert and move everything else; a Plan freezes the result for the runtime.
+// The unit a pass sees is a region, not an ATen node.
+//
+// Sections are the parts of a step that the user's code starts: the forward
+// and the backward of each captured graph, and the update. Values live from
+// the section that makes them to their last use, also across sections of one
+// graph (saved activations).
+//
+// Callers: the capture builds (through the bindings), passes edit, analysis
+// and simulator read. Not thread-safe. Ids are valid for one program only.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <variant>
+#include <vector>
+
+#include "base/ids.h"
+#include "base/units.h"
+#include "ir/dtype.h"
+#include "ir/op.h"
+
+namespace deepcompile {
+
+// Where the bytes of a parameter live between uses.
+enum class Placement : uint8_t {
+  kSharded,     // weights, master copy and optimizer states: one piece a rank (ZeRO-3)
+  kWhole,       // weights whole on every rank; master copy and states sharded (ZeRO-1)
+  kReplicated,  // everything whole on every rank (stage 0, data parallel)
+};
+
+// What is gathered, reduced and updated as one: a large parameter by itself,
+// or many small ones packed into one flat buffer.
+struct Param {
+  std::string name;
+  DType dtype = DType::kF32;
+  int64_t numel = 0;  // elements of the flat buffer, before padding to the world size
+  Placement placement = Placement::kSharded;
+  bool trainable = true;
+  std::vector<std::string> members;  // names of the nn.Parameters inside; never empty
+};
+
+// One member tensor of a parameter. Written "small[3]", or "embed" for member 0.
+struct ParamRef {
+  ParamId param{};
+  uint32_t member = 0;
+
+  bool operator==(const ParamRef&) const = default;
+};
+
+// A tensor made by a region or handed in by the user's call.
+struct Value {
+  std::string name;
+  Bytes bytes;
+  std::optional<ParamRef> grad_of;  // set if it is the gradient of a member
+};
+
+using Operand = std::variant<ValueId, ParamRef>;
+
+// One call of a compiled piece of the graph. Equal regions share `code`.
+struct Region {
+  std::string name;
+  uint32_t code = 0;               // which compiled function runs it
+  std::vector<Operand> inputs;     // in call order
+  std::vector<ValueId> outputs;
+  Bytes workspace;                 // scratch alive only while it runs
+  Bytes moved;                     // device memory traffic: inputs read plus outputs written
+  int64_t flops = 0;
+  std::optional<Nanos> time;       // measured; absent until it has run
+};
+
+struct Instr {
+  Op op = Op::kRun;
+  std::optional<ParamId> param;
+  std::optional<RegionId> region;
+  std::vector<ValueId> values;  // gradients, for reduce
+
+  bool operator==(const Instr&) const = default;
+};
+
+enum class SectionKind : uint8_t { kForward, kBackward, kInference, kUpdate };
+
+struct Section {
+  SectionKind kind = SectionKind::kForward;
+  uint32_t graph = 0;  // which captured graph; 0 for the update
+  std::vector<ValueId> inputs;
+  std::vector<ValueId> outputs;
+  std::vector<Instr> instrs;
+};
+
+// One reason for one choice, kept with the program and shown by the report.
+struct Reason {
+  std::string pass;
+  std::string object;  // a parameter's or region's name, or "" for the whole step
+  std::string text;
+};
+
+class StepProgram {
+ public:
+  std::string name = "step";
+  int64_t world = 1;           // ranks that share the parameters
+  int64_t accumulation = 1;    // forward/backward repeats before the update
+  bool clip = false;           // the update needs the global norm first
+  DType reduce_dtype = DType::kF32;  // element type on the wire of a reduction
+
+  std::vector<Param> params;
+  std::vector<Value> values;
+  std::vector<Region> regions;
+  std::vector<Section> sections;
+  std::vector<Reason> reasons;
+
+  // Names are unique over parameters and values together, and over regions.
+  // Throw UserError if taken or not of the form [A-Za-z_][A-Za-z0-9_.:/-]*.
+  ParamId add_param(Param param);
+  ValueId add_value(Value value);
+  RegionId add_region(Region region);
+
+  const Param& param(ParamId id) const { return params.at(index(id)); }
+  const Value& value(ValueId id) const { return values.at(index(id)); }
+  const Region& region(RegionId id) const { return regions.at(index(id)); }
+
+  std::optional<ParamId> find_param(std::string_view name) const;
+  std::optional<ValueId> find_value(std::string_view name) const;
+  std::optional<RegionId> find_region(std::string_view name) const;
+
+  // Bytes of P when whole: numel times the element size, padded so that every
+  // rank's shard has the same number of elements (see shard_numel).
+  Bytes full_bytes(ParamId id) const;
+  // Bytes of one rank's shard of P's weights in P's dtype.
+  Bytes shard_bytes(ParamId id) const;
+
+ private:
+  enum class Kind : uint8_t { kParam, kValue };
+  std::unordered_map<std::string, std::pair<Kind, uint32_t>> operands_;
+  std::unordered_map<std::string, uint32_t> region_names_;
+};
+
+// Elements of one rank's shard: ceil(numel / world), rounded up so that every
+// shard starts on a kShardAlignment boundary whatever the element type.
+inline constexpr int64_t kShardAlignment = 64;  // elements: 128 bytes in bf16
+int64_t shard_numel(int64_t numel, int64_t world);
+
+}  // namespace deepcompile
