@@ -25,8 +25,7 @@ class InternalError : public std::logic_error {
 
 }  // namespace deepcompile
 
-#define DC_CHECK(condition, message)                                              \
-  do {                                                                            \
-    if (!(condition))                                                             \
-      ::deepcompile::check_failed(#condition, __FILE__, __LINE__, (message));     \
+#define DC_CHECK(condition, message)                                                          \
+  do {                                                                                        \
+    if (!(condition)) ::deepcompile::check_failed(#condition, __FILE__, __LINE__, (message)); \
   } while (false)

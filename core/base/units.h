@@ -16,24 +16,48 @@ struct Bytes {
   int64_t value = 0;
 
   constexpr auto operator<=>(const Bytes&) const = default;
-  constexpr Bytes& operator+=(Bytes other) { value += other.value; return *this; }
-  constexpr Bytes& operator-=(Bytes other) { value -= other.value; return *this; }
+  constexpr Bytes& operator+=(Bytes other) {
+    value += other.value;
+    return *this;
+  }
+  constexpr Bytes& operator-=(Bytes other) {
+    value -= other.value;
+    return *this;
+  }
 };
-constexpr Bytes operator+(Bytes a, Bytes b) { return {a.value + b.value}; }
-constexpr Bytes operator-(Bytes a, Bytes b) { return {a.value - b.value}; }
-constexpr Bytes operator*(Bytes a, int64_t n) { return {a.value * n}; }
+constexpr Bytes operator+(Bytes a, Bytes b) {
+  return {a.value + b.value};
+}
+constexpr Bytes operator-(Bytes a, Bytes b) {
+  return {a.value - b.value};
+}
+constexpr Bytes operator*(Bytes a, int64_t n) {
+  return {a.value * n};
+}
 
 // A duration or a point on a simulated clock, in nanoseconds.
 struct Nanos {
   int64_t value = 0;
 
   constexpr auto operator<=>(const Nanos&) const = default;
-  constexpr Nanos& operator+=(Nanos other) { value += other.value; return *this; }
-  constexpr Nanos& operator-=(Nanos other) { value -= other.value; return *this; }
+  constexpr Nanos& operator+=(Nanos other) {
+    value += other.value;
+    return *this;
+  }
+  constexpr Nanos& operator-=(Nanos other) {
+    value -= other.value;
+    return *this;
+  }
 };
-constexpr Nanos operator+(Nanos a, Nanos b) { return {a.value + b.value}; }
-constexpr Nanos operator-(Nanos a, Nanos b) { return {a.value - b.value}; }
-constexpr Nanos operator*(Nanos a, int64_t n) { return {a.value * n}; }
+constexpr Nanos operator+(Nanos a, Nanos b) {
+  return {a.value + b.value};
+}
+constexpr Nanos operator-(Nanos a, Nanos b) {
+  return {a.value - b.value};
+}
+constexpr Nanos operator*(Nanos a, int64_t n) {
+  return {a.value * n};
+}
 
 // Text forms, exact and shortest: "410MiB", "1536B", "3ms", "1500us", "7ns".
 // The unit is the largest that divides the value, so parse(print(x)) == x.

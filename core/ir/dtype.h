@@ -10,8 +10,8 @@ namespace deepcompile {
 
 enum class DType : uint8_t { kF32, kF16, kBF16, kF64 };
 
-int64_t element_size(DType dtype);             // bytes per element
-std::string_view to_string(DType dtype);       // "f32", "f16", "bf16", "f64"
+int64_t element_size(DType dtype);        // bytes per element
+std::string_view to_string(DType dtype);  // "f32", "f16", "bf16", "f64"
 bool parse_dtype(std::string_view text, DType* out);
 
 }  // namespace deepcompile

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -68,13 +69,13 @@ using Operand = std::variant<ValueId, ParamRef>;
 // One call of a compiled piece of the graph. Equal regions share `code`.
 struct Region {
   std::string name;
-  uint32_t code = 0;               // which compiled function runs it
-  std::vector<Operand> inputs;     // in call order
+  uint32_t code = 0;            // which compiled function runs it
+  std::vector<Operand> inputs;  // in call order
   std::vector<ValueId> outputs;
-  Bytes workspace;                 // scratch alive only while it runs
-  Bytes moved;                     // device memory traffic: inputs read plus outputs written
+  Bytes workspace;  // scratch alive only while it runs
+  Bytes moved;      // device memory traffic: inputs read plus outputs written
   int64_t flops = 0;
-  std::optional<Nanos> time;       // measured; absent until it has run
+  std::optional<Nanos> time;  // measured; absent until it has run
 };
 
 struct Instr {
@@ -106,9 +107,9 @@ struct Reason {
 class StepProgram {
  public:
   std::string name = "step";
-  int64_t world = 1;           // ranks that share the parameters
-  int64_t accumulation = 1;    // forward/backward repeats before the update
-  bool clip = false;           // the update needs the global norm first
+  int64_t world = 1;                 // ranks that share the parameters
+  int64_t accumulation = 1;          // forward/backward repeats before the update
+  bool clip = false;                 // the update needs the global norm first
   DType reduce_dtype = DType::kF32;  // element type on the wire of a reduction
 
   std::vector<Param> params;
@@ -118,7 +119,9 @@ class StepProgram {
   std::vector<Reason> reasons;
 
   // Names are unique over parameters and values together, and over regions.
-  // Throw UserError if taken or not of the form [A-Za-z_][A-Za-z0-9_.:/-]*.
+  // Throw UserError if taken, if not a name (see is_name), or if a number or a
+  // reference in the object is out of range. A Param without members gets one
+  // of its own name.
   ParamId add_param(Param param);
   ValueId add_value(Value value);
   RegionId add_region(Region region);
@@ -130,6 +133,8 @@ class StepProgram {
   std::optional<ParamId> find_param(std::string_view name) const;
   std::optional<ValueId> find_value(std::string_view name) const;
   std::optional<RegionId> find_region(std::string_view name) const;
+  // Position in `sections` of one graph's section; the update's graph is 0.
+  std::optional<SectionId> find_section(SectionKind kind, uint32_t graph) const;
 
   // Bytes of P when whole: numel times the element size, padded so that every
   // rank's shard has the same number of elements (see shard_numel).
@@ -138,10 +143,29 @@ class StepProgram {
   Bytes shard_bytes(ParamId id) const;
 
  private:
-  enum class Kind : uint8_t { kParam, kValue };
-  std::unordered_map<std::string, std::pair<Kind, uint32_t>> operands_;
-  std::unordered_map<std::string, uint32_t> region_names_;
+  // Lets a string_view be looked up without making a string of it.
+  struct NameHash {
+    using is_transparent = void;
+    size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
+  };
+  template <typename T>
+  using NameMap = std::unordered_map<std::string, T, NameHash, std::equal_to<>>;
+  using TableEntry = std::variant<ParamId, ValueId>;
+
+  void check_operand_name(std::string_view what, const std::string& name) const;
+  void check_param_ref(std::string_view what, const std::string& name, ParamRef ref) const;
+
+  NameMap<TableEntry> operands_;
+  NameMap<RegionId> region_names_;
 };
+
+// Whether `text` is a name: [A-Za-z0-9_][A-Za-z0-9_.:/-]*.
+bool is_name(std::string_view text);
+
+std::string_view to_string(Placement placement);  // "sharded", "whole", "replicated"
+std::optional<Placement> parse_placement(std::string_view word);
+std::string_view to_string(SectionKind kind);  // "forward", "backward", "inference", "update"
+std::optional<SectionKind> parse_section_kind(std::string_view word);
 
 // Elements of one rank's shard: ceil(numel / world), rounded up so that every
 // shard starts on a kShardAlignment boundary whatever the element type.

@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <filesystem>
+
+#include "base/error.h"
+#include "bind.h"
+#include "cost/cost_model.h"
+
+namespace deepcompile::bindings {
+namespace {
+
+namespace fs = std::filesystem;
+
+// The package's machines/ folder, wherever the package is installed.
+fs::path machines_folder() {
+  for (const py::handle& entry : py::module_::import("deepcompile").attr("__path__")) {
+    const fs::path folder = fs::path(py::cast<std::string>(entry)) / "machines";
+    if (fs::is_directory(folder)) return folder;
+  }
+  throw InternalError("the package deepcompile has no folder machines/");
+}
+
+std::vector<std::string> builtin_names() {
+  std::vector<std::string> names;
+  for (const auto& entry : fs::directory_iterator(machines_folder())) {
+    if (entry.path().extension() == ".json") names.push_back(entry.path().stem().string());
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+Machine builtin(const std::string& name) {
+  const std::vector<std::string> names = builtin_names();
+  if (std::find(names.begin(), names.end(), name) == names.end()) {
+    std::string known;
+    for (const std::string& each : names) known += (known.empty() ? "" : ", ") + each;
+    throw UserError("[cost] machine " + name + ": there is no built-in of that name. Use one of " +
+                    known + ", or the path of a JSON file.");
+  }
+  return load_machine((machines_folder() / (name + ".json")).string());
+}
+
+py::dict link_dict(const Link& link) {
+  py::dict result;
+  result["gather_bandwidth"] = link.gather_bandwidth;
+  result["reduce_bandwidth"] = link.reduce_bandwidth;
+  result["latency_ns"] = link.latency.value;
+  result["compute_slowdown"] = link.compute_slowdown;
+  return result;
+}
+
+int64_t collective_ns(const Machine& machine, const std::string& kind, int64_t world,
+                      int64_t bytes) {
+  if (world < 1 || bytes < 0) {
+    throw UserError("[cost] collective: world and bytes must be positive.");
+  }
+  if (kind == "all_gather") {
+    return collective_time(machine, Collective::kAllGather, world, Bytes{bytes}).value;
+  }
+  if (kind == "reduce_scatter") {
+    return collective_time(machine, Collective::kReduceScatter, world, Bytes{bytes}).value;
+  }
+  throw UserError("[cost] collective " + kind + ": unknown. Use all_gather or reduce_scatter.");
+}
+
+}  // namespace
+
+void bind_cost(py::module_& m) {
+  py::class_<Machine>(m, "Machine", "What the cost model knows about a cluster.")
+      .def_static(
+          "parse",
+          [](const std::string& text, const std::string& where) {
+            return parse_machine(text, where);
+          },
+          py::arg("text"), py::arg("where") = "machine", "Reads a JSON description.")
+      .def_static("load", &load_machine, py::arg("path"), "Reads a JSON file.")
+      .def_static("builtin", &builtin, py::arg("name"), "One of builtin_names().")
+      .def_static("builtin_names", &builtin_names)
+      .def_readonly("name", &Machine::name)
+      .def_readonly("nodes", &Machine::nodes)
+      .def_readonly("ranks_per_node", &Machine::ranks_per_node)
+      .def_property_readonly("ranks", &Machine::ranks)
+      .def_property_readonly("device_name", [](const Machine& x) { return x.device.name; })
+      .def_property_readonly(
+          "memory_bytes", [](const Machine& x) { return x.device.memory.value; },
+          "What one rank can allocate.")
+      .def_property_readonly(
+          "flops",
+          [](const Machine& x) {
+            py::dict result;
+            for (const auto& [dtype, rate] : x.device.flops) {
+              result[py::str(std::string(to_string(dtype)))] = rate;
+            }
+            return result;
+          },
+          "Peak operations a second by element type.")
+      .def_property_readonly(
+          "intra", [](const Machine& x) { return link_dict(x.intra); },
+          "The link between ranks of a node, as in the file.")
+      .def_property_readonly(
+          "inter",
+          [](const Machine& x) -> py::object {
+            if (!x.inter) return py::none();
+            return link_dict(*x.inter);
+          },
+          "The link between nodes, or None.")
+      .def_readonly("notes", &Machine::notes, "Where the numbers come from.")
+      .def("__repr__", [](const Machine& x) { return "<Machine " + x.name + ">"; });
+  m.def("analytic_costs", &fill_analytic_times, py::arg("program"), py::arg("machine"),
+        "Sets the time of every region that has none, from its flops and bytes moved.\n"
+        "Returns how many it set.");
+  m.def("collective_ns", &collective_ns, py::arg("machine"), py::arg("kind"), py::arg("world"),
+        py::arg("bytes"),
+        "Nanoseconds of an 'all_gather' or 'reduce_scatter' of `bytes` (the whole, not the\n"
+        "shard) over `world` ranks.");
+}
+
+}  // namespace deepcompile::bindings

@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// Python module deepcompile._runtime: conversions and docstrings, no decisions.
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "base/error.h"
+#include "python_region.h"
+#include "runtime/runtime.h"
+#include "values.h"
+
+namespace deepcompile {
+namespace {
+
+using NoGil = py::call_guard<py::gil_scoped_release>;
+using MemberTuple = std::tuple<std::string, at::Tensor, int64_t>;
+
+std::unique_ptr<Runtime> make_runtime(const py::object& group, int64_t rank, int64_t world,
+                                      const at::Device& device, const std::string& reduce_dtype,
+                                      double clip, int64_t accumulation, double timeout_s) {
+  DType dtype;
+  if (!parse_dtype(reduce_dtype, &dtype)) {
+    throw UserError("[runtime] reduce_dtype is \"" + reduce_dtype +
+                    "\". Use f32, bf16, f16 or f64.");
+  }
+  RuntimeOptions options{
+      .group_name = group.is_none() ? "" : group.attr("group_name").cast<std::string>(),
+      .rank = rank,
+      .world = world,
+      .device = device,
+      .reduce_dtype = scalar_type(dtype),
+      .clip = clip,
+      .accumulation = accumulation,
+      .timeout_s = timeout_s};
+  const py::gil_scoped_release no_gil;
+  return std::make_unique<Runtime>(options);
+}
+
+Placement placement_from(const std::string& word) {
+  if (word == "sharded") return Placement::kSharded;
+  if (word == "whole") return Placement::kWhole;
+  if (word == "replicated") return Placement::kReplicated;
+  throw UserError("[runtime] placement is \"" + word + "\". Use sharded, whole or replicated.");
+}
+
+void add_param(Runtime& runtime, const std::string& name, const std::vector<MemberTuple>& members,
+               int64_t numel, const std::string& placement, bool trainable) {
+  ParamSpec spec{.name = name,
+                 .members = {},
+                 .numel = numel,
+                 .placement = placement_from(placement),
+                 .trainable = trainable};
+  for (const auto& [member, tensor, offset] : members) {
+    spec.members.push_back({.name = member, .parameter = tensor, .offset = offset});
+  }
+  runtime.add_param(spec);
+}
+
+void reduce(Runtime& runtime, const std::string& name, const py::dict& grads) {
+  std::vector<std::pair<std::string, at::Tensor>> pairs;
+  for (const auto& [member, grad] : grads) {
+    if (!grad.is_none()) pairs.emplace_back(member.cast<std::string>(), grad.cast<at::Tensor>());
+  }
+  const py::gil_scoped_release no_gil;
+  runtime.reduce(name, pairs);
+}
+
+int64_t load_plan(Runtime& runtime, const std::string& text, const py::list& codes) {
+  std::vector<std::shared_ptr<RegionCode>> regions;
+  for (const py::handle code : codes) {
+    regions.push_back(code.is_none() ? nullptr : std::make_shared<PythonRegion>(code.ptr()));
+  }
+  const py::gil_scoped_release no_gil;
+  return runtime.load_plan(text, std::move(regions));
+}
+
+py::object run(Runtime& runtime, int64_t plan, int64_t section, int64_t call, py::list inputs) {
+  std::vector<RuntimeValue> values = list_from_python(inputs.ptr(), "an input of a section");
+  if (PyList_SetSlice(inputs.ptr(), 0, PyList_GET_SIZE(inputs.ptr()), nullptr) != 0) {
+    throw py::error_already_set();
+  }
+  std::vector<RuntimeValue> outputs;
+  {
+    const py::gil_scoped_release no_gil;
+    outputs = runtime.run(plan, section, call, std::move(values));
+  }
+  return py::reinterpret_steal<py::object>(list_to_python(outputs));
+}
+
+py::object tensor_or_none(const at::Tensor& tensor) {
+  return py::reinterpret_steal<py::object>(THPVariable_Wrap(tensor));
+}
+
+py::dict step(Runtime& runtime, int64_t plan, double loss_scale_inv,
+              std::optional<bool> check_finite) {
+  const StepOptions options{.loss_scale_inv = loss_scale_inv,
+                            .check_finite = check_finite.value_or(loss_scale_inv != 1.0)};
+  StepResult result;
+  {
+    const py::gil_scoped_release no_gil;
+    result = runtime.step(plan, options);
+  }
+  py::dict report;
+  report["grad_norm"] =
+      result.norm ? py::object(py::float_(*result.norm)) : tensor_or_none(result.norm_tensor);
+  report["skipped"] = result.skipped;
+  return report;
+}
+
+py::list pieces(Runtime& runtime) {
+  std::vector<Piece> found;
+  {
+    const py::gil_scoped_release no_gil;
+    found = runtime.pieces();
+  }
+  py::list list;
+  for (const Piece& piece : found) {
+    py::dict item;
+    item["param_name"] = piece.param;
+    item["member"] = piece.member;
+    item["start"] = piece.start;
+    item["stop"] = piece.stop;
+    item["weight"] = tensor_or_none(piece.weight);
+    item["master"] = tensor_or_none(piece.master);
+    item["exp_avg"] = tensor_or_none(piece.exp_avg);
+    item["exp_avg_sq"] = tensor_or_none(piece.exp_avg_sq);
+    item["step"] = piece.step;
+    list.append(std::move(item));
+  }
+  return list;
+}
+
+py::list records(Runtime& runtime) {
+  std::vector<TraceRecord> found;
+  {
+    const py::gil_scoped_release no_gil;
+    found = runtime.records();
+  }
+  py::list list;
+  for (const TraceRecord& record : found) {
+    list.append(py::make_tuple(record.id.plan, record.id.section, record.id.instr, record.start_ns,
+                               record.stop_ns));
+  }
+  return list;
+}
+
+// deepcompile._core owns the Python classes; this module throws the same ones.
+void register_errors() {
+  const py::module_ core = py::module_::import("deepcompile._core");
+  static PyObject* user_error = core.attr("UserError").cast<py::object>().release().ptr();
+  static PyObject* internal_error = core.attr("InternalError").cast<py::object>().release().ptr();
+  py::register_local_exception_translator([](std::exception_ptr error) {
+    try {
+      if (error) std::rethrow_exception(error);
+    } catch (const UserError& user) {
+      PyErr_SetString(user_error, user.what());
+    } catch (const InternalError& internal) {
+      PyErr_SetString(internal_error, internal.what());
+    }
+  });
+}
+
+void bind_params(py::class_<Runtime>& runtime) {
+  runtime
+      .def("add_param", &add_param, py::arg("name"), py::arg("members"), py::arg("numel"),
+           py::arg("placement"), py::arg("trainable"),
+           "Take over the member tensors [(name, tensor, offset in elements)] of one parameter.\n\n"
+           "Their values must be equal on all ranks. Each tensor keeps its identity and shape;\n"
+           "a sharded one has no memory until it is gathered.")
+      .def(
+          "set_hyper",
+          [](Runtime& self, const std::string& member, double lr, double beta1, double beta2,
+             double eps, double weight_decay, bool decoupled) {
+            const py::gil_scoped_release no_gil;
+            self.set_hyper(member, {lr, beta1, beta2, eps, weight_decay, decoupled});
+          },
+          py::arg("member_name"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
+          py::arg("weight_decay"), py::arg("decoupled"),
+          "Optimizer settings of one member, until set again. decoupled: AdamW, else Adam.")
+      .def("gather", &Runtime::gather, NoGil(), py::arg("names"),
+           "Start making parameters whole. Collective.")
+      .def("wait", &Runtime::wait, NoGil(), py::arg("names"),
+           "Make gathered parameters usable by the current stream.")
+      .def("release", &Runtime::release, NoGil(), py::arg("names"),
+           "Give the memory of gathered sharded parameters back.")
+      .def("is_whole", &Runtime::is_whole, NoGil(), py::arg("name"))
+      .def("store", &Runtime::store, NoGil(), py::arg("names"),
+           "Keep what was written into whole parameters, equally on all ranks.")
+      .def("reduce", &reduce, py::arg("name"), py::arg("grads"),
+           "Start the mean over ranks of {member: gradient or None}. Collective. The tensors\n"
+           "are the runtime's until the optimizer step: do not write to them.")
+      .def("accumulate", &Runtime::accumulate, NoGil(), py::arg("name"),
+           "Wait for the reduction and add it to the gradient.")
+      .def("gradient", &Runtime::gradient, NoGil(), py::arg("name"),
+           "Mean gradient over this rank's part of the flat parameter (1-D f32 copy), or None.")
+      .def("broadcast", &Runtime::broadcast, NoGil(), py::arg("tensor"),
+           "Overwrite the tensor with rank 0's. Collective.")
+      .def("barrier", &Runtime::barrier, NoGil());
+}
+
+void bind_steps(py::class_<Runtime>& runtime) {
+  runtime
+      .def("load_plan", &load_plan, py::arg("plan_json"), py::arg("codes"),
+           "Check a frozen plan against this job and keep it; returns its id. codes[i] is the\n"
+           "boxed callable of code i: f(list) -> sequence of outputs, emptying the list.")
+      .def("new_call", &Runtime::new_call, NoGil(), py::arg("plan_id"),
+           "(call id, token). The call's saved values go with its backward or with the token.")
+      .def("run", &run, py::arg("plan_id"), py::arg("section_index"), py::arg("call_id"),
+           py::arg("inputs"),
+           "Run a section; returns its outputs. Empties `inputs`. call_id -1 keeps nothing for\n"
+           "a backward.")
+      .def("step", &step, py::arg("plan_id"), py::arg("loss_scale_inv") = 1.0,
+           py::arg("check_finite") = py::none(),
+           "Run the plan's update section and drop the gradients. Returns {grad_norm, skipped}:\n"
+           "the norm of the mean gradient before clipping (float on a CPU, 0-dim tensor on a\n"
+           "device, None without clipping), and whether a gradient that is not finite made all\n"
+           "ranks skip. That is checked if check_finite, by default if loss_scale_inv != 1.")
+      .def("zero_grad", &Runtime::zero_grad, NoGil())
+      .def("pieces", &pieces,
+           "This rank's part of each member: dicts of member, param_name, start, stop (elements\n"
+           "of the flattened member), weight, master, exp_avg, exp_avg_sq (1-D views; None but\n"
+           "weight if frozen) and step.")
+      .def("masters_changed", &Runtime::masters_changed, NoGil(),
+           "Set the weights from the masters, on every rank, after writing into pieces().")
+      .def("optimizer_steps", &Runtime::optimizer_steps, NoGil())
+      .def("set_step", &Runtime::set_step, NoGil(), py::arg("n"),
+           "Set the number of updates done, by the optimizer and to every member.")
+      .def("set_member_step", &Runtime::set_member_step, NoGil(), py::arg("member_name"),
+           py::arg("n"), "Set the number of updates done to one member.")
+      .def("buffer_report", &Runtime::buffer_report, NoGil(), "Bytes held on this rank, by kind.")
+      .def("trace", &Runtime::trace, NoGil(), py::arg("on"))
+      .def("records", &records,
+           "[(plan id, section, instruction, start ns, end ns)] since trace(True). Transfers:\n"
+           "their time on the link.");
+}
+
+}  // namespace
+}  // namespace deepcompile
+
+PYBIND11_MODULE(_runtime, m) {
+  using namespace deepcompile;
+  m.doc() = "Sharded training runtime: parameters, transports, optimizer and plan executor.";
+  py::module_::import("torch");
+  register_errors();
+  py::class_<Runtime> runtime(m, "Runtime");
+  runtime.def(py::init(&make_runtime), py::arg("process_group"), py::arg("rank"), py::arg("world"),
+              py::arg("device"), py::arg("reduce_dtype") = "f32", py::arg("clip") = 0.0,
+              py::arg("accumulation") = 1, py::arg("timeout_s") = 600.0,
+              "One engine's runtime on one rank. process_group may be None for one rank.");
+  bind_params(runtime);
+  bind_steps(runtime);
+}

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// Region code hosted by Python: a boxed callable, f(list) -> sequence, which
+// empties the list when it has taken its inputs (Inductor's convention).
+#pragma once
+
+#include <Python.h>
+
+#include "runtime/exec/region.h"
+
+namespace deepcompile {
+
+class PythonRegion final : public RegionCode {
+ public:
+  explicit PythonRegion(PyObject* callable);  // the GIL must be held
+  ~PythonRegion() override;
+  PythonRegion(const PythonRegion&) = delete;
+  PythonRegion& operator=(const PythonRegion&) = delete;
+
+  // Takes the GIL for the call. A Python exception passes through as it is.
+  std::vector<RuntimeValue> run(std::vector<RuntimeValue> inputs) override;
+
+ private:
+  PyObject* callable_;
+};
+
+}  // namespace deepcompile

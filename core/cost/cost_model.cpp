@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cost/cost_model.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "analysis/footprint.h"
+#include "base/error.h"
+
+namespace deepcompile {
+namespace {
+
+constexpr double kNanosPerSecond = 1e9;
+
+Nanos from_seconds(double seconds) {
+  return {static_cast<int64_t>(std::ceil(seconds * kNanosPerSecond - 1e-6))};
+}
+
+double to_double(Bytes bytes) {
+  return static_cast<double>(bytes.value);
+}
+
+// The element type whose rate a region runs at: that of its first parameter,
+// else the one that most of the program's parameter elements have.
+DType compute_dtype(const StepProgram& program, const Region& region) {
+  for (const Operand& operand : region.inputs) {
+    if (const auto* ref = std::get_if<ParamRef>(&operand)) return program.param(ref->param).dtype;
+  }
+  std::array<int64_t, 4> numel{};
+  for (const Param& param : program.params) numel[static_cast<size_t>(param.dtype)] += param.numel;
+  return static_cast<DType>(std::max_element(numel.begin(), numel.end()) - numel.begin());
+}
+
+double flops_rate(const Machine& machine, DType dtype) {
+  const auto found = machine.device.flops.find(dtype);
+  if (found == machine.device.flops.end()) {
+    throw UserError("[cost] " + machine.name + ": device.flops has no rate for " +
+                    std::string(to_string(dtype)) + ", which the program computes in. Add it.");
+  }
+  return found->second * machine.device.compute_efficiency;
+}
+
+}  // namespace
+
+Layout layout(const Machine& machine, int64_t world) {
+  if (world > machine.ranks()) {
+    throw UserError("[cost] " + machine.name + ": has " + std::to_string(machine.ranks()) +
+                    " ranks, the program is for " + std::to_string(world) +
+                    ". Choose fewer ranks or a larger machine.");
+  }
+  Layout result{1, std::min(world, machine.ranks_per_node)};
+  if (world % result.ranks_per_node != 0) {
+    throw UserError("[cost] " + machine.name + ": " + std::to_string(world) +
+                    " ranks do not fill whole nodes of " + std::to_string(result.ranks_per_node) +
+                    ". Choose a multiple of " + std::to_string(result.ranks_per_node) + ".");
+  }
+  result.nodes = world / result.ranks_per_node;
+  return result;
+}
+
+Nanos collective_time(const Machine& machine, Collective kind, int64_t world, Bytes whole) {
+  const auto [nodes, ranks] = layout(machine, world);
+  const auto transfer = [&](const Link& link, double bytes) {
+    const bool gather = kind == Collective::kAllGather;
+    return bytes / (gather ? link.gather_bandwidth : link.reduce_bandwidth);
+  };
+  const double n = static_cast<double>(nodes), g = static_cast<double>(ranks);
+  Nanos time = machine.intra.latency * (ranks - 1);
+  double seconds = transfer(machine.intra, to_double(whole) * (g - 1) / g);
+  if (nodes > 1) {
+    time += machine.inter->latency * (nodes - 1);
+    seconds = std::max(seconds, transfer(*machine.inter, to_double(whole) * (n - 1) / (n * g)));
+  }
+  return time + from_seconds(seconds);
+}
+
+double MachineCosts::compute_slowdown(const StepProgram& program) const {
+  const Layout ranks = layout(machine_, program.world);
+  if (program.world == 1) return 1;
+  const double inter = ranks.nodes > 1 ? machine_.inter->compute_slowdown : 1;
+  return std::max(machine_.intra.compute_slowdown, inter);
+}
+
+Nanos MachineCosts::memory_time(double bytes) const {
+  const Device& device = machine_.device;
+  return from_seconds(bytes / (device.memory_bandwidth * device.memory_efficiency)) +
+         device.launch_overhead;
+}
+
+Nanos MachineCosts::roofline(const StepProgram& program, const Region& region) const {
+  const Device& device = machine_.device;
+  double seconds = to_double(region.moved) / (device.memory_bandwidth * device.memory_efficiency);
+  if (region.flops > 0) {
+    const double rate = flops_rate(machine_, compute_dtype(program, region));
+    seconds = std::max(seconds, static_cast<double>(region.flops) / rate);
+  }
+  return from_seconds(seconds) + device.launch_overhead;
+}
+
+Nanos MachineCosts::reduce_time(const StepProgram& program, ParamId id) const {
+  const Bytes whole = footprint(program, id).reduction_input;
+  Nanos time = collective_time(machine_, Collective::kReduceScatter, program.world, whole);
+  if (program.param(id).placement == Placement::kReplicated) {
+    time += collective_time(machine_, Collective::kAllGather, program.world, whole);
+  }
+  return time;
+}
+
+// Without accumulation the reduction's buffer becomes the gradient and is only
+// scaled to the mean; with it, result and sum are read and the sum is written.
+Nanos MachineCosts::accumulate_time(const StepProgram& program, ParamId id) const {
+  const ParamFootprint of = footprint(program, id);
+  const Bytes sum = of.reduction_result + of.gradient * 2;
+  return memory_time(to_double(program.accumulation == 1 ? of.reduction_result * 2 : sum));
+}
+
+// Reads this rank's piece of every gradient; one small all-reduce.
+Nanos MachineCosts::norm_time(const StepProgram& program) const {
+  Bytes bytes;
+  for (size_t i = 0; i < program.params.size(); ++i) {
+    const Bytes gradient = footprint(program, ParamId{static_cast<uint32_t>(i)}).gradient;
+    const bool whole = program.params[i].placement == Placement::kReplicated;
+    bytes += whole ? Bytes{gradient.value / program.world} : gradient;
+  }
+  Nanos time = memory_time(to_double(bytes));
+  const Bytes sum{element_size(DType::kF32)};
+  for (Collective kind : {Collective::kReduceScatter, Collective::kAllGather}) {
+    time += collective_time(machine_, kind, program.world, sum);
+  }
+  return time;
+}
+
+// AdamW reads the gradient, reads and writes both moments and the master copy,
+// and writes the weights; without a master copy it reads and writes the weights.
+Nanos MachineCosts::update_time(const StepProgram& program, ParamId id) const {
+  const ParamFootprint of = footprint(program, id);
+  const bool all = program.param(id).placement == Placement::kReplicated;
+  const Bytes weights = all ? of.weights : program.shard_bytes(id);
+  const Bytes values = of.master.value > 0 ? of.master * 2 + weights : weights * 2;
+  return memory_time(to_double(of.gradient + of.moments * 2 + values));
+}
+
+Nanos MachineCosts::duration(const StepProgram& program, const Instr& instr) const {
+  switch (instr.op) {
+    case Op::kRun: {
+      const Region& region = program.region(*instr.region);
+      return region.time ? *region.time : roofline(program, region);
+    }
+    case Op::kGather:
+      return collective_time(machine_, Collective::kAllGather, program.world,
+                             program.full_bytes(*instr.param));
+    case Op::kReduce:
+      return reduce_time(program, *instr.param);
+    case Op::kAccumulate:
+      return accumulate_time(program, *instr.param);
+    case Op::kNorm:
+      return norm_time(program);
+    case Op::kUpdate:
+      return update_time(program, *instr.param);
+    case Op::kWait:
+    case Op::kRelease:
+      return {0};
+  }
+  DC_CHECK(false, "an instruction without a cost");
+}
+
+int fill_analytic_times(StepProgram& program, const Machine& machine) {
+  layout(machine, program.world);
+  const MachineCosts costs(machine);
+  int filled = 0;
+  for (Region& region : program.regions) {
+    if (region.time) continue;
+    region.time = costs.roofline(program, region);
+    ++filled;
+  }
+  return filled;
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// Cost models: how long an instruction takes when nothing disturbs it.
+//
+// The simulator asks an Estimator and knows nothing of machines. MachineCosts
+// is the one made from a Machine:
+//   run         the measured time if there is one, else the roofline
+//               max(flops / rate, moved / bandwidth), plus a launch
+//   gather      w - 1 latencies plus whole * (w - 1) / w over the link's bandwidth;
+//               across nodes see collective_time
+//   reduce      the same with elements of reduce_dtype; a replicated parameter
+//               pays a reduce-scatter and an all-gather
+//   accumulate, norm, update   device memory traffic over bandwidth, plus a launch
+// wait and release are free.
+#pragma once
+
+#include "base/units.h"
+#include "cost/machine.h"
+#include "ir/program.h"
+
+namespace deepcompile {
+
+class Estimator {
+ public:
+  virtual ~Estimator() = default;
+
+  // Undisturbed duration of one instruction of `program`.
+  virtual Nanos duration(const StepProgram& program, const Instr& instr) const = 0;
+
+  // Kernels take this many times as long while the link is busy; at least 1.
+  virtual double compute_slowdown(const StepProgram& program) const = 0;
+};
+
+class MachineCosts final : public Estimator {
+ public:
+  // Keeps its own copy of the machine.
+  explicit MachineCosts(Machine machine) : machine_(std::move(machine)) {}
+
+  // Both throw UserError if the program's world does not fit on the machine.
+  Nanos duration(const StepProgram& program, const Instr& instr) const override;
+  double compute_slowdown(const StepProgram& program) const override;
+
+  // Time of a region without its measured time.
+  Nanos roofline(const StepProgram& program, const Region& region) const;
+
+  const Machine& machine() const { return machine_; }
+
+ private:
+  Nanos memory_time(double bytes) const;
+  Nanos reduce_time(const StepProgram& program, ParamId id) const;
+  Nanos accumulate_time(const StepProgram& program, ParamId id) const;
+  Nanos norm_time(const StepProgram& program) const;
+  Nanos update_time(const StepProgram& program, ParamId id) const;
+
+  Machine machine_;
+};
+
+enum class Collective : uint8_t { kAllGather, kReduceScatter };
+
+// Time of one collective over `world` ranks; `whole` is the unsharded size.
+//
+// Ranks fill nodes one after the other. Across n nodes of g ranks each rank
+// first exchanges its piece with its like in the other nodes, whole * (n - 1)
+// / (n * g), then within its node, whole * (g - 1) / g. The two are pipelined:
+// the slower one sets the pace, the latencies of both add.
+Nanos collective_time(const Machine& machine, Collective kind, int64_t world, Bytes whole);
+
+// How many ranks of each node take part. Throws UserError if `world` ranks
+// cannot be laid out on the machine.
+struct Layout {
+  int64_t nodes = 1;
+  int64_t ranks_per_node = 1;
+};
+Layout layout(const Machine& machine, int64_t world);
+
+// Fills in the time of every region that has none; measured times stay.
+// Returns the number of regions filled.
+int fill_analytic_times(StepProgram& program, const Machine& machine);
+
+}  // namespace deepcompile

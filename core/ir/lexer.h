@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tokens of one line of a program's text. Used by the parser only.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace deepcompile {
+
+enum class TokenKind : uint8_t {
+  kWord,
+  kString,
+  kOpen,
+  kClose,
+  kLeft,
+  kRight,
+  kComma,
+  kEquals,
+  kArrow,
+  kEnd
+};
+
+struct Token {
+  TokenKind kind = TokenKind::kEnd;
+  std::string_view text;  // as written; a string's without its quotes, escapes still in place
+  int column = 1;         // of its first character, from 1
+};
+
+// Where in a text an error is, and how to say so.
+struct TextPlace {
+  std::string_view source;
+  int line = 1;
+  int column = 1;
+};
+[[noreturn]] void fail_at(const TextPlace& place, const std::string& message);
+
+// Replaces *tokens by the tokens of `line`, closed by one kEnd token. Throws
+// UserError at a character that begins no token and at an unclosed string.
+void tokenize(std::string_view line, const TextPlace& place, std::vector<Token>* tokens);
+
+// A string token's text with its escapes (\" \\ \n \r \t) replaced.
+std::string unescape(const Token& token, const TextPlace& place);
+// The inverse, with quotes.
+std::string quote(std::string_view text);
+
+}  // namespace deepcompile

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// What makes a step program valid. Run after parsing, after every pass and
+// before freezing; linear in the size of the program.
+//
+// Structure (any program): ids in range; operands as the instruction's traits
+// say; at most one section of a kind and graph, a backward after its forward,
+// the update last; every region run, in one graph only; every value made
+// before it is used, and by one region only; gradients made in backwards.
+//
+// Plan (a program that passes have completed): structure, and
+//   - each use of a sharded parameter follows a wait, which follows a gather,
+//     in its own section and since the last release. So a section is right
+//     whatever ran before it; a gather of what is whole already costs nothing;
+//   - each gradient is reduced once in the backward that makes it, by the one
+//     reduce that names its parameter, and each reduction is accumulated after;
+//   - with an update section: every trainable parameter is updated once, after
+//     the norm if the step clips, and gathered again if it is kept whole.
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ir/program.h"
+
+namespace deepcompile {
+
+// All throw UserError: "[ir] <program>: <section> <n> (<instruction>): ...".
+void verify_structure(const StepProgram& program);
+void verify_plan(const StepProgram& program);
+// verify_plan if any instruction other than `run` is there, else verify_structure.
+void verify(const StepProgram& program);
+
+// The collectives of a step, in order: "backward 0: reduce L0.q". Two programs
+// may run on two ranks together only if these are equal; names of values and
+// regions, and sizes that differ from rank to rank, have no part in it.
+std::vector<std::string> collective_order(const StepProgram& program);
+
+// What differs first between two orders, in words; nothing if they are equal.
+std::optional<std::string> order_difference(const std::vector<std::string>& a,
+                                            const std::vector<std::string>& b);
+
+}  // namespace deepcompile

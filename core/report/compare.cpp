@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "report/compare.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <utility>
+
+#include "ir/text.h"
+#include "report/table.h"
+
+namespace deepcompile {
+namespace {
+
+using Key = std::pair<std::string, uint32_t>;
+
+struct Sum {
+  Nanos time;
+  int64_t count = 0;
+
+  void add(Nanos duration) {
+    time += duration;
+    ++count;
+  }
+  Nanos mean() const { return {time.value / count}; }
+};
+
+}  // namespace
+
+std::optional<double> CompareRow::ratio() const {
+  if (!predicted || !measured || predicted->value == 0) return std::nullopt;
+  return static_cast<double>(measured->value) / static_cast<double>(predicted->value);
+}
+
+std::vector<CompareRow> compare(const StepProgram& program, const SimResult& predicted,
+                                const PlanPrograms& plans, const std::vector<Record>& records) {
+  std::map<Key, Sum> predictions, measurements;
+  std::map<Key, std::string> labels;
+  for (const SimItem& item : predicted.items) {
+    const Section& section = program.sections.at(item.section);
+    const bool timed = item.resource != Resource::kNone;
+    predictions[{section_name(section), item.instr}].add(timed ? item.end - item.start
+                                                               : item.stall);
+  }
+  const RecordNames names(plans);
+  for (const Record& record : records) {
+    const auto entry = names.find(record);
+    const Key key{entry.section, record.instr};
+    measurements[key].add(record.end - record.start);
+    labels[key] = instr_label(*entry.program, *entry.instr);
+  }
+
+  std::vector<CompareRow> rows;
+  for (const Section& section : program.sections) {
+    for (size_t i = 0; i < section.instrs.size(); ++i) {
+      const Key key{section_name(section), static_cast<uint32_t>(i)};
+      CompareRow row{key.first, key.second, instr_label(program, section.instrs[i]), {}, {}, 0};
+      if (const auto found = predictions.find(key); found != predictions.end()) {
+        row.predicted = found->second.mean();
+      }
+      if (const auto found = measurements.find(key); found != measurements.end()) {
+        row.measured = found->second.mean();
+        row.samples = found->second.count;
+        measurements.erase(found);
+      }
+      const Nanos longest =
+          std::max(row.predicted.value_or(Nanos{0}), row.measured.value_or(Nanos{0}));
+      if (longest > Nanos{0}) rows.push_back(std::move(row));
+    }
+  }
+  for (const auto& [key, sum] : measurements) {
+    rows.push_back({key.first, key.second, labels[key], {}, sum.mean(), sum.count});
+  }
+  return rows;
+}
+
+std::string compare_table(const std::vector<CompareRow>& rows) {
+  Table table({"section", "#", "instruction", "predicted", "measured", "ratio", "samples"});
+  for (const CompareRow& row : rows) {
+    char ratio[32] = "-";
+    if (const auto value = row.ratio()) std::snprintf(ratio, sizeof(ratio), "%.2f", *value);
+    table.add({row.section, std::to_string(row.instr), row.label,
+               row.predicted ? pretty(*row.predicted) : "-",
+               row.measured ? pretty(*row.measured) : "-", ratio, std::to_string(row.samples)});
+  }
+  return table.text();
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "report/trace.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "ir/text.h"
+
+namespace deepcompile {
+namespace {
+
+using nlohmann::ordered_json;
+
+// Thread ids order the rows of a process.
+int thread_of(Resource resource) {
+  switch (resource) {
+    case Resource::kCompute:
+      return 1;
+    case Resource::kLink:
+      return 2;
+    case Resource::kNone:
+      return 3;
+  }
+  return 3;
+}
+
+double micros(Nanos time) {
+  return static_cast<double>(time.value) / 1000.0;
+}
+
+std::string dump(const ordered_json& json) {
+  return json.dump(-1, ' ', false, ordered_json::error_handler_t::replace);
+}
+
+}  // namespace
+
+void TraceWriter::begin_process(const std::string& name) {
+  ++process_;
+  events_.push_back(
+      dump({{"name", "process_name"}, {"ph", "M"}, {"pid", process_}, {"args", {{"name", name}}}}));
+  const std::pair<Resource, const char*> threads[] = {
+      {Resource::kCompute, "compute"}, {Resource::kLink, "link"}, {Resource::kNone, "waits"}};
+  for (const auto& [resource, thread] : threads) {
+    events_.push_back(dump({{"name", "thread_name"},
+                            {"ph", "M"},
+                            {"pid", process_},
+                            {"tid", thread_of(resource)},
+                            {"args", {{"name", thread}}}}));
+  }
+}
+
+void TraceWriter::event(const StepProgram& program, const Instr& instr, const std::string& section,
+                        Resource resource, Nanos start, Nanos end) {
+  if (end <= start) return;
+  ordered_json args = {{"section", section}};
+  if (instr.param) args["bytes"] = program.full_bytes(*instr.param).value;
+  if (instr.region) {
+    const Region& region = program.region(*instr.region);
+    args["code"] = region.code;
+    args["flops"] = region.flops;
+    args["moved"] = region.moved.value;
+  }
+  events_.push_back(dump({{"name", instr_label(program, instr)},
+                          {"cat", traits(instr.op).name},
+                          {"ph", "X"},
+                          {"pid", process_},
+                          {"tid", thread_of(resource)},
+                          {"ts", micros(start)},
+                          {"dur", micros(end - start)},
+                          {"args", std::move(args)}}));
+}
+
+void TraceWriter::memory(const SimResult& result) {
+  for (const MemoryPoint& point : result.memory) {
+    events_.push_back(dump({{"name", "memory"},
+                            {"ph", "C"},
+                            {"pid", process_},
+                            {"ts", micros(point.time)},
+                            {"args", {{"bytes", point.bytes.value}}}}));
+  }
+}
+
+void TraceWriter::add_simulated(const std::string& name, const StepProgram& program,
+                                const SimResult& result) {
+  begin_process(name);
+  for (const SimItem& item : result.items) {
+    const Section& section = program.sections.at(item.section);
+    const Instr& instr = section.instrs.at(item.instr);
+    const std::string where = section_name(section);
+    if (item.stall > Nanos{0}) {
+      event(program, instr, where, Resource::kNone, item.issue, item.issue + item.stall);
+    }
+    if (item.resource != Resource::kNone) {
+      event(program, instr, where, item.resource, item.start, item.end);
+    }
+  }
+  memory(result);
+}
+
+void TraceWriter::add_measured(const std::string& name, const PlanPrograms& plans,
+                               const std::vector<Record>& records) {
+  begin_process(name);
+  if (records.empty()) return;
+  const RecordNames names(plans);
+  const Nanos origin =
+      std::min_element(records.begin(), records.end(), [](const Record& a, const Record& b) {
+        return a.start < b.start;
+      })->start;
+  for (const Record& record : records) {
+    const auto [program, instr, section] = names.find(record);
+    event(*program, *instr, section, traits(instr->op).resource, record.start - origin,
+          record.end - origin);
+  }
+}
+
+std::string TraceWriter::finish() const {
+  std::string text = "{\"displayTimeUnit\": \"ms\", \"traceEvents\": [";
+  for (size_t i = 0; i < events_.size(); ++i) text += (i == 0 ? "\n" : ",\n") + events_[i];
+  return text + "\n]}\n";
+}
+
+}  // namespace deepcompile

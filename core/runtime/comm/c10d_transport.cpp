@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/comm/c10d_transport.h"
+
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <utility>
+
+#include "base/error.h"
+
+namespace deepcompile {
+namespace {
+
+using Group = c10::intrusive_ptr<c10d::ProcessGroup>;
+using Work = c10::intrusive_ptr<c10d::Work>;
+using std::chrono::milliseconds;
+
+// Runs `call`, turning what c10d throws into a TransportError.
+template <typename Call>
+auto translated(Call&& call) -> decltype(call()) {
+  try {
+    return call();
+  } catch (const c10::Error& error) {
+    throw TransportError(error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    throw TransportError(error.what());
+  }
+}
+
+// The collectives both kinds use; `async` is c10d's asyncOp.
+class Collectives {
+ public:
+  Collectives(Group group, milliseconds timeout, bool async)
+      : group_(std::move(group)), timeout_(timeout), async_(async) {}
+
+  Work gather(at::Tensor& full, at::Tensor& shard) const {
+    return group_->_allgather_base(full, shard, with_timeout(c10d::AllgatherOptions{}));
+  }
+  Work reduce_scatter(at::Tensor& piece, at::Tensor& full) const {
+    return group_->_reduce_scatter_base(piece, full, with_timeout(c10d::ReduceScatterOptions{}));
+  }
+  Work all_reduce(const at::Tensor& tensor, Reduction reduction) const {
+    c10d::AllreduceOptions options;
+    options.reduceOp = reduction == Reduction::kSum ? c10d::ReduceOp::SUM : c10d::ReduceOp::MAX;
+    std::vector<at::Tensor> tensors{tensor};
+    return group_->allreduce(tensors, with_timeout(std::move(options)));
+  }
+  Work broadcast(const at::Tensor& tensor) const {
+    std::vector<at::Tensor> tensors{tensor};
+    return group_->broadcast(tensors, with_timeout(c10d::BroadcastOptions{}));
+  }
+  Work barrier(c10::Device device) const {
+    c10d::BarrierOptions options;
+    if (!device.is_cpu()) options.device = device;
+    return group_->barrier(with_timeout(std::move(options)));
+  }
+
+ private:
+  template <typename Options>
+  Options with_timeout(Options options) const {
+    options.timeout = timeout_;
+    options.asyncOp = async_;
+    return options;
+  }
+
+  Group group_;
+  milliseconds timeout_;
+  bool async_;
+};
+
+// Waits on the host. c10d's own timeout runs from the moment an operation
+// starts on its worker thread; this one from the moment we wait.
+void wait_on_host(const Work& work, milliseconds timeout) {
+  translated([&] { work->wait(timeout); });
+}
+
+class HostTransfer final : public Transfer {
+ public:
+  HostTransfer(Work work, milliseconds timeout) : work_(std::move(work)), timeout_(timeout) {}
+
+  void wait() override {
+    if (!work_) return;
+    const Work work = std::exchange(work_, nullptr);
+    wait_on_host(work, timeout_);
+  }
+
+ private:
+  Work work_;  // holds the tensors until the backend is done with them
+  milliseconds timeout_;
+};
+
+class HostTransport final : public Transport {
+ public:
+  HostTransport(Group group, milliseconds timeout)
+      : collectives_(std::move(group), timeout, /*async=*/true), timeout_(timeout) {}
+
+  std::unique_ptr<Transfer> gather(at::Tensor full, at::Tensor shard,
+                                   std::shared_ptr<Span> span) override {
+    return start(std::move(span), [&] { return collectives_.gather(full, shard); });
+  }
+  std::unique_ptr<Transfer> reduce_scatter(at::Tensor piece, at::Tensor full,
+                                           std::shared_ptr<Span> span) override {
+    return start(std::move(span), [&] { return collectives_.reduce_scatter(piece, full); });
+  }
+  void all_reduce(at::Tensor tensor, Reduction reduction) override {
+    finish([&] { return collectives_.all_reduce(tensor, reduction); });
+  }
+  void broadcast(at::Tensor tensor) override {
+    finish([&] { return collectives_.broadcast(tensor); });
+  }
+  void barrier() override {
+    finish([&] { return collectives_.barrier(c10::Device(c10::kCPU)); });
+  }
+  bool in_order() const override { return false; }
+
+ private:
+  template <typename Call>
+  std::unique_ptr<Transfer> start(std::shared_ptr<Span> span, Call&& call) {
+    if (span) span->start(std::nullopt);
+    Work work = translated(call);
+    if (span) {
+      work->getFuture()->addCallback([span](c10::ivalue::Future&) { span->stop(std::nullopt); });
+    }
+    return std::make_unique<HostTransfer>(std::move(work), timeout_);
+  }
+  template <typename Call>
+  void finish(Call&& call) {
+    wait_on_host(translated(call), timeout_);
+  }
+
+  Collectives collectives_;
+  milliseconds timeout_;
+};
+
+// The transport's stream and how it meets the compute stream, which is always
+// the current stream of the calling thread.
+class StreamPair {
+ public:
+  explicit StreamPair(c10::Device device)
+      : device_(device),
+        guard_(device.type()),
+        comm_(guard_.getStreamFromGlobalPool(device, /*isHighPriority=*/true)) {}
+
+  c10::Stream compute() const { return guard_.getStream(device_); }
+  const c10::Stream& comm() const { return comm_; }
+
+  c10::Event mark(const c10::Stream& stream) const {
+    c10::Event event(device_.type());
+    event.record(stream);
+    return event;
+  }
+
+ private:
+  c10::Device device_;
+  c10::impl::VirtualGuardImpl guard_;
+  c10::Stream comm_;
+};
+
+class StreamTransfer final : public Transfer {
+ public:
+  StreamTransfer(const StreamPair& streams, std::vector<at::Tensor> buffers)
+      : streams_(streams), buffers_(std::move(buffers)), done_(streams.mark(streams.comm())) {}
+  ~StreamTransfer() override {
+    try {
+      wait();
+    } catch (...) {  // the device is lost; whoever uses it next reports that
+    }
+  }
+
+  void wait() override {
+    if (buffers_.empty()) return;
+    // Order: collective (comm) -> use, or reuse of the buffers' memory (compute).
+    // The buffers were allocated on the compute stream, so dropping them here
+    // gives them back to that stream only after the collective.
+    done_.block(streams_.compute());
+    buffers_.clear();
+  }
+
+ private:
+  const StreamPair& streams_;
+  std::vector<at::Tensor> buffers_;
+  c10::Event done_;
+};
+
+class StreamTransport final : public Transport {
+ public:
+  StreamTransport(Group group, c10::Device device, milliseconds timeout)
+      : device_(device),
+        streams_(device),
+        collectives_(std::move(group), timeout, /*async=*/false) {}
+
+  std::unique_ptr<Transfer> gather(at::Tensor full, at::Tensor shard,
+                                   std::shared_ptr<Span> span) override {
+    return start({full, shard}, span, [&] { return collectives_.gather(full, shard); });
+  }
+  std::unique_ptr<Transfer> reduce_scatter(at::Tensor piece, at::Tensor full,
+                                           std::shared_ptr<Span> span) override {
+    return start({piece, full}, span, [&] { return collectives_.reduce_scatter(piece, full); });
+  }
+  void all_reduce(at::Tensor tensor, Reduction reduction) override {
+    start({tensor}, nullptr, [&] { return collectives_.all_reduce(tensor, reduction); })->wait();
+  }
+  void broadcast(at::Tensor tensor) override {
+    start({tensor}, nullptr, [&] { return collectives_.broadcast(tensor); })->wait();
+  }
+  void barrier() override {
+    translated([&] { collectives_.barrier(device_)->wait(); });
+  }
+  bool in_order() const override { return true; }
+
+ private:
+  template <typename Call>
+  std::unique_ptr<Transfer> start(std::vector<at::Tensor> buffers,
+                                  const std::shared_ptr<Span>& span, Call&& call) {
+    // Order: whatever wrote the inputs, or last used the output's memory
+    // (compute) -> collective (comm).
+    streams_.mark(streams_.compute()).block(streams_.comm());
+    const c10::StreamGuard on_comm(streams_.comm());
+    if (span) span->start(streams_.comm());
+    // With asyncOp false the backend uses the current stream, ours. Waiting
+    // then costs nothing, and orders our stream after backends that do not.
+    if (const Work work = translated(call)) translated([&] { work->wait(); });
+    if (span) span->stop(streams_.comm());
+    return std::make_unique<StreamTransfer>(streams_, std::move(buffers));
+  }
+
+  c10::Device device_;
+  StreamPair streams_;
+  Collectives collectives_;
+};
+
+}  // namespace
+
+std::unique_ptr<Transport> make_c10d_transport(const std::string& group_name, int64_t rank,
+                                               int64_t world, c10::Device device,
+                                               milliseconds timeout) {
+  Group group;
+  std::string backend;
+  try {
+    group = c10d::resolve_process_group(group_name);
+    backend = group->getBackend(device.type())->getBackendName();
+  } catch (const c10::Error& error) {
+    throw UserError("[runtime] process group \"" + group_name + "\" cannot serve device " +
+                    device.str() + ": " + error.what_without_backtrace() +
+                    ". Create it with a backend for that device.");
+  }
+  if (group->getRank() != rank || group->getSize() != world) {
+    throw UserError("[runtime] process group \"" + group_name + "\" has rank " +
+                    std::to_string(group->getRank()) + " of " + std::to_string(group->getSize()) +
+                    ", the runtime was given rank " + std::to_string(rank) + " of " +
+                    std::to_string(world) + ". Pass the group's own rank and size.");
+  }
+  if (device.is_cpu()) return std::make_unique<HostTransport>(std::move(group), timeout);
+  if (backend == "gloo") {
+    throw UserError("[runtime] process group \"" + group_name + "\" uses gloo for device " +
+                    device.str() + ", which copies through the host. Use nccl.");
+  }
+  return std::make_unique<StreamTransport>(std::move(group), device, timeout);
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Transport: how parameters and gradients move between ranks.
+//
+// A transfer is started, and later waited for. On a CPU waiting blocks the
+// thread, up to the timeout. On a device a transfer runs on the transport's
+// own stream, and waiting orders the current stream behind it without
+// blocking the host: there a peer that hangs is found by the backend's
+// watchdog, which the transport leaves in force.
+//
+// Callers: the parameter store and the optimizer, one thread at a time, with
+// the same calls in the same order on every rank.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <chrono>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "runtime/trace.h"
+
+namespace deepcompile {
+
+// A transfer that failed or did not end in time. It says what the backend
+// said; the caller adds rank, instruction and parameter.
+class TransportError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// A transfer under way. It keeps its buffers alive; destroying one that was
+// not waited for is safe (on a device, the current stream is ordered behind it).
+class Transfer {
+ public:
+  virtual ~Transfer() = default;
+  // Throws TransportError.
+  virtual void wait() = 0;
+};
+
+enum class Reduction { kSum, kMax };
+
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  // Fills `full` with every rank's `shard`, in rank order. `shard` may be this
+  // rank's piece of `full`. numel(full) == world * numel(shard).
+  virtual std::unique_ptr<Transfer> gather(at::Tensor full, at::Tensor shard,
+                                           std::shared_ptr<Span> span) = 0;
+
+  // piece = sum over ranks of their r-th piece of `full`, in the element type
+  // of `full`. numel(full) == world * numel(piece).
+  virtual std::unique_ptr<Transfer> reduce_scatter(at::Tensor piece, at::Tensor full,
+                                                   std::shared_ptr<Span> span) = 0;
+
+  // In place; done (or ordered before the current stream's next work) on return.
+  virtual void all_reduce(at::Tensor tensor, Reduction reduction) = 0;
+  virtual void broadcast(at::Tensor tensor) = 0;  // from rank 0
+  virtual void barrier() = 0;
+
+  // True if transfers run one after another in the order they were started, so
+  // that one may read what an earlier one writes without a wait between.
+  virtual bool in_order() const = 0;
+};
+
+// One rank: every transfer is a copy, or nothing.
+std::unique_ptr<Transport> make_loopback_transport();
+
+}  // namespace deepcompile

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/memory/member_slot.h"
+
+#include <ATen/ops/empty.h>
+
+#include "base/error.h"
+
+namespace deepcompile {
+namespace {
+
+c10::StorageImpl* storage_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+}
+
+void drop_storage(void* context) {
+  delete static_cast<c10::Storage*>(context);
+}
+
+}  // namespace
+
+MemberSlot::MemberSlot(std::string name, at::Tensor parameter, c10::Device device)
+    : name_(std::move(name)), parameter_(std::move(parameter)) {
+  const std::vector<int64_t> sizes = parameter_.sizes().vec();
+  alias_ = at::empty({0}, parameter_.options().device(device).requires_grad(false));
+  // Sizes alone, so that no bytes are allocated for them.
+  alias_.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+  parameter_.set_data(alias_);
+}
+
+void MemberSlot::bind(const at::Tensor& flat, int64_t offset) {
+  c10::StorageImpl* storage = storage_of(alias_);
+  if (storage_of(parameter_) != storage) {
+    throw UserError("[runtime] parameter " + name_ +
+                    " was given other storage after initialize (an assignment to .data, or "
+                    "module.to()). Change it in place, inside GatheredParameters.");
+  }
+  const int64_t item = alias_.element_size();
+  char* bytes = static_cast<char*>(flat.data_ptr()) + offset * item;
+  storage->set_data_ptr(
+      c10::DataPtr(bytes, new c10::Storage(flat.storage()), &drop_storage, flat.device()));
+  storage->set_nbytes(static_cast<size_t>(alias_.numel() * item));
+}
+
+void MemberSlot::unbind() {
+  c10::StorageImpl* storage = storage_of(alias_);
+  storage->set_data_ptr(c10::DataPtr(nullptr, alias_.device()));
+  storage->set_nbytes(static_cast<size_t>(0));
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// The storage of one nn.Parameter: bytes while its parameter is whole, none
+// otherwise. The Parameter object, its shape and its autograd state stay.
+//
+// A slot swaps the memory under one StorageImpl, so the Parameter, its aliases
+// and what autograd saved of it all see the same bytes, or none.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <string>
+
+namespace deepcompile {
+
+class MemberSlot {
+ public:
+  // Moves `parameter` onto a new, empty storage on `device`, contiguous. Its
+  // values must have been read before.
+  MemberSlot(std::string name, at::Tensor parameter, c10::Device device);
+
+  // Points the storage at elements [offset, offset + numel) of `flat`, which
+  // it keeps alive. Throws UserError if the Parameter was given other storage.
+  void bind(const at::Tensor& flat, int64_t offset);
+  // Takes the bytes away.
+  void unbind();
+
+  // The same storage without autograd: what regions get.
+  const at::Tensor& tensor() const { return alias_; }
+  int64_t numel() const { return alias_.numel(); }
+
+ private:
+  std::string name_;
+  at::Tensor parameter_;
+  at::Tensor alias_;
+};
+
+}  // namespace deepcompile

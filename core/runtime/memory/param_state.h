@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0
+// One parameter's bytes on this rank: its shard, its full buffer while whole,
+// its master copy, optimizer states and gradient.
+//
+// The flat buffer holds the members one behind another, padded with zeros to
+// world * shard elements; rank r's shard is [r * shard, (r + 1) * shard). What
+// a rank owns, and its optimizer updates, is that shard, or all of the buffer
+// if the parameter is replicated.
+//
+// Callers: ParamStore moves the bytes, ShardedAdam updates them. Not
+// thread-safe: the runtime holds its lock.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ir/program.h"
+#include "runtime/comm/transport.h"
+#include "runtime/hyper.h"
+#include "runtime/memory/member_slot.h"
+
+namespace deepcompile {
+
+// Which piece of the flat buffer is meant, in elements.
+struct Range {
+  int64_t start = 0;
+  int64_t stop = 0;
+  int64_t size() const { return stop - start; }
+};
+
+struct MemberSpec {
+  std::string name;
+  at::Tensor parameter;  // the nn.Parameter, with its full values
+  int64_t offset = 0;    // in the flat buffer, in elements
+};
+
+struct ParamSpec {
+  std::string name;
+  std::vector<MemberSpec> members;
+  int64_t numel = 0;  // of the flat buffer, before padding to the world size
+  Placement placement = Placement::kSharded;
+  bool trainable = true;
+};
+
+struct Member {
+  std::string name;
+  int64_t offset = 0;
+  int64_t numel = 0;
+  MemberSlot slot;
+  Hyper hyper;
+  int64_t step = 0;       // updates it has had
+  bool has_grad = false;  // some reduction of this step had a gradient for it
+};
+
+// A member's gradient on its way into the flat buffer.
+using MemberGrads = std::map<size_t, at::Tensor>;  // by member index
+
+enum class Presence {
+  kShard,     // only the shard is valid
+  kInFlight,  // a gather into the full buffer is under way
+  kWhole,     // the full buffer is valid, and the members are bound to it
+};
+
+// A reduction under way. `source` stays alive until it was waited for.
+struct PendingReduction {
+  std::unique_ptr<Transfer> transfer;
+  at::Tensor source;
+  at::Tensor piece;                     // this rank's sum
+  at::Tensor value;                     // what is accumulated: the piece, or all if replicated
+  std::unique_ptr<Transfer> broadcast;  // of the pieces, if replicated and in order
+  std::vector<size_t> members;
+};
+
+class ParamState {
+ public:
+  // Copies this rank's piece out of the members' values and takes the members'
+  // memory: at most one full copy of the parameter exists beside them, and none
+  // if it is sharded. Throws UserError if the members do not fit together.
+  ParamState(const ParamSpec& spec, int64_t rank, int64_t world, c10::Device device);
+
+  const std::string name;
+  const Placement placement;
+  const bool trainable;
+  const int64_t rank;
+  const int64_t world;
+  std::vector<Member> members;
+
+  int64_t shard_numel() const { return shard_numel_; }
+  int64_t padded_numel() const { return world * shard_numel_; }
+  c10::ScalarType dtype() const { return dtype_; }
+  c10::TensorOptions options() const;
+  Range shard_range() const { return {rank * shard_numel_, (rank + 1) * shard_numel_}; }
+  Range owned_range() const;
+  // The part of a member inside this rank's owned range, in flat elements; may be empty.
+  Range owned_range(const Member& member) const;
+
+  at::Tensor shard() const;   // weights, this rank's piece
+  at::Tensor owned() const;   // weights, what the optimizer updates here
+  at::Tensor master() const;  // f32 (f64 for f64 weights) values of `owned`; trainable only
+  at::Tensor exp_avg();       // made, as zeros, when first asked for
+  at::Tensor exp_avg_sq();
+
+  void allocate_full();  // nothing if it is allocated
+  void bind_members();
+  void drop_full();          // sharded parameters only
+  void store_from_full();    // shard and master := the full buffer's values
+  void store_from_master();  // owned weights := the master's values
+  void drop_gradient();
+
+  // The gradients as one flat padded buffer of `reduce_dtype`: the gradient's
+  // own memory where it already is that, else a copy. Throws UserError on a
+  // gradient of another size.
+  at::Tensor flat_gradient(const MemberGrads& grads, c10::ScalarType reduce_dtype) const;
+
+  at::Tensor full;  // undefined while not allocated
+  Presence presence = Presence::kShard;
+  std::unique_ptr<Transfer> gathering;
+  std::optional<PendingReduction> pending;
+  // Gradient over `owned_range`, times grad_scale; undefined if there is none.
+  at::Tensor gradient;
+  double grad_scale = 1.0;
+  bool gradient_is_wire = false;  // the reduction's own buffer: read-only, in the wire's type
+
+  at::Tensor master_if_copied() const { return master_copy_; }
+  const at::Tensor& exp_avg_if_made() const { return exp_avg_; }
+  const at::Tensor& exp_avg_sq_if_made() const { return exp_avg_sq_; }
+  at::Tensor shard_if_copied() const { return shard_; }
+
+ private:
+  void check(const ParamSpec& spec) const;
+  void copy_values(const ParamSpec& spec, const at::Tensor& to, Range range) const;
+  c10::ScalarType master_dtype() const;
+
+  c10::ScalarType dtype_;
+  c10::Device device_;
+  int64_t shard_numel_ = 0;
+  at::Tensor shard_;        // undefined if the shard is a piece of the full buffer
+  at::Tensor master_copy_;  // undefined if the weights are their own master
+  at::Tensor exp_avg_;
+  at::Tensor exp_avg_sq_;
+};
+
+}  // namespace deepcompile

@@ -1,0 +1,224 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/memory/param_store.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mul.h>
+
+#include <utility>
+
+#include "base/error.h"
+
+namespace deepcompile {
+namespace {
+
+// Sums are kept in f32, or wider if the wire is.
+c10::ScalarType sum_dtype(c10::ScalarType reduce_dtype) {
+  return reduce_dtype == c10::kDouble ? c10::kDouble : c10::kFloat;
+}
+
+int64_t bytes_of(const at::Tensor& tensor) {
+  return tensor.defined() ? static_cast<int64_t>(tensor.nbytes()) : 0;
+}
+
+}  // namespace
+
+ParamStore::ParamStore(Transport& transport, int64_t rank, int64_t world, c10::Device device,
+                       c10::ScalarType reduce_dtype, int64_t accumulation)
+    : transport_(transport),
+      rank_(rank),
+      world_(world),
+      device_(device),
+      reduce_dtype_(reduce_dtype),
+      accumulation_(accumulation) {}
+
+ParamState& ParamStore::add(const ParamSpec& spec) {
+  if (find(spec.name) != nullptr) {
+    throw UserError("[runtime] parameter " + spec.name + " was added before.");
+  }
+  for (const MemberSpec& member : spec.members) {
+    if (members_.count(member.name) != 0) {
+      throw UserError("[runtime] member " + member.name + " of parameter " + spec.name +
+                      " belongs to parameter " + members_.at(member.name).first->name +
+                      " already. Add each tensor once.");
+    }
+  }
+  params_.push_back(std::make_unique<ParamState>(spec, rank_, world_, device_));
+  ParamState& param = *params_.back();
+  by_name_.emplace(param.name, &param);
+  for (size_t i = 0; i < param.members.size(); ++i) {
+    members_.emplace(param.members[i].name, std::make_pair(&param, i));
+  }
+  return param;
+}
+
+ParamState* ParamStore::find(std::string_view name) {
+  const auto found = by_name_.find(name);
+  return found == by_name_.end() ? nullptr : found->second;
+}
+
+ParamState& ParamStore::at(std::string_view name) {
+  ParamState* param = find(name);
+  if (param == nullptr) {
+    throw UserError("[runtime] there is no parameter " + std::string(name) +
+                    ". Add it with add_param first.");
+  }
+  return *param;
+}
+
+Member& ParamStore::member(const std::string& name) {
+  const auto found = members_.find(name);
+  if (found == members_.end()) {
+    throw UserError("[runtime] no parameter has a member " + name + ".");
+  }
+  return found->second.first->members[found->second.second];
+}
+
+void ParamStore::gather(ParamState& param, std::shared_ptr<Span> span) {
+  if (param.presence != Presence::kShard) return;
+  param.allocate_full();
+  param.gathering = transport_.gather(param.full, param.shard(), std::move(span));
+  param.presence = Presence::kInFlight;
+}
+
+void ParamStore::wait(ParamState& param) {
+  if (param.presence == Presence::kWhole) return;
+  if (param.presence == Presence::kShard) {
+    throw UserError("[runtime] parameter " + param.name +
+                    " is waited for, but no gather of it was started. Gather it first.");
+  }
+  const std::unique_ptr<Transfer> gathering = std::move(param.gathering);
+  param.presence = Presence::kShard;  // until the wait succeeds
+  gathering->wait();
+  param.bind_members();
+}
+
+void ParamStore::release(ParamState& param) {
+  if (param.placement != Placement::kSharded || !param.full.defined()) return;
+  if (param.presence == Presence::kInFlight) wait(param);
+  param.drop_full();
+}
+
+void ParamStore::reduce(ParamState& param, const MemberGrads& grads, std::shared_ptr<Span> span) {
+  if (!param.trainable) {
+    throw UserError("[runtime] parameter " + param.name + " is frozen, it has no gradient.");
+  }
+  if (param.pending) {
+    throw UserError("[runtime] parameter " + param.name +
+                    " is reduced again before its last reduction was accumulated.");
+  }
+  PendingReduction pending;
+  pending.source = param.flat_gradient(grads, reduce_dtype_);
+  for (const auto& grad : grads) pending.members.push_back(grad.first);
+  const bool replicated = param.placement == Placement::kReplicated;
+  const c10::TensorOptions options = param.options().dtype(reduce_dtype_);
+  if (world_ == 1) {
+    pending.piece = pending.value = pending.source;
+  } else if (replicated) {
+    pending.value = at::empty({param.padded_numel()}, options);
+    pending.piece = pending.value.narrow(0, param.shard_range().start, param.shard_numel());
+  } else {
+    pending.piece = pending.value = at::empty({param.shard_numel()}, options);
+  }
+  pending.transfer = transport_.reduce_scatter(pending.piece, pending.source, std::move(span));
+  if (replicated && world_ > 1 && transport_.in_order()) {
+    // The same sums as a sharded parameter's, bit by bit, then handed round.
+    pending.broadcast = transport_.gather(pending.value, pending.piece, nullptr);
+  }
+  param.pending = std::move(pending);
+}
+
+void ParamStore::end_reduction(ParamState& param, PendingReduction* pending) {
+  pending->transfer->wait();
+  if (param.placement == Placement::kReplicated && world_ > 1) {
+    if (!pending->broadcast) {
+      pending->broadcast = transport_.gather(pending->value, pending->piece, nullptr);
+    }
+    pending->broadcast->wait();
+  }
+}
+
+void ParamStore::accumulate(ParamState& param) {
+  if (!param.pending) {
+    throw UserError("[runtime] parameter " + param.name +
+                    " is accumulated, but no reduction of it was started.");
+  }
+  PendingReduction pending = std::move(*param.pending);
+  param.pending.reset();
+  end_reduction(param, &pending);
+  add_to_gradient(param, pending.value);
+  for (const size_t member : pending.members) param.members[member].has_grad = true;
+}
+
+void ParamStore::add_to_gradient(ParamState& param, const at::Tensor& sum) {
+  const double mean = 1.0 / static_cast<double>(world_);
+  if (!param.gradient.defined() && accumulation_ == 1) {
+    // The mean is taken where the gradient is read, in f32.
+    param.gradient = sum;
+    param.grad_scale = mean;
+    param.gradient_is_wire = true;
+    return;
+  }
+  const c10::ScalarType dtype = sum_dtype(reduce_dtype_);
+  const at::Tensor scaled = at::mul(sum.to(dtype), mean);
+  if (!param.gradient.defined()) {
+    param.gradient = scaled;
+  } else {
+    if (param.gradient_is_wire) {
+      param.gradient = at::mul(param.gradient.to(dtype), param.grad_scale);
+    }
+    param.gradient.add_(scaled);
+  }
+  param.grad_scale = 1.0;
+  param.gradient_is_wire = false;
+}
+
+void ParamStore::zero_grad() {
+  for (const auto& param : params_) param->drop_gradient();
+}
+
+void ParamStore::owned_changed(ParamState& param) {
+  if (world_ == 1 || param.placement == Placement::kReplicated) return;
+  if (param.presence == Presence::kInFlight) wait(param);
+  param.presence = Presence::kShard;
+}
+
+void ParamStore::abandon_transfers(bool reachable) {
+  for (const auto& param : params_) {
+    try {
+      if (param->presence == Presence::kInFlight) {
+        if (reachable) {
+          wait(*param);
+        } else {
+          param->gathering.reset();
+          param->presence = Presence::kShard;
+        }
+      }
+      if (param->pending) {
+        PendingReduction pending = std::move(*param->pending);
+        param->pending.reset();
+        if (reachable) end_reduction(*param, &pending);
+      }
+    } catch (const std::exception&) {
+      reachable = false;  // the first failure is already on its way to the user
+    }
+  }
+}
+
+BufferReport ParamStore::buffer_report() const {
+  BufferReport report{{"shards", 0}, {"full", 0},      {"masters", 0},
+                      {"states", 0}, {"gradients", 0}, {"reductions", 0}};
+  for (const auto& param : params_) {
+    report["shards"] += bytes_of(param->shard_if_copied());
+    const bool is_shard = world_ == 1 && param->placement == Placement::kSharded;
+    if (!is_shard) report["full"] += bytes_of(param->full);
+    report["masters"] += bytes_of(param->master_if_copied());
+    report["states"] += bytes_of(param->exp_avg_if_made()) + bytes_of(param->exp_avg_sq_if_made());
+    report["gradients"] += bytes_of(param->gradient);
+    if (param->pending) {
+      report["reductions"] += bytes_of(param->pending->source) + bytes_of(param->pending->value);
+    }
+  }
+  return report;
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,75 @@
+// SPDX-License-Identifier: Apache-2.0
+// ParamStore: every parameter of one engine, and the moves between shard and
+// whole: gather, wait, release; and of gradients: reduce, accumulate.
+//
+// Every method that starts a transfer is a collective: all ranks call it for
+// the same parameters in the same order. Methods throw TransportError when a
+// transfer fails (the caller names rank and instruction) and UserError when
+// they are called out of order.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "runtime/comm/transport.h"
+#include "runtime/memory/param_state.h"
+
+namespace deepcompile {
+
+// Bytes this rank holds, by kind.
+using BufferReport = std::map<std::string, int64_t>;
+
+class ParamStore {
+ public:
+  // accumulation: reductions per parameter and step that the caller expects;
+  // with one, a reduction's buffer is the gradient shard, without a copy.
+  ParamStore(Transport& transport, int64_t rank, int64_t world, c10::Device device,
+             c10::ScalarType reduce_dtype, int64_t accumulation);
+
+  ParamState& add(const ParamSpec& spec);
+  ParamState* find(std::string_view name);  // null if unknown
+  ParamState& at(std::string_view name);    // UserError if unknown
+  Member& member(const std::string& name);  // UserError if unknown
+  const std::vector<std::unique_ptr<ParamState>>& params() const { return params_; }
+
+  // Starts making P whole; nothing if it is, or is on its way.
+  void gather(ParamState& param, std::shared_ptr<Span> span = nullptr);
+  // P is whole, and its members are bound, for the current stream's next work.
+  void wait(ParamState& param);
+  // Gives the full buffer back. Nothing for parameters that are kept whole.
+  void release(ParamState& param);
+
+  // Starts the sum of P's gradients over ranks. Members without one count as zeros.
+  void reduce(ParamState& param, const MemberGrads& grads, std::shared_ptr<Span> span = nullptr);
+  // Waits for the sum and adds it, as a mean over ranks, to P's gradient.
+  void accumulate(ParamState& param);
+  void zero_grad();
+
+  // The optimizer changed P's owned weights: what other ranks own is stale.
+  void owned_changed(ParamState& param);
+
+  // After a failed section: ends every transfer under way and drops reductions
+  // that were not accumulated. `reachable` false: the peers are gone, do not wait.
+  void abandon_transfers(bool reachable);
+
+  BufferReport buffer_report() const;
+
+ private:
+  void end_reduction(ParamState& param, PendingReduction* pending);
+  void add_to_gradient(ParamState& param, const at::Tensor& sum);
+
+  Transport& transport_;
+  int64_t rank_;
+  int64_t world_;
+  c10::Device device_;
+  c10::ScalarType reduce_dtype_;
+  int64_t accumulation_;
+  std::vector<std::unique_ptr<ParamState>> params_;
+  std::map<std::string, ParamState*, std::less<>> by_name_;
+  std::map<std::string, std::pair<ParamState*, size_t>> members_;
+};
+
+}  // namespace deepcompile

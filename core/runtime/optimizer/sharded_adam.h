@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// ShardedAdam: one optimizer step over the pieces this rank owns.
+//
+// A step is begin, then the update section's norm and updates in the plan's
+// order, then end. Every update consumes its gradient. Members that no
+// reduction had a gradient for are left alone, with their states and step
+// numbers, as torch does with gradients that are None.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "runtime/memory/param_store.h"
+
+namespace deepcompile {
+
+struct StepOptions {
+  double loss_scale_inv = 1.0;  // factor that undoes the loss scale
+  bool check_finite = false;    // skip the step on every rank if any gradient is not finite
+};
+
+struct StepResult {
+  // Global norm of the mean gradient, before clipping; absent without a `norm`.
+  // A number on a CPU, a 0-dim tensor on a device (no host wait).
+  std::optional<double> norm;
+  at::Tensor norm_tensor;
+  bool skipped = false;
+};
+
+class ShardedAdam {
+ public:
+  // clip: largest global norm, 0 for no clipping.
+  ShardedAdam(ParamStore& store, Transport& transport, c10::Device device, double clip);
+
+  // Agrees between ranks on which members have gradients (only after eager
+  // reductions, which may differ) and on whether to skip. Collective.
+  void begin(const StepOptions& options);
+  void norm();  // collective
+  void update(ParamState& param);
+  StepResult end();  // drops what gradients are left
+  void abandon();    // a failed step: drops the gradients
+
+  // Set when reductions came from outside a plan, and ranks may disagree.
+  bool members_may_differ = false;
+
+  int64_t steps() const { return steps_; }
+  void set_steps(int64_t steps) { steps_ = steps; }
+
+ private:
+  void agree_on_members();
+  bool any_not_finite() const;
+  void update_run(ParamState& param, size_t first, size_t last);
+
+  ParamStore& store_;
+  Transport& transport_;
+  c10::Device device_;
+  double clip_;
+  int64_t steps_ = 0;  // steps that were not skipped
+
+  StepOptions options_;
+  StepResult result_;
+  double factor_ = 1.0;       // on a CPU: every gradient's factor in this step
+  at::Tensor factor_tensor_;  // on a device
+};
+
+}  // namespace deepcompile

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""deepcompile: a compiler and runtime for sharded PyTorch training.
+
+    engine, optimizer, loader, scheduler = deepcompile.initialize(model=model, config="ds.json")
+    engine.compile()
+    for batch in data:
+        loss = engine(**batch).loss
+        engine.backward(loss)
+        engine.step()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .errors import InternalError, UserError
+
+if TYPE_CHECKING:
+    from .api import GatheredParameters, initialize
+    from .config import Config, ConfigWarning, load_config
+    from .engine import Engine
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "ConfigWarning",
+    "Engine",
+    "GatheredParameters",
+    "InternalError",
+    "UserError",
+    "initialize",
+    "load_config",
+]
+
+_HOMES = {
+    "Config": "config",
+    "ConfigWarning": "config",
+    "load_config": "config",
+    "Engine": "engine",
+    "GatheredParameters": "api",
+    "initialize": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: the command line plans without starting torch.
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""initialize(): from a model and a configuration to an engine. GatheredParameters beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import optimizer as optimizers
+from .config import Config, load_config
+from .distributed import Ranks, join
+from .engine import Engine
+from .errors import UserError
+from .lr_schedules import build_scheduler
+from .optimizer import ShardedOptimizer
+from .params import ParamTable
+from .placement import prepare
+
+
+def initialize(
+    model: nn.Module | None = None,
+    config: str | Path | dict[str, Any] | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer] | None = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    collate_fn: Callable[[list], Any] | None = None,
+    dist_init_required: bool | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[Engine, ShardedOptimizer, Any, Any]:
+    """(engine, optimizer, dataloader, lr_scheduler) for training `model`; collective.
+
+    `config`: a DeepSpeed-style JSON file or dict (docs/config.md). `optimizer`: a
+    torch Adam or AdamW, or a function from parameters to one; default: the
+    configuration's. `model_parameters`: parameters or groups for the
+    configuration's optimizer or the function; default: the trainable ones.
+    `training_data`: a dataset, of which this rank gets its part in micro-batches.
+    `lr_scheduler`: a torch scheduler, or a function from optimizer to one;
+    default: the configuration's. `device`: default: this rank's GPU, or the CPU.
+
+    The model's parameters keep their identity and shape; their values move into
+    the engine's shards. Parameters on the meta device are initialised first.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"[initialize] model: must be a torch.nn.Module, not {type(model).__name__}"
+        )
+    if config is None:
+        raise UserError("[initialize] config: give a JSON file's path or a dict")
+    settings = load_config(config)
+    ranks = join(
+        dist_init_required,
+        settings.compile.timeout_s,
+        None if device is None else torch.device(device),
+    )
+    settings = settings.with_batch(ranks.world)
+    _check_trainable(model)
+    prepare(model, ranks, torch.bfloat16 if settings.bf16.enabled else None)
+    source = _source_optimizer(model, settings, optimizer, model_parameters)
+    optimizers.check_supported(source)
+    table = ParamTable.build(
+        model,
+        stage=settings.stage,
+        persistence_threshold=settings.zero_optimization.stage3_param_persistence_threshold,
+    )
+    engine = Engine(model, settings, ranks, table, _runtime(table, settings, ranks), source)
+    engine.lr_scheduler = _scheduler(engine.optimizer, settings, lr_scheduler)
+    if training_data is not None:
+        engine.training_dataloader = _dataloader(training_data, settings, ranks, collate_fn)
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _check_trainable(model: nn.Module) -> None:
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(
+            f"[initialize] {type(model).__name__}: has no parameter that requires a gradient; "
+            "call requires_grad_() on what should be trained"
+        )
+
+
+def _runtime(table: ParamTable, config: Config, ranks: Ranks) -> Any:
+    """A runtime that holds the table's params; it takes the parameters' memory."""
+    from . import _runtime as native
+
+    runtime = native.Runtime(
+        process_group=ranks.group if ranks.world > 1 else None,
+        rank=ranks.rank,
+        world=ranks.world,
+        device=ranks.device,
+        reduce_dtype=config.reduce_dtype,
+        clip=config.gradient_clipping,
+        accumulation=config.gradient_accumulation_steps,
+        timeout_s=config.compile.timeout_s,
+    )
+    for index, spec in enumerate(table.params):
+        members = [
+            (member.name, table._tensors[index][j], member.offset)
+            for j, member in enumerate(spec.members)
+        ]
+        runtime.add_param(spec.name, members, spec.numel, spec.placement, spec.trainable)
+    return runtime
+
+
+def _source_optimizer(
+    model: nn.Module, config: Config, optimizer: Any, model_parameters: Any
+) -> torch.optim.Optimizer:
+    """The torch optimizer whose groups and numbers are used."""
+    groups = optimizers.trainable_groups(model, model_parameters)
+    if optimizer is None:
+        return optimizers.from_config(config.optimizer, groups)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return optimizer
+    if not callable(optimizer):
+        raise UserError(
+            f"[optimizer] {type(optimizer).__name__}: pass a torch Adam or AdamW, or a function "
+            "from parameters to one"
+        )
+    return optimizer(groups)
+
+
+def _scheduler(optimizer: ShardedOptimizer, config: Config, given: Any) -> Any:
+    if given is None:
+        return None if config.scheduler is None else build_scheduler(optimizer, config.scheduler)
+    if hasattr(given, "step"):
+        return given
+    if callable(given):
+        return given(optimizer)
+    raise UserError(
+        f"[initialize] lr_scheduler: {type(given).__name__} is neither a scheduler nor a function "
+        "from optimizer to one"
+    )
+
+
+def _dataloader(dataset: Any, config: Config, ranks: Ranks, collate_fn: Any) -> Any:
+    """A loader of this rank's micro-batches."""
+    from torch.utils.data import DataLoader, IterableDataset
+    from torch.utils.data.distributed import DistributedSampler
+
+    sampler = None
+    if not isinstance(dataset, IterableDataset):
+        sampler = DistributedSampler(
+            dataset, ranks.world, ranks.rank, drop_last=config.dataloader_drop_last
+        )
+    return DataLoader(
+        dataset,
+        batch_size=config.train_micro_batch_size_per_gpu,
+        sampler=sampler,
+        collate_fn=collate_fn,
+        drop_last=config.dataloader_drop_last,
+        pin_memory=ranks.device.type == "cuda",
+    )
+
+
+class GatheredParameters:
+    """Parameters whole inside a with statement; collective.
+
+    `parameters`: one parameter or several, of `engine`. With `modifier_rank`, that
+    rank's values at the end become every rank's (and the optimizer's); without
+    it, changes made inside are lost or, in a parameter that is always whole,
+    forbidden.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        parameters: nn.Parameter | Iterable[nn.Parameter],
+        modifier_rank: int | None = None,
+        enabled: bool = True,
+    ):
+        if isinstance(parameters, nn.Parameter):
+            parameters = [parameters]
+        self._engine = engine
+        self._modifier = modifier_rank
+        self._enabled = enabled
+        self._names: dict[str, list[nn.Parameter]] = {}
+        for parameter in parameters:
+            ref = engine.table.lookup(parameter)
+            if ref is None:
+                raise UserError(
+                    f"[engine] GatheredParameters: a tensor of shape {tuple(parameter.shape)} is "
+                    "no parameter of this engine"
+                )
+            self._names.setdefault(engine.table.spec(ref).name, []).append(parameter)
+
+    def __enter__(self) -> GatheredParameters:
+        if self._enabled:
+            self._engine.runtime.gather(list(self._names))
+            self._engine.runtime.wait(list(self._names))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._enabled:
+            return
+        names = list(self._names)
+        if self._modifier is not None and kind is None:
+            for name in names:
+                for parameter in self._names[name]:
+                    self._engine.ranks.broadcast_tensor(parameter.data, self._modifier)
+            self._engine.runtime.store(names)
+        self._engine.runtime.release(names)

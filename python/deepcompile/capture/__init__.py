@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model's forward to step programs: capture, cut, compile once."""
+
+from deepcompile.capture.backend import (
+    CaptureBackend,
+    make_backend,
+    raise_from_backend,
+    surface_errors,
+)
+from deepcompile.capture.entry import make_entry
+from deepcompile.capture.graph import CapturedGraph, CaptureOptions, Runner, Sink
+
+__all__ = [
+    "CaptureBackend",
+    "CaptureOptions",
+    "CapturedGraph",
+    "Runner",
+    "Sink",
+    "make_backend",
+    "make_entry",
+    "raise_from_backend",
+    "surface_errors",
+]

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The torch.compile backend: captures each graph once and hands it to a sink.
+
+Called by Dynamo for every graph it finds. Forward and backward are both in hand
+before the first call runs. Errors leave as UserError: no failure here becomes a
+silent graph break.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo.config as dynamo_config
+import torch._functorch.config as functorch_config
+from torch import fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.exc import BackendCompilerFailed, exceptions_allowed_to_be_fallback
+from torch._dynamo.utils import counters, detect_fake_mode, get_metrics_context
+from torch._guards import TracingContext
+from torch._inductor.compile_fx import partition_fn as inductor_partition
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.virtualized import V
+
+from deepcompile.capture.assemble import Assembler
+from deepcompile.capture.compile import RegionCompiler
+from deepcompile.capture.graph import CapturedGraph, CaptureOptions, Sink
+from deepcompile.capture.joint import refuse_param_mutation, tag_must_recompute
+from deepcompile.capture.program import to_program
+from deepcompile.capture.rng import unwrap_rng
+from deepcompile.capture.saved import (
+    add_token,
+    backward_function,
+    forward_function,
+    inference_function,
+)
+from deepcompile.capture.sources import clone_returned_views, param_inputs, param_sources
+from deepcompile.errors import UserError
+from deepcompile.params import ParamTable
+
+STAGES = ("dynamo", "aot", "partition", "cut", "compile")
+
+
+def raise_from_backend(error: BaseException) -> None:
+    """Raise the UserError inside an error that came out of a compiled call, or ``error``."""
+    inner: BaseException | None = error
+    while inner is not None:
+        if isinstance(inner, UserError):
+            raise inner.with_traceback(None) from (inner.__cause__ or error.__cause__)
+        inner = getattr(inner, "inner_exception", None)
+    raise error
+
+
+@contextlib.contextmanager
+def surface_errors() -> Iterator[None]:
+    """Around a call of a compiled function: UserErrors of the backend come out as such."""
+    try:
+        yield
+    except BackendCompilerFailed as error:
+        raise_from_backend(error)
+
+
+def make_backend(
+    table: ParamTable, options: CaptureOptions, sink: Sink, *, world: int = 1
+) -> CaptureBackend:
+    """A backend for torch.compile over the parameters of ``table``.
+
+    ``world``: ranks that share the parameters, for the programs' headers.
+    """
+    return CaptureBackend(table, options, sink, world)
+
+
+class CaptureBackend:
+    """Use as ``torch.compile(f, backend=backend, dynamic=options.dynamic)``."""
+
+    __name__ = "deepcompile"
+
+    def __init__(self, table: ParamTable, options: CaptureOptions, sink: Sink, world: int):
+        if dynamo_config.suppress_errors:
+            raise UserError(
+                "[capture] torch._dynamo.config.suppress_errors: is on, so a failed capture would "
+                "run eagerly without a word. Set it to False (unset TORCHDYNAMO_SUPPRESS_ERRORS)."
+            )
+        if not dynamo_config.inline_inbuilt_nn_modules:
+            raise UserError(
+                "[capture] torch._dynamo.config.inline_inbuilt_nn_modules: is off, so parameters "
+                "cannot be told from constants. Set it to True."
+            )
+        self.table, self.options, self.sink, self.world = table, options, sink, world
+        self.compiler = RegionCompiler(options)
+        self.graphs: list[CapturedGraph] = []
+        self.cloned_views: list[str] = []
+        """Parameters of which a view leaves a graph: the view is a copy (see limits)."""
+        self._breaks_before = Counter(counters["graph_break"])
+
+    @property
+    def graph_breaks(self) -> dict[str, int]:
+        """Reason to number of graph breaks since this backend was made."""
+        return dict(Counter(counters["graph_break"]) - self._breaks_before)
+
+    def times(self) -> dict[str, float]:
+        """Seconds by stage, over all graphs."""
+        return {s: sum(g.times.get(s, 0.0) for g in self.graphs) for s in STAGES}
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        try:
+            return _Capture(self, gm).run(example_inputs)
+        except exceptions_allowed_to_be_fallback as error:
+            cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"[capture] {_where(gm)}: an operator's result depends on data ({cause}). "
+                "Rewrite it with fixed shapes, or keep that module out of the compiled forward "
+                "with torch.compiler.disable."
+            ) from error
+
+
+def _where(gm: fx.GraphModule) -> str:
+    """Where the user's code starts the graph: ``file:line in function``."""
+    for node in gm.graph.nodes:
+        trace = node.op != "placeholder" and node.meta.get("stack_trace")
+        lines = [x.strip() for x in (trace or "").splitlines() if x.strip().startswith("File ")]
+        if lines:
+            return lines[-1].removeprefix("File ").replace('"', "").replace(", line ", ":")
+    return "graph"
+
+
+def _dynamo_seconds() -> float:
+    """Since Dynamo began with the current frame; 0 if it does not say."""
+    start = getattr(get_metrics_context(), "_start_time_ns", 0)
+    return max(0.0, time.time_ns() - start) / 1e9 if start else 0.0
+
+
+class _Capture:
+    """One call of the backend: from a Dynamo graph to installed sections."""
+
+    def __init__(self, backend: CaptureBackend, gm: fx.GraphModule):
+        self.backend, self.gm = backend, gm
+        self.graph_id = len(backend.graphs)
+        self.times = dict.fromkeys(STAGES, 0.0)
+        self.times["dynamo"] = _dynamo_seconds()
+        self.where = _where(gm)
+        self.sources = param_sources(gm, backend.table)
+        self.fake_mode: Any = None
+        self.forward: fx.GraphModule | None = None
+        self.function: Callable | None = None
+        self.functions: dict[str, Callable] = {}
+
+    def run(self, example_inputs: list[Any]) -> Callable[..., Any]:
+        table = self.backend.table
+        with _timed(self.times, "aot"):
+            for source in clone_returned_views(self.gm, self.sources):
+                self.backend.cloned_views.append(table.member(self.sources[source]).name)
+            self.fake_mode = detect_fake_mode(example_inputs)
+            if self.fake_mode is None:
+                self.fake_mode = TracingContext.get().fake_mode
+            settings = functorch_config.patch(
+                force_non_lazy_backward_lowering=True,
+                graphsafe_rng_functionalization=False,  # states as tensors, not generators
+                donated_buffer=False,
+            )
+            with settings, V.set_fake_mode(self.fake_mode):
+                compiled = aot_autograd(
+                    fw_compiler=self._keep_forward,
+                    bw_compiler=self._finish_training,
+                    inference_compiler=self._finish_inference,
+                    partition_fn=self._partition,
+                    decompositions=select_decomp_table(),
+                    keep_inference_input_mutations=True,
+                )(self.gm, example_inputs)
+        inner = ("partition", "cut", "compile")
+        self.times["aot"] -= sum(self.times[s] for s in inner)
+        return compiled
+
+    def _partition(
+        self, joint: fx.GraphModule, inputs: Any, **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        with _timed(self.times, "partition"):
+            params = param_inputs(joint.graph, self.sources)
+            tag_must_recompute(joint.graph, params)
+            forward, backward = inductor_partition(joint, inputs, **kwargs)
+            unwrap_rng(forward, backward)
+            add_token(forward, backward, kwargs["num_fwd_outputs"], self.fake_mode)
+            return forward, backward
+
+    def _keep_forward(self, gm: fx.GraphModule, example_inputs: Any) -> Callable:
+        self.forward = gm
+
+        def run(args: list) -> Any:
+            return self.functions["forward"](args)
+
+        run._boxed_call = True
+        return run
+
+    def _finish_training(self, gm: fx.GraphModule, example_inputs: Any) -> Callable:
+        if self.forward is None:
+            raise UserError(
+                f"[capture] {self.where}: the backward is itself differentiated. Double backward "
+                "is not supported in the compiled model."
+            )
+        # Saved values are the runner's to give away; the runner refuses a second backward.
+        TracingContext.get().fw_metadata.bw_donated_idxs = []
+        assembler = self._assembler()
+        with _timed(self.times, "cut"):
+            for graph in (self.forward.graph, gm.graph):
+                params = param_inputs(graph, self.sources)
+                refuse_param_mutation(graph, params, self.backend.table)
+            assembler.training(self.forward, gm)
+        runner = self._install(assembler, inference=False)
+        calls = assembler.calls
+        self.functions["forward"] = forward_function(runner, calls["forward"], assembler.saved)
+        self.forward = None
+        return backward_function(runner, calls["backward"], assembler.token)
+
+    def _finish_inference(self, gm: fx.GraphModule, example_inputs: Any) -> Callable:
+        assembler = self._assembler()
+        with _timed(self.times, "cut"):
+            params = param_inputs(gm.graph, self.sources)
+            refuse_param_mutation(gm.graph, params, self.backend.table)
+            assembler.inference(gm)
+        runner = self._install(assembler, inference=True)
+        return inference_function(runner, assembler.calls["inference"])
+
+    def _assembler(self) -> Assembler:
+        backend = self.backend
+        return Assembler(
+            self.graph_id, backend.table, self.sources, backend.compiler, self.fake_mode
+        )
+
+    def _install(self, assembler: Assembler, *, inference: bool) -> Any:
+        backend, ir = self.backend, assembler.ir
+        with _timed(self.times, "cut"):
+            program = to_program(ir, backend.table, world=backend.world)
+        with _timed(self.times, "compile"):
+            cache = backend.compiler.compile(self.fake_mode)
+        captured = CapturedGraph(
+            self.graph_id,
+            ir,
+            program,
+            backend.compiler.codes,
+            inference,
+            times=self.times,
+            section_outputs=assembler.section_outputs,
+            distinct_regions=len({r.code for r in ir.regions}),
+            cache={**cache, "reused": assembler.reused},
+            user_stack=self.where,
+        )
+        backend.graphs.append(captured)
+        return backend.sink.install(captured)
+
+
+@contextlib.contextmanager
+def _timed(times: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        times[stage] += time.perf_counter() - start

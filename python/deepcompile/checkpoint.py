@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: one folder a tag, through torch.distributed.checkpoint (DCP).
+
+A parameter is saved as its flattened fp32 master values and its two Adam
+states; each rank writes the ranges it owns and reads the ranges it needs, so
+any number of ranks can load what any other number saved. Layout:
+
+    DIR/latest                 the newest complete tag
+    DIR/TAG/*.distcp, .metadata   DCP: master.NAME, exp_avg.NAME, exp_avg_sq.NAME, buffer.NAME
+    DIR/TAG/meta.pt            counters, schedule, parameter groups, shapes (rank 0)
+    DIR/TAG/client_state.pt    whatever the user gave (rank 0)
+    DIR/TAG/rng_R.pt           rank R's generators
+
+Everything is written to TAG.tmp, which is renamed when complete; then `latest`
+is replaced. A save that dies leaves the previous checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from .distributed import Ranks
+from .errors import UserError
+
+FORMAT = 1
+
+
+def _fail(what: str | Path, cause: str) -> UserError:
+    return UserError(f"[checkpoint] {what}: {cause}")
+
+
+class FlatShard:
+    """This rank's ranges [start, start + len) of a flattened tensor of `total` elements.
+
+    Implements DCP's protocol for objects that describe their own chunks
+    (torch.distributed._checkpointable); ranges of all ranks tile the tensor.
+    """
+
+    def __init__(self, total: int, dtype: torch.dtype):
+        self.total = total
+        self.dtype = dtype
+        self.chunks: dict[int, torch.Tensor] = {}
+
+    def add(self, start: int, data: torch.Tensor) -> None:
+        """`data`: 1-D view; loading writes into it."""
+        if data.numel():
+            self.chunks[start] = data.detach()
+
+    def size(self) -> torch.Size:
+        return torch.Size([self.total])
+
+    def _chunk(self, start: int) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(
+            offsets=torch.Size([start]), sizes=torch.Size([self.chunks[start].numel()])
+        )
+
+    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size([start])),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=self._chunk(start),
+                    properties=TensorProperties(dtype=self.dtype),
+                    size=self.size(),
+                ),
+            )
+            for start in self.chunks
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk(start) for start in self.chunks]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.chunks[index.offset[0]]
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """This process's generators: torch, its device, Python and NumPy."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    try:
+        import numpy as np
+    except ImportError:
+        return state
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    state["numpy"] = (kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+    if "numpy" in state:
+        import numpy as np
+
+        kind, keys, position, has_gauss, cached = state["numpy"]
+        np.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))
+
+
+def _check_tag(tag: str) -> str:
+    if not tag or tag in (".", "..", "latest") or "/" in tag or os.sep in tag or tag[-4:] == ".tmp":
+        raise _fail(f"tag {tag!r}", "must be a plain folder name, other than latest or *.tmp")
+    return tag
+
+
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _publish(root: Path, tag: str) -> None:
+    """Rename the complete TAG.tmp to TAG, then point `latest` at it."""
+    temporary, final, old = root / f"{tag}.tmp", root / tag, root / f"{tag}.old"
+    for path in temporary.iterdir():
+        _sync_file(path)
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    temporary.rename(final)
+    pointer = root / "latest.tmp"
+    pointer.write_text(tag, encoding="utf-8")
+    _sync_file(pointer)
+    os.replace(pointer, root / "latest")
+    _sync_file(root)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def save(
+    root: str | Path,
+    tag: str,
+    tensors: dict[str, Any],
+    meta: dict[str, Any],
+    client_state: dict[str, Any],
+    ranks: Ranks,
+) -> Path:
+    """Write one checkpoint; collective. `tensors`: FlatShards, and replicated tensors that
+    rank 0 writes. Returns its folder."""
+    root = Path(root)
+    tag = ranks.from_first(_check_tag(tag))
+    temporary = root / f"{tag}.tmp"
+
+    def prepare() -> None:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+
+    def write_small() -> None:
+        torch.save(rng_state(ranks.device), temporary / f"rng_{ranks.rank}.pt")
+        if ranks.rank == 0:
+            torch.save({"format": FORMAT, **meta}, temporary / "meta.pt")
+            torch.save(client_state, temporary / "client_state.pt")
+
+    ranks.together("[checkpoint] save", prepare)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
+            dcp.save(
+                tensors,
+                storage_writer=dcp.FileSystemWriter(temporary, single_file_per_rank=True),
+                process_group=ranks.group,
+                no_dist=ranks.group is None,
+            )
+    except dcp.api.CheckpointException as error:
+        raise _fail(temporary, f"could not be written: {error}") from error
+    ranks.together("[checkpoint] save", write_small)
+    ranks.together("[checkpoint] save", lambda: _publish(root, tag) if ranks.rank == 0 else None)
+    return root / tag
+
+
+def find(root: str | Path, tag: str | None, ranks: Ranks) -> Path | None:
+    """The folder to load, agreed by rank 0; None if `tag` is None and there is none yet."""
+    root = Path(root)
+
+    def choose() -> Path | None:
+        wanted = tag
+        if wanted is None:
+            try:
+                wanted = (root / "latest").read_text(encoding="utf-8").strip()
+            except FileNotFoundError:
+                return None
+        for folder in (root / _check_tag(wanted), root / f"{wanted}.old"):
+            if (folder / "meta.pt").exists() and (folder / ".metadata").exists():
+                return folder
+        there = sorted(p.parent.name for p in root.glob("*/meta.pt") if p.parent.suffix != ".tmp")
+        raise _fail(
+            root / wanted, f"no complete checkpoint there; this folder has {there or 'none'}"
+        )
+
+    chosen = ranks.together("[checkpoint] load", lambda: choose() if ranks.rank == 0 else None)
+    return ranks.from_first(chosen)
+
+
+def read_meta(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(meta, client_state) of a checkpoint folder. The client state is a pickle: load only
+    checkpoints that you trust."""
+    try:
+        meta = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
+        client = torch.load(folder / "client_state.pt", map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise _fail(folder, f"cannot be read: {error}") from error
+    if meta.get("format") != FORMAT:
+        raise _fail(folder, f"has format {meta.get('format')}, this version reads {FORMAT}")
+    return meta, client
+
+
+def check_shapes(folder: Path, saved: dict[str, list[int]], mine: dict[str, list[int]]) -> None:
+    """UserError unless the checkpoint holds this model's parameters."""
+    for name, shape in mine.items():
+        if name not in saved:
+            raise _fail(folder, f"has no parameter {name}; it is of another model")
+        if saved[name] != shape:
+            raise _fail(folder, f"parameter {name} has shape {saved[name]} there, {shape} here")
+    extra = [name for name in saved if name not in mine]
+    if extra:
+        raise _fail(folder, f"has a parameter {extra[0]} that this model lacks")
+
+
+def check_batch(folder: Path, saved: dict[str, int], mine: dict[str, int]) -> None:
+    """UserError if a step of this job does not see what a step of the saving job saw."""
+    if saved["train_batch_size"] == mine["train_batch_size"]:
+        return
+
+    def show(t: dict[str, int]) -> str:
+        return (
+            f"train_batch_size {t['train_batch_size']} ({t['micro_batch']} x "
+            f"{t['accumulation']} accumulation x {t['world']} ranks)"
+        )
+
+    raise _fail(
+        folder,
+        f"saved with {show(saved)}, this job has {show(mine)}; set train_batch_size to "
+        f"{saved['train_batch_size']}, or load with strict_batch=False",
+    )
+
+
+def read_tensors(folder: Path, tensors: dict[str, Any], ranks: Ranks) -> None:
+    """Fill FlatShards and tensors in place from a checkpoint folder; collective."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
+            dcp.load(
+                tensors,
+                storage_reader=dcp.FileSystemReader(folder),
+                process_group=ranks.group,
+                no_dist=ranks.group is None,
+            )
+    except dcp.api.CheckpointException as error:
+        raise _fail(folder, f"could not be loaded: {error}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _fail(folder, f"could not be loaded: {error}") from error
+
+
+def load_rng(folder: Path, ranks: Ranks) -> None:
+    """Restore this rank's generators; warn if the checkpoint has fewer ranks."""
+    path = folder / f"rng_{ranks.rank}.pt"
+    if not path.exists():
+        warnings.warn(
+            f"[checkpoint] {folder}: saved on fewer ranks, so rank {ranks.rank} keeps its own "
+            "random state",
+            stacklevel=2,
+        )
+        return
+    set_rng_state(torch.load(path, map_location="cpu", weights_only=True), ranks.device)

@@ -1,0 +1,392 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's configuration: DeepSpeed's JSON, checked key by key.
+
+load_config() turns a path or a dict into a Config: one frozen dataclass a
+section, each default beside its meaning. A key is supported (a field below),
+warned about or refused (config_keys.py), or unknown, which is an error with
+the nearest known name. Nothing is ignored silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import config_keys
+from .errors import UserError
+
+DTYPES = {
+    "fp32": "f32", "fp16": "f16", "bf16": "bf16",
+    "float32": "f32", "float16": "f16", "bfloat16": "bf16",
+}  # fmt: skip
+
+
+class ConfigWarning(UserWarning):
+    """A known configuration key that has no effect here."""
+
+
+def _fail(where: str, cause: str) -> UserError:
+    return UserError(f"[config] {where}: {cause}")
+
+
+def _bool(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _fail(where, f"must be true or false, not {value!r}")
+    return value
+
+
+def _number(kind: type, low: float, allow_low: bool = True) -> Callable[[str, Any], Any]:
+    bound = f"at least {low}" if allow_low else f"greater than {low}"
+
+    def check(where: str, value: Any):
+        if value == "auto":
+            raise _fail(where, '"auto" is for trainers that fill it in; give a number')
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise _fail(where, f"must be a number, not {value!r}")
+        if kind is int and not whole:
+            raise _fail(where, f"must be a whole number, not {value!r}")
+        if not (value >= low if allow_low else value > low):
+            raise _fail(where, f"must be {bound}, not {value!r}")
+        return kind(value)
+
+    return check
+
+
+def _choice(*names: str) -> Callable[[str, Any], str]:
+    def check(where: str, value: Any) -> str:
+        if value not in names:
+            raise _fail(where, f"must be one of {', '.join(names)}, not {value!r}")
+        return value
+
+    return check
+
+
+def _text(where: str, value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise _fail(where, f"must be a string, not {value!r}")
+    return value
+
+
+def _texts(where: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+        raise _fail(where, f"must be a list of strings, not {value!r}")
+    return tuple(_text(where, item) for item in value)
+
+
+def _table(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _fail(where, f"must be an object, not {value!r}")
+    return dict(value)
+
+
+def _stage(where: str, value: Any) -> int:
+    value = _number(int, 0)(where, value)
+    if value not in (0, 3):
+        raise _fail(where, f"stage {value} is not available; use 3 (all sharded) or 0 (replicated)")
+    return value
+
+
+def _key(check: Callable[[str, Any], Any], default: Any = None, **kwargs: Any) -> Any:
+    if "default_factory" not in kwargs:
+        kwargs["default"] = default
+    return field(metadata={"check": check}, **kwargs)
+
+
+_positive = _number(int, 1)
+_count = _number(int, 0)
+
+
+@dataclass(frozen=True)
+class Bf16Config:
+    enabled: bool = _key(_bool, False)
+    """Parameters, activations and gradients in bfloat16; master weights and states in fp32."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    type: str = _key(_choice("Adam", "AdamW"), "AdamW")
+    """Adam is AdamW unless params.adam_w_mode is false, as in DeepSpeed."""
+    params: dict = _key(_table, default_factory=dict)
+    """lr, betas, eps, weight_decay, adam_w_mode."""
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    type: str = _key(_text, "")
+    """WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, or a torch.optim.lr_scheduler name."""
+    params: dict = _key(_table, default_factory=dict)
+    """Keyword arguments of that schedule."""
+
+
+@dataclass(frozen=True)
+class LeafModuleConfig:
+    classes: tuple[str, ...] = _key(_texts, ("MultiheadAttention", "TransformerEncoderLayer"))
+    """Class names of modules gathered with everything inside them, when not compiled: those
+    that read a child's parameters without calling the child."""
+
+
+@dataclass(frozen=True)
+class ZeroConfig:
+    stage: int = _key(_stage, 0)
+    """0: everything replicated. 3: parameters, gradients and optimizer states sharded."""
+    stage3_param_persistence_threshold: int = _key(_count, 100_000)
+    """Parameters with fewer elements stay whole on every rank, packed together."""
+    leaf_module: LeafModuleConfig = _key(_table, default_factory=LeafModuleConfig)
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    deepcompile: bool = _key(_bool, True)
+    """False: engine.compile() warns and leaves the engine in eager mode."""
+    passes: tuple[str, ...] = _key(_texts, ())
+    """DeepSpeed's list. `z3` with stage 3 is what runs anyway; others are errors."""
+    region_bytes: int = _key(_positive, 4 << 30)
+    """Most bytes of parameters that one compiled region uses; one parameter may exceed it."""
+    differentiable_outputs: str = _key(_choice("all", "loss"), "all")
+    """Loss: only the output named loss is differentiated; the others are detached, so that no
+    gradient as large as the logits is made for them."""
+    cache_dir: str | None = _key(_text, None)
+    """Where compiled regions are kept between runs. Default: Inductor's cache folder."""
+    machine: str | None = _key(_text, None)
+    """Machine the report's simulation is for: a built-in name or a JSON file. Default: guessed."""
+    timeout_s: float = _key(_number(float, 0, False), 1800.0)
+    """Seconds after which a collective that cannot complete is an error."""
+    debug_log: bool = _key(_bool, False)
+    """Log the text of each program that is planned."""
+
+
+@dataclass(frozen=True)
+class DataTypesConfig:
+    grad_accum_dtype: str = _key(_choice("fp32", "float32"), "fp32")
+    """Gradients are accumulated over micro-batches in fp32."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Accepted so that DeepSpeed's files load; nothing in it is needed."""
+
+
+@dataclass(frozen=True)
+class Config:
+    train_batch_size: int | None = _key(_positive, None)
+    """Samples an optimizer step sees: micro-batch x accumulation x ranks."""
+    train_micro_batch_size_per_gpu: int | None = _key(_positive, None)
+    """Samples a rank sees in one forward."""
+    gradient_accumulation_steps: int | None = _key(_positive, None)
+    """Forward and backward passes before an optimizer step."""
+    gradient_clipping: float = _key(_number(float, 0), 0.0)
+    """Largest global gradient norm; 0 switches clipping off."""
+    communication_data_type: str | None = _key(_choice(*DTYPES), None)
+    """Element type of gradient reductions. Default: the parameters' type."""
+    steps_per_print: int = _key(_count, 0)
+    """Print step, loss and learning rate every so many steps on rank 0; 0: never."""
+    wall_clock_breakdown: bool = _key(_bool, False)
+    """Add the seconds spent in forward, backward and step to that line."""
+    dataloader_drop_last: bool = _key(_bool, False)
+    """Drop the last incomplete batch of `training_data`."""
+    zero_allow_untested_optimizer: bool = _key(_bool, False)
+    """Accepted; Adam and AdamW are the only optimizers with or without it."""
+    bf16: Bf16Config = _key(_table, default_factory=Bf16Config)
+    optimizer: OptimizerConfig | None = _key(_table, None)
+    scheduler: SchedulerConfig | None = _key(_table, None)
+    zero_optimization: ZeroConfig = _key(_table, default_factory=ZeroConfig)
+    compile: CompileConfig = _key(_table, default_factory=CompileConfig)
+    data_types: DataTypesConfig = _key(_table, default_factory=DataTypesConfig)
+    checkpoint: CheckpointConfig = _key(_table, default_factory=CheckpointConfig)
+    warnings: tuple[str, ...] = ()
+    """Not a key: what was accepted without effect."""
+
+    @property
+    def stage(self) -> int:
+        return self.zero_optimization.stage
+
+    @property
+    def reduce_dtype(self) -> str:
+        """IR name of the element type of gradient reductions."""
+        if self.communication_data_type is not None:
+            return DTYPES[self.communication_data_type]
+        return "bf16" if self.bf16.enabled else "f32"
+
+    def with_batch(self, world: int) -> Config:
+        """The same with the batch triple resolved for `world` ranks."""
+        train, micro, accumulation = resolve_batch(
+            self.train_batch_size,
+            self.train_micro_batch_size_per_gpu,
+            self.gradient_accumulation_steps,
+            world,
+        )
+        return dataclasses.replace(
+            self,
+            train_batch_size=train,
+            train_micro_batch_size_per_gpu=micro,
+            gradient_accumulation_steps=accumulation,
+        )
+
+
+SECTIONS: dict[str, type] = {
+    "bf16": Bf16Config,
+    "optimizer": OptimizerConfig,
+    "scheduler": SchedulerConfig,
+    "zero_optimization": ZeroConfig,
+    "compile": CompileConfig,
+    "data_types": DataTypesConfig,
+    "checkpoint": CheckpointConfig,
+    "leaf_module": LeafModuleConfig,
+}
+ALIASES = {"": {"bfloat16": "bf16"}}
+
+
+def supported_keys(section: str) -> dict[str, dataclasses.Field]:
+    """The keys of a section ("" is the top level) that have an effect."""
+    fields = dataclasses.fields(SECTIONS[section] if section else Config)
+    return {f.name: f for f in fields if "check" in f.metadata}
+
+
+def resolve_batch(
+    train: int | None, micro: int | None, accumulation: int | None, world: int
+) -> tuple[int, int, int]:
+    """(train batch, micro-batch, accumulation steps) for `world` ranks, by DeepSpeed's rules.
+
+    Any two fix the third; the train or micro-batch size alone means one
+    accumulation step.
+    """
+    if train is None and micro is None:
+        raise _fail(
+            "batch size",
+            "give train_batch_size or train_micro_batch_size_per_gpu "
+            "(two of them with gradient_accumulation_steps fix the third)",
+        )
+    given = (train, micro, accumulation)
+    if train is None:
+        accumulation = accumulation or 1
+        train = micro * accumulation * world
+    elif micro is None:
+        accumulation = accumulation or 1
+        micro = train // (world * accumulation)
+    elif accumulation is None:
+        accumulation = train // (micro * world)
+    if min(micro, accumulation) < 1 or train != micro * accumulation * world:
+        shown = [
+            f"{name} {'(not given)' if value is None else value}"
+            for name, value in zip(
+                ("train_batch_size", "train_micro_batch_size_per_gpu",
+                 "gradient_accumulation_steps"), given, strict=True,
+            )
+        ]  # fmt: skip
+        raise _fail(
+            "batch size",
+            f"{', '.join(shown)} do not fit {world} rank{'s' * (world != 1)}: train_batch_size "
+            "must be micro-batch x accumulation x ranks. Change one of them or the number of ranks",
+        )
+    return train, micro, accumulation
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise _fail(key, "appears twice in one object; keep one")
+        table[key] = value
+    return table
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """A JSON file's object, with errors that name file, line and column."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise _fail(str(path), "no such file; check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _fail(str(path), f"cannot be read: {error}") from None
+    try:
+        table = json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        place = f"{path}:{error.lineno}:{error.colno}"
+        raise _fail(place, f"not valid JSON: {error.msg}") from None
+    if not isinstance(table, dict):
+        raise _fail(str(path), "must hold one JSON object")
+    return table
+
+
+def _unknown(where: str, key: str, known: list[str]) -> UserError:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    hint = f'did you mean "{near[0]}"?' if near else "remove it (docs/config.md lists all keys)"
+    return _fail(where, f"unknown key; {hint}")
+
+
+def _parse(section: str, table: dict[str, Any], prefix: str, found: list[str]) -> Any:
+    """The section's dataclass from its JSON object; appends to `found` what is only warned."""
+    kind = SECTIONS[section] if section else Config
+    fields = supported_keys(section)
+    warned = config_keys.WARNED.get(section, {})
+    refused = config_keys.REFUSED.get(section, {})
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        key = ALIASES.get(section, {}).get(key, key)
+        where = prefix + key
+        if key in fields:
+            if value is None:
+                continue  # null means the default
+            value = fields[key].metadata["check"](where, value)
+            values[key] = _parse(key, value, where + ".", found) if key in SECTIONS else value
+        elif key in warned:
+            found.append(f"[config] {where} has no effect: {warned[key]}")
+        elif key in refused:
+            off, remedy = refused[key]
+            if not config_keys.is_off(value, off):
+                raise _fail(where, f"{value!r} is not supported: {remedy}")
+        else:
+            raise _unknown(where, key, [*fields, *warned, *refused])
+    return kind(**values)
+
+
+def _check_together(config: Config) -> None:
+    """Rules that need more than one key."""
+    for name in config.compile.passes:
+        if name != "z3" or config.stage != 3:
+            raise _fail("compile.passes", f"{name!r} is not available; the plan is made by stage")
+    if config.optimizer is not None:
+        known = ("lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam",
+                 "bias_correction", "amsgrad", "fused", "max_grad_norm")  # fmt: skip
+        params = config.optimizer.params
+        for key, value in params.items():
+            where = f"optimizer.params.{key}"
+            if key not in known:
+                raise _unknown(where, key, list(known))
+            if value == "auto":
+                raise _fail(where, '"auto" is for trainers that fill it in; give a value')
+        if params.get("amsgrad"):
+            raise _fail("optimizer.params.amsgrad", "is not supported; remove it")
+        if params.get("bias_correction") is False:
+            raise _fail("optimizer.params.bias_correction", "cannot be switched off; remove it")
+        if params.get("max_grad_norm"):
+            raise _fail("optimizer.params.max_grad_norm", "set gradient_clipping instead")
+    if config.scheduler is not None and not config.scheduler.type:
+        raise _fail("scheduler.type", "is missing; name a schedule, e.g. WarmupLR")
+
+
+def load_config(source: str | Path | dict[str, Any]) -> Config:
+    """The checked configuration from a JSON file or a dict; warns of keys without effect.
+
+    The batch triple is as given: Config.with_batch(world) resolves it.
+    """
+    if isinstance(source, dict):
+        table = source
+    elif isinstance(source, str | Path):
+        table = read_json(source)
+    else:
+        raise _fail("config", f"must be a path or a dict, not {type(source).__name__}")
+    found: list[str] = []
+    config = _parse("", table, "", found)
+    _check_together(config)
+    for message in found:
+        warnings.warn(message, ConfigWarning, stacklevel=2)
+    return dataclasses.replace(config, warnings=tuple(found))

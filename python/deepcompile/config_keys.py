@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed's configuration keys that this engine does not act on.
+
+Two kinds, by section ("" is the top level). A *warned* key changes speed or
+logging only: it is named in a ConfigWarning and ignored. A *refused* key would
+change what is trained or where it runs: it is an error unless it is switched
+off. Keys in neither table and in no dataclass of config.py are unknown.
+docs/config.md is checked against these tables by tests/python/test_config.py.
+"""
+
+PLANNED = "the plan decides this"
+ORDERED = "instructions are ordered by streams and events"
+LOGGING = "no such monitor here; use engine.report()"
+
+WARNED: dict[str, dict[str, str]] = {
+    "": {
+        "activation_checkpointing": "checkpoint the model itself (torch.utils.checkpoint)",
+        "comms_logger": LOGGING,
+        "csv_monitor": LOGGING,
+        "comet": LOGGING,
+        "dump_state": "print(engine.config) shows the same",
+        "flops_profiler": LOGGING,
+        "memory_breakdown": "engine.report() shows memory over the step",
+        "tensorboard": LOGGING,
+        "timers": "wall_clock_breakdown prints the times",
+        "wandb": LOGGING,
+        "zero_force_ds_cpu_optimizer": "there is one optimizer, on the parameters' device",
+        "seq_parallel_communication_data_type": "there is no sequence parallelism",
+    },
+    "bf16": {
+        "immediate_grad_update": "gradients are reduced as they appear",
+        "check_grad_overflow": "bf16 has fp32's range",
+    },
+    "zero_optimization": {
+        "allgather_bucket_size": PLANNED,
+        "allgather_partitions": PLANNED,
+        "contiguous_gradients": PLANNED,
+        "gather_16bit_weights_on_model_save": "use engine.save_16bit_model()",
+        "stage3_gather_16bit_weights_on_model_save": "use engine.save_16bit_model()",
+        "ignore_unused_parameters": "unused parameters are always allowed",
+        "load_from_fp32_weights": "checkpoints always hold fp32 weights",
+        "log_trace_cache_warnings": "there is no trace cache",
+        "overlap_comm": PLANNED,
+        "reduce_bucket_size": PLANNED,
+        "reduce_scatter": PLANNED,
+        "round_robin_gradients": PLANNED,
+        "stage3_max_live_parameters": PLANNED,
+        "stage3_max_reuse_distance": PLANNED,
+        "stage3_model_persistence_threshold": PLANNED,
+        "stage3_module_granularity_threshold": PLANNED,
+        "stage3_prefetch_bucket_size": PLANNED,
+        "stage3_use_all_reduce_for_fetch_params": PLANNED,
+        "sub_group_size": PLANNED,
+        "use_multi_rank_bucket_allreduce": PLANNED,
+        "memory_efficient_linear": "compiled regions save what the backward needs",
+        "legacy_stage1": "there is one implementation",
+    },
+    "compile": {
+        "double_buffer": "two reductions are always in turn",
+        "free_activation": "liveness frees each activation after its last use",
+        "free_activation_threshold": "liveness frees each activation after its last use",
+        "keep_int_input_tensors": "no inputs are kept: nothing is replayed for profiling",
+        "keep_all_input_tensors": "no inputs are kept: nothing is replayed for profiling",
+        "offload_activation_pin_memory": "activations are not offloaded",
+        "sync_before_reduce": ORDERED,
+        "sync_after_reduce": ORDERED,
+        "sync_before_allgather": ORDERED,
+        "sync_after_allgather": ORDERED,
+    },
+    "checkpoint": {
+        "tag_validation": "rank 0's tag is used on every rank",
+        "load_universal": "every checkpoint loads on any number of ranks",
+        "use_node_local_storage": "checkpoints need one folder that all ranks see",
+        "parallel_write": "all ranks always write",
+    },
+}
+
+# key -> (values that mean "off", what to do instead). A section with an
+# `enabled` field is off when that is false.
+OFF = (None, False, 0, "none", {}, [])
+REFUSED: dict[str, dict[str, tuple[tuple, str]]] = {
+    "": {
+        "aio": (OFF, "there is no NVMe offload; remove the section"),
+        "amp": (OFF, 'use "bf16": {"enabled": true}'),
+        "autotuning": (OFF, "remove the section"),
+        "compression_training": (OFF, "remove the section"),
+        "curriculum_learning": (OFF, "do it in the data loader"),
+        "data_efficiency": (OFF, "do it in the data loader"),
+        "disable_allgather": (OFF, "remove the key"),
+        "eigenvalue": (OFF, "remove the section"),
+        "elasticity": (OFF, "start the job with the number of ranks you want"),
+        "fp16": (OFF, 'there is no loss scaling; use "bf16": {"enabled": true} or fp32'),
+        "gradient_predivide_factor": ((None, 1, 1.0), "gradients are averaged after the sum"),
+        "graph_harvesting": (OFF, "remove the key"),
+        "hybrid_engine": (OFF, "remove the section"),
+        "nebula": (OFF, "use engine.save_checkpoint()"),
+        "pipeline": (OFF, "pipeline parallelism is not available"),
+        "prescale_gradients": (OFF, "gradients are averaged after the sum"),
+        "progressive_layer_drop": (OFF, "do it in the model"),
+        "quantize_training": (OFF, "remove the section"),
+        "sequence_parallel_size": ((None, 1), "sequence parallelism is not available"),
+        "sparse_attention": (OFF, "do it in the model"),
+        "sparse_gradients": (OFF, "gradients are dense; remove the key"),
+        "tensor_parallel": (OFF, "tensor parallelism is not available"),
+        "torch_autocast": (OFF, "wrap the model's forward in torch.autocast, or use bf16"),
+        "use_data_before_expert_parallelism": (OFF, "expert parallelism is not available"),
+    },
+    "bf16": {
+        "bf16_master_weights_and_grads": (OFF, "master weights are fp32"),
+        "bf16_optimizer_states": (OFF, "optimizer states are fp32"),
+    },
+    "zero_optimization": {
+        "cpu_offload": (OFF, "offload is not available yet"),
+        "cpu_offload_params": (OFF, "offload is not available yet"),
+        "elastic_checkpoint": (OFF, "every checkpoint loads on any number of ranks"),
+        "mics_shard_size": ((None, -1, 0), "parameters are sharded over all ranks"),
+        "mics_hierarchical_params_gather": (OFF, "parameters are sharded over all ranks"),
+        "offload_optimizer": (OFF, "offload is not available yet; remove the section"),
+        "offload_param": (OFF, "offload is not available yet; remove the section"),
+        "override_module_apply": (OFF, "modules are not patched; remove the key"),
+        "zero_hpz_partition_size": ((None, 1), "parameters are sharded over all ranks"),
+        "zero_quantized_gradients": (OFF, "set communication_data_type instead"),
+        "zero_quantized_weights": (OFF, "remove the key"),
+        "zero_quantized_nontrainable_weights": (OFF, "remove the key"),
+        "zeropp_loco_param": (OFF, "remove the section"),
+    },
+    "compile": {
+        "offload_activation": (OFF, "offload is not available yet"),
+        "offload_opt_states": (OFF, "offload is not available yet"),
+        "offload_parameters": (OFF, "offload is not available yet"),
+        "symmetric_memory": (OFF, "gathers go through the process group"),
+    },
+    "checkpoint": {},
+    "data_types": {},
+}
+
+
+def is_off(value: object, off: tuple) -> bool:
+    """Whether a refused key's value switches the feature off."""
+    if isinstance(value, dict):
+        if "enabled" in value:
+            return not value["enabled"]
+        if "device" in value:
+            return value["device"] in (None, "none")
+        return not value
+    return any(value is item or (type(value) is type(item) and value == item) for item in off)

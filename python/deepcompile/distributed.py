@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks of a job: who this one is, and how they agree.
+
+join() finds or starts the process group. World 1 needs no launcher and no
+group. Objects travel through torch.distributed's object collectives, so none
+of this belongs on the path of a step.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One rank's view of the job."""
+
+    rank: int
+    """0 .. world - 1."""
+    world: int
+    """Number of ranks that share the parameters."""
+    device: torch.device
+    """Where this rank computes."""
+    group: Any = None
+    """torch.distributed group, or None when there is one rank and no launcher."""
+
+    def barrier(self) -> None:
+        """Return when every rank has called this."""
+        if self.group is not None:
+            dist.barrier(
+                self.group,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            )
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return box[0]
+
+    def together(self, stage: str, work: Callable[[], Any]) -> Any:
+        """Run `work` on this rank; raise on every rank if it failed on any."""
+        error, result = None, None
+        try:
+            result = work()
+        except Exception as caught:  # the other ranks must hear of anything
+            error = caught
+        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        for rank, text in enumerate(said):
+            if text is not None:
+                if error is not None and rank == self.rank:
+                    raise error
+                raise UserError(f"{stage} rank {rank}: {text}")
+        return result
+
+    def broadcast_tensor(self, tensor: torch.Tensor, source: int = 0) -> None:
+        """Overwrite `tensor` (contiguous, on any device) with rank `source`'s."""
+        if self.group is None or tensor.numel() == 0:
+            return
+        on_device = tensor.detach().to(self.device)
+        dist.broadcast(on_device, dist.get_global_rank(self.group, source), group=self.group)
+        if on_device.data_ptr() != tensor.data_ptr():
+            tensor.copy_(on_device)
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"[distributed] LOCAL_RANK={local}: this host has {torch.cuda.device_count()} GPU(s); "
+            "start fewer ranks on it"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def join(
+    dist_init_required: bool | None = None,
+    timeout_s: float = 1800.0,
+    device: torch.device | None = None,
+) -> Ranks:
+    """This rank, after starting torch.distributed if a launcher's variables are set.
+
+    `dist_init_required`: None starts it when RANK and WORLD_SIZE are set, False
+    never starts it, True insists. Gloo on CPU, NCCL on CUDA.
+    """
+    device = device or _device()
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    if not dist.is_initialized() and dist_init_required is not False and launched:
+        try:
+            dist.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                timeout=datetime.timedelta(seconds=timeout_s),
+                device_id=device if device.type == "cuda" else None,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"[distributed] init_process_group: {error}; check MASTER_ADDR, MASTER_PORT, "
+                "RANK and WORLD_SIZE, or start with torchrun"
+            ) from None
+    if dist.is_initialized():
+        group = dist.group.WORLD
+        return Ranks(dist.get_rank(group), dist.get_world_size(group), device, group)
+    if dist_init_required:
+        raise UserError(
+            "[distributed] dist_init_required=True: RANK and WORLD_SIZE are not set; start with "
+            "torchrun, or call torch.distributed.init_process_group first"
+        )
+    return Ranks(0, 1, device)

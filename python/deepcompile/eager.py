@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ZeRO-3 where nothing is compiled: module hooks gather, gradient hooks reduce.
+
+Sharded parameters are whole while a module that owns them runs forward, and
+again from the arrival of its output's gradient until their own gradient is
+made. Gradients are reduced as they appear, two reductions at most in flight.
+
+The hooks stay installed after engine.compile(): frames that Dynamo skips still
+find their parameters. While Dynamo traces they do nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import UserError
+from .params import MemberRef, ParamTable
+
+OUTSTANDING_REDUCTIONS = 2
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors inside nested containers and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, list | tuple | set):
+        for item in value:
+            yield from tensors_in(item)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in dataclasses.fields(value):
+            yield from tensors_in(getattr(value, item.name, None))
+
+
+class EagerHooks:
+    """Hooks on one model. `runtime` is the engine's; the engine brackets each backward with
+    begin_backward() and end_backward()."""
+
+    def __init__(
+        self, model: nn.Module, table: ParamTable, runtime: Any, leaf_classes: tuple[str, ...]
+    ):
+        self._table = table
+        self._runtime = runtime
+        self._holds: Counter[str] = Counter()  # running modules that need a param whole
+        self._gathered: set[str] = set()  # by these hooks, in the running backward
+        self._in_backward = False
+        self._reducing: deque[str] = deque()
+        self._packs: dict[int, dict[str, torch.Tensor]] = {}
+        self.reduced = 0  # reductions started by hooks since the engine began
+        self._handles: list[Any] = []
+        self._install(model, leaf_classes)
+
+    @property
+    def in_backward(self) -> bool:
+        return self._in_backward
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _install(self, model: nn.Module, leaf_classes: tuple[str, ...]) -> None:
+        for module in model.modules():
+            whole = any(cls.__name__ in leaf_classes for cls in type(module).__mro__)
+            names = self._sharded(module, recurse=whole)
+            if names:
+                self._hook_module(module, names)
+        for ref in self._table.refs():
+            if self._table.spec(ref).trainable:
+                self._hook_gradient(ref)
+
+    def _sharded(self, module: nn.Module, recurse: bool) -> list[str]:
+        """Names of the sharded params that hold this module's parameters, each once."""
+        found: dict[str, None] = {}
+        for parameter in module.parameters(recurse=recurse):
+            spec = self._table.spec(self._table.lookup(parameter))
+            if spec.placement == "sharded":
+                found[spec.name] = None
+        return list(found)
+
+    def _hook_module(self, module: nn.Module, names: list[str]) -> None:
+        # Without children and with everything frozen, all that reads the weights in the
+        # backward leads to the gradient of the one input.
+        frozen_leaf = not any(module.children()) and not any(
+            p.requires_grad for p in module.parameters()
+        )
+
+        def before(_module: nn.Module, _args: tuple) -> None:
+            if not torch.compiler.is_compiling():
+                self._before_forward(names)
+
+        def after(_module: nn.Module, args: tuple, output: Any) -> None:
+            if not torch.compiler.is_compiling():
+                self._after_forward(names, args if frozen_leaf else (), output)
+
+        self._handles.append(module.register_forward_pre_hook(before))
+        self._handles.append(module.register_forward_hook(after, always_call=True))
+
+    def _hook_gradient(self, ref: MemberRef) -> None:
+        def made(parameter: torch.Tensor) -> None:
+            self._gradient_made(ref, parameter)
+
+        tensor = self._table.tensor(ref)
+        self._handles.append(tensor.register_post_accumulate_grad_hook(made))
+
+    @torch.compiler.disable
+    def _before_forward(self, names: list[str]) -> None:
+        self._holds.update(names)
+        self._make_whole(names)
+
+    @torch.compiler.disable
+    def _after_forward(self, names: list[str], inputs: tuple, output: Any) -> None:
+        self._holds.subtract(names)
+        if torch.is_grad_enabled():
+            self._hook_output(names, inputs, output)
+        if not self._in_backward:  # else this is a recomputation: its backward follows
+            self._release(names)
+
+    def _hook_output(self, names: list[str], inputs: tuple, output: Any) -> None:
+        def gather(_gradient: torch.Tensor) -> None:
+            self._make_whole(names)
+
+        def release(_gradient: torch.Tensor) -> None:
+            self._release(names)
+
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(gather)
+        needing = [t for t in tensors_in(inputs) if t.requires_grad]
+        if len(needing) == 1:
+            needing[0].register_hook(release)
+
+    def _make_whole(self, names: list[str]) -> None:
+        self._runtime.gather(names)
+        self._runtime.wait(names)
+        if self._in_backward:
+            self._gathered.update(names)
+
+    def _release(self, names: list[str]) -> None:
+        idle = [name for name in names if self._holds[name] <= 0]
+        if idle:
+            self._runtime.release(idle)
+            self._gathered.difference_update(idle)
+
+    def begin_backward(self) -> None:
+        self._in_backward = True
+
+    def end_backward(self, failed: bool = False) -> None:
+        """Reduce what is left, wait for all reductions, release what is still whole."""
+        self._in_backward = False
+        if failed:
+            self._packs.clear()
+        for index in sorted(self._packs):
+            self._reduce_pack(index)
+        while self._reducing:
+            self._runtime.accumulate(self._reducing.popleft())
+        self._release(sorted(self._gathered))
+
+    def _gradient_made(self, ref: MemberRef, parameter: torch.Tensor) -> None:
+        if not self._in_backward:
+            raise UserError(
+                f"[engine] gradient of {self._table.member(ref).name}: made outside "
+                "engine.backward(loss). Call that instead of loss.backward()."
+            )
+        gradient, parameter.grad = parameter.grad, None
+        spec, name = self._table.spec(ref), self._table.member(ref).name
+        if not spec.packed:
+            self._reduce(spec.name, {name: gradient})
+            if spec.placement == "sharded":
+                self._release([spec.name])
+            return
+        pending = self._packs.setdefault(ref.param, {})
+        pending[name] = pending[name] + gradient if name in pending else gradient
+        if len(pending) == len(spec.members):
+            self._reduce_pack(ref.param)
+
+    def _reduce_pack(self, index: int) -> None:
+        self._reduce(self._table.params[index].name, self._packs.pop(index))
+
+    def _reduce(self, name: str, gradients: dict[str, torch.Tensor]) -> None:
+        if name in self._reducing:  # its buffer is taken: finish that one first
+            self._reducing.remove(name)
+            self._runtime.accumulate(name)
+        while len(self._reducing) >= OUTSTANDING_REDUCTIONS:
+            self._runtime.accumulate(self._reducing.popleft())
+        self._runtime.reduce(name, gradients)
+        self._reducing.append(name)
+        self.reduced += 1

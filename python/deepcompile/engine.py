@@ -1,0 +1,402 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine that initialize() returns: forward, backward, step, and what is around them.
+
+It owns one runtime (shards, transfers, optimizer), one planner and one set of
+eager hooks, so several engines live side by side. Python decides nothing in a
+step: it scales the loss, counts micro-batches, and asks the runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import engine_state
+from .capture import CaptureOptions, make_backend, make_entry, surface_errors
+from .config import Config
+from .distributed import Ranks
+from .eager import EagerHooks
+from .errors import UserError
+from .optimizer import ShardedOptimizer
+from .params import ParamTable
+from .planning import Planner
+
+log = logging.getLogger("deepcompile")
+
+TRACED_STEP = 2
+"""Which step after compile() is traced for the report, counted from 0: the first has settled
+allocations and code."""
+
+
+class Engine:
+    """Trains one model. Made by deepcompile.initialize()."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Config,
+        ranks: Ranks,
+        table: ParamTable,
+        runtime: Any,
+        source: torch.optim.Optimizer,
+    ):
+        """`source`: a fresh torch Adam or AdamW whose numbers the runtime's optimizer uses."""
+        self.module = model
+        self.config = config
+        self.ranks = ranks
+        self.table = table
+        self.runtime = runtime
+        self.planner = Planner(table, config, ranks, runtime)
+        self.hooks = EagerHooks(model, table, runtime, config.zero_optimization.leaf_module.classes)
+        self.optimizer = ShardedOptimizer(
+            source,
+            {id(table.tensor(ref)): table.member(ref).name for ref in table.refs()},
+            runtime.set_hyper,
+            lambda: runtime.step(self.planner.update_plan_id),
+            runtime.zero_grad,
+        )
+        self._check_covered()
+        self.lr_scheduler: Any = None
+        self.training_dataloader: Any = None
+        self.global_steps = 0
+        self.micro_steps = 0
+        self.skipped_steps = 0
+        self.losses: list[tuple[int, torch.Tensor]] = []
+        """(step, loss on this rank) of the last micro-batch of each step, for the report."""
+        self.step_seconds: list[float] = []
+        """Host seconds between the ends of successive steps."""
+        self.trace: dict[str, Any] = {}
+        """What the traced step left: runtime records, step number, peak bytes."""
+        self._entry = make_entry(model, config.compile.differentiable_outputs)
+        self._compiled: Callable[..., Any] | None = None
+        self._compiled_at: int | None = None
+        self._trace_at: int | None = None
+        self._grad_norm: Any = None
+        self._loss: torch.Tensor | None = None
+        self._backward_done = False
+        self._clocks = {"forward": 0.0, "backward": 0.0, "step": 0.0}
+        self._last_step_end = time.perf_counter()
+
+    def _check_covered(self) -> None:
+        for ref in self.table.refs():
+            name = self.table.member(ref).name
+            if self.table.spec(ref).trainable and name not in self.optimizer.covered:
+                raise UserError(
+                    f"[optimizer] {name}: requires a gradient but is in no parameter group; add "
+                    "it, or call requires_grad_(False) on it before initialize()"
+                )
+
+    # ---- compilation
+
+    def compile(
+        self,
+        backend: str = "inductor",
+        compile_kwargs: dict[str, Any] | None = None,
+        schedule: Sequence[tuple[int, Sequence[Any]]] | None = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compile the model's forward and backward at its next call. A second call is a no-op.
+
+        `backend`: inductor, or eager to run the regions' operators as they are.
+        `compile_kwargs`: torch.compile's `dynamic`, `fullgraph` and `options`. `schedule`:
+        [(step, [pass names or functions])]; an entry holds from its step on.
+        """
+        if self._compiled is not None:
+            return
+        if compiled_autograd_enabled:
+            warnings.warn(
+                "[engine] compile: compiled_autograd_enabled has no effect: the backward is "
+                "captured with the forward",
+                stacklevel=2,
+            )
+        if backend not in ("inductor", "eager"):
+            raise UserError(f"[engine] compile: backend {backend!r}; use inductor or eager")
+        kwargs = dict(compile_kwargs or {})
+        for key in kwargs:
+            if key not in ("dynamic", "fullgraph", "options"):
+                raise UserError(
+                    f"[engine] compile: compile_kwargs[{key!r}]; use dynamic, fullgraph or options"
+                )
+        self.planner.set_schedule(schedule, self.global_steps)
+        if not self.config.compile.deepcompile:
+            warnings.warn(
+                "[engine] compile: compile.deepcompile is false, so training stays eager",
+                stacklevel=2,
+            )
+            return
+        self._compiled = self._build(backend, kwargs)
+        self._compiled_at = self.global_steps
+        self._trace_at = self.global_steps + TRACED_STEP
+
+    def _build(self, backend: str, kwargs: dict[str, Any]) -> Callable[..., Any]:
+        settings = self.config.compile
+        options = CaptureOptions(
+            backend=backend,
+            region_bytes=settings.region_bytes,
+            dynamic=kwargs.get("dynamic"),
+            inductor_options=dict(kwargs.get("options") or {}),
+            cache_dir=settings.cache_dir,
+        )
+        return torch.compile(
+            self._entry,
+            backend=make_backend(self.table, options, self.planner, world=self.ranks.world),
+            dynamic=kwargs.get("dynamic"),
+            fullgraph=bool(kwargs.get("fullgraph", False)),
+        )
+
+    def register_compile_pass(
+        self, name: str, fn: Callable[..., Any], contract: Any = None
+    ) -> None:
+        """Make `fn(program, context)` usable under `name` in this engine's schedule."""
+        self.planner.register(name, fn, contract)
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._compiled is not None
+
+    def is_deepcompile_enabled(self) -> bool:
+        return self.config.compile.deepcompile
+
+    def is_deepcompile_active(self) -> bool:
+        return self._compiled is not None
+
+    def get_compile_time(self) -> list[tuple[str, int, int, float]]:
+        """(direction, graph index, graph id, seconds) of each captured direction."""
+        return engine_state.compile_times(self.planner.graphs)
+
+    def compile_report(self) -> dict[str, Any]:
+        """Seconds by stage, regions and distinct regions, disk cache hits, over all graphs."""
+        return engine_state.compile_report(self.planner.graphs)
+
+    # ---- a step
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's outputs for this rank's micro-batch."""
+        if self._starts_trace():
+            self.runtime.trace(True)
+        with self._clock("forward"):
+            if self._compiled is None:
+                return self._entry(*args, **kwargs)
+            with surface_errors():
+                return self._compiled(*args, **kwargs)
+
+    def _starts_trace(self) -> bool:
+        at_start = self.micro_steps % self.gradient_accumulation_steps() == 0
+        return (
+            self._trace_at == self.global_steps
+            and at_start
+            and self.module.training
+            and torch.is_grad_enabled()
+        )
+
+    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+        """Gradients of loss / accumulation steps, reduced over ranks into shards."""
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            raise UserError(
+                "[engine] backward: needs the loss as a tensor of one element that requires a "
+                "gradient; was it computed under no_grad, or left out of "
+                "compile.differentiable_outputs?"
+            )
+        self._loss = loss.detach()
+        self.hooks.begin_backward()
+        failed = True
+        try:
+            with self._clock("backward"):
+                accumulation = self.gradient_accumulation_steps()
+                (loss / accumulation if accumulation > 1 else loss).backward()
+                failed = False
+        finally:
+            self.hooks.end_backward(failed)
+        self._backward_done = True
+        return loss
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next step() updates the parameters."""
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def step(self) -> None:
+        """End a micro-batch; at accumulation boundaries update parameters and learning rate."""
+        if not self._backward_done:
+            raise UserError("[engine] step: no backward(loss) since the last step()")
+        self._backward_done = False
+        boundary = self.is_gradient_accumulation_boundary()
+        self.micro_steps += 1
+        if not boundary:
+            return
+        with self._clock("step"):
+            result = self.optimizer.step()
+        self._grad_norm = result["grad_norm"]
+        if result["skipped"]:
+            self.skipped_steps += 1
+        elif self.lr_scheduler is not None:
+            self.lr_scheduler.step()
+        self._end_step()
+
+    def _end_step(self) -> None:
+        if self._trace_at == self.global_steps and self._compiled is not None:
+            self.trace = engine_state.collect_trace(self)
+            self.runtime.trace(False)
+            self._trace_at = None
+        if self._compiled_at == self.global_steps:
+            self.planner.check_ranks()
+        self.global_steps += 1
+        self.losses.append((self.global_steps, self._loss))
+        now = time.perf_counter()
+        self.step_seconds.append(now - self._last_step_end)
+        self._last_step_end = now
+        self.planner.at_step(self.global_steps)
+        every = self.config.steps_per_print
+        if every and self.global_steps % every == 0:
+            self._print()
+
+    def _print(self) -> None:
+        if self.ranks.rank == 0:
+            rates = ", ".join(f"{lr:.3e}" for lr in self.get_lr())
+            line = f"step {self.global_steps}: loss {float(self._loss):.4f}, lr {rates}"
+            if self.config.wall_clock_breakdown:
+                line += "".join(f", {k} {v:.3f} s" for k, v in self._clocks.items())
+            print(line, flush=True)
+        self._clocks = dict.fromkeys(self._clocks, 0.0)
+
+    @contextlib.contextmanager
+    def _clock(self, what: str) -> Iterator[None]:
+        if not self.config.wall_clock_breakdown:
+            yield
+            return
+        self._synchronise()
+        start = time.perf_counter()
+        yield
+        self._synchronise()
+        self._clocks[what] += time.perf_counter() - start
+
+    def _synchronise(self) -> None:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize(self.ranks.device)
+
+    # ---- the model
+
+    def train(self, mode: bool = True) -> Engine:
+        self.module.train(mode)
+        return self
+
+    def eval(self) -> Engine:
+        return self.train(False)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients accumulated so far."""
+        self.optimizer.zero_grad(set_to_none)
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return self.module.parameters(recurse)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.module.named_parameters(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "module":  # not set yet: __init__ failed
+            raise AttributeError(name)
+        try:
+            return getattr(self.module, name)
+        except AttributeError:
+            raise AttributeError(
+                f"neither the engine nor {type(self.module).__name__} has {name!r}"
+            ) from None
+
+    def state_dict(self, fp32: bool = False, rank0_only: bool = False) -> dict[str, torch.Tensor]:
+        """Whole tensors on the CPU, by the module's names; collective.
+
+        `fp32`: parameters as the optimizer's fp32 values, not the compute type.
+        `rank0_only`: other ranks get an empty dict.
+        """
+        return engine_state.gathered_state(self, fp32, rank0_only)
+
+    def save_16bit_model(self, directory: str | Path, name: str = "pytorch_model.bin") -> Path:
+        """Write the whole model in its compute type to one file on rank 0; collective.
+        A name that ends in .safetensors is written in that format."""
+        return engine_state.export(self, Path(directory) / name)
+
+    def save_checkpoint(
+        self,
+        directory: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+    ) -> Path:
+        """Save everything that a resumed run needs to go on; collective. Atomic: a save that
+        dies leaves the previous one. `tag` defaults to global_stepN."""
+        return engine_state.save(self, directory, tag, dict(client_state or {}))
+
+    def load_checkpoint(
+        self,
+        directory: str | Path,
+        tag: str | None = None,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        strict_batch: bool = True,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """(folder, client_state); collective. Without a tag the latest; (None, {}) and a
+        warning if there is none. Any number of ranks can load what any other saved, if the
+        train batch size is the same or `strict_batch` is False."""
+        return engine_state.load(
+            self, directory, tag, load_optimizer_states, load_lr_scheduler_states, strict_batch
+        )
+
+    def report(self, path: str | Path) -> Path | None:
+        """Write the HTML report of this run on rank 0: plan, simulation, the traced step,
+        compilation, losses, memory; a Perfetto trace goes beside it. Collective."""
+        from .engine_report import write
+
+        return write(self, Path(path))
+
+    # ---- numbers
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the last step's gradients before clipping; None without clipping."""
+        return None if self._grad_norm is None else float(self._grad_norm)
+
+    def get_lr(self) -> list[float]:
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def train_batch_size(self) -> int:
+        return self.config.train_batch_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        return self.config.train_micro_batch_size_per_gpu
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.config.gradient_accumulation_steps
+
+    def gradient_clipping(self) -> float:
+        return self.config.gradient_clipping
+
+    def zero_optimization_stage(self) -> int:
+        return self.config.stage
+
+    def bfloat16_enabled(self) -> bool:
+        return self.config.bf16.enabled
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
+
+    @property
+    def local_rank(self) -> int:
+        return self.ranks.device.index or 0
+
+    @property
+    def global_rank(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world

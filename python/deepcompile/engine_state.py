@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine's state in and out: checkpoints, whole state dicts, compile times, a traced step."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import checkpoint
+from .checkpoint import FlatShard
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+STATES = ("master", "exp_avg", "exp_avg_sq")
+
+
+def _shapes(engine: Engine) -> dict[str, list[int]]:
+    table = engine.table
+    return {table.member(ref).name: list(table.member(ref).shape) for ref in table.refs()}
+
+
+def _shards(engine: Engine, kinds: tuple[str, ...]) -> dict[str, FlatShard]:
+    """KIND.NAME to this rank's ranges, for every parameter; empty where it owns none.
+
+    A frozen parameter has values ("master", in its own type) and no states.
+    """
+    table, shards = engine.table, {}
+    for ref in table.refs():
+        spec, member = table.spec(ref), table.member(ref)
+        trained = torch.float64 if spec.dtype == torch.float64 else torch.float32
+        for kind in kinds:
+            if kind == "master" or spec.trainable:
+                dtype = trained if spec.trainable else spec.dtype
+                shards[f"{kind}.{member.name}"] = FlatShard(member.numel, dtype)
+    for piece in engine.runtime.pieces():
+        for kind in kinds:
+            shard = shards.get(f"{kind}.{piece['member']}")
+            if shard is not None:
+                shard.add(piece["start"], piece["weight"] if piece[kind] is None else piece[kind])
+    return shards
+
+
+def _member_steps(engine: Engine) -> dict[str, int]:
+    """Updates each parameter has had; parameters without gradients have fewer."""
+    mine = {piece["member"]: piece["step"] for piece in engine.runtime.pieces()}
+    steps: dict[str, int] = {}
+    for theirs in engine.ranks.gather(mine):
+        steps |= theirs
+    return steps
+
+
+def _buffers(engine: Engine) -> dict[str, torch.Tensor]:
+    """Persistent buffers by the module's names."""
+    own = {id(parameter) for parameter in engine.module.parameters()}
+    return {
+        name: tensor
+        for name, tensor in engine.module.state_dict(keep_vars=True).items()
+        if id(tensor) not in own and isinstance(tensor, torch.Tensor)
+    }
+
+
+def _batch(engine: Engine) -> dict[str, int]:
+    return {
+        "train_batch_size": engine.train_batch_size(),
+        "micro_batch": engine.train_micro_batch_size_per_gpu(),
+        "accumulation": engine.gradient_accumulation_steps(),
+        "world": engine.ranks.world,
+    }
+
+
+def save(engine: Engine, directory: str | Path, tag: str | None, client: dict[str, Any]) -> Path:
+    """Engine.save_checkpoint."""
+    if engine.micro_steps % engine.gradient_accumulation_steps():
+        raise UserError(
+            "[checkpoint] save: in the middle of an accumulation, whose gradients are not saved; "
+            "save after the step() that updates the parameters"
+        )
+    scheduler = engine.lr_scheduler
+    meta = {
+        "batch": _batch(engine),
+        "shapes": _shapes(engine),
+        "global_steps": engine.global_steps,
+        "micro_steps": engine.micro_steps,
+        "skipped_steps": engine.skipped_steps,
+        "optimizer_steps": engine.runtime.optimizer_steps(),
+        "member_steps": _member_steps(engine),
+        "groups": engine.optimizer.hyper_state(),
+        "scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
+        "buffers": list(_buffers(engine)),
+    }
+    tensors: dict[str, Any] = dict(_shards(engine, STATES))
+    tensors |= {f"buffer.{name}": tensor for name, tensor in _buffers(engine).items()}
+    return checkpoint.save(
+        directory, tag or f"global_step{engine.global_steps}", tensors, meta, client, engine.ranks
+    )
+
+
+def _plain(state: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's state without functions and modules of its own."""
+    kinds = (bool, int, float, str, list, tuple, dict, torch.Tensor, type(None))
+    return {key: value for key, value in state.items() if isinstance(value, kinds)}
+
+
+def load(
+    engine: Engine,
+    directory: str | Path,
+    tag: str | None,
+    load_optimizer: bool,
+    load_scheduler: bool,
+    strict_batch: bool,
+) -> tuple[str | None, dict[str, Any]]:
+    """Engine.load_checkpoint."""
+    folder = checkpoint.find(directory, tag, engine.ranks)
+    if folder is None:
+        warnings.warn(f"[checkpoint] {directory}: has no checkpoint yet", stacklevel=3)
+        return None, {}
+    meta, client = engine.ranks.together("[checkpoint] load", lambda: _check(
+        engine, folder, strict_batch))  # fmt: skip
+    kinds = STATES if load_optimizer else ("master",)
+    tensors: dict[str, Any] = dict(_shards(engine, kinds))
+    buffers = {k: v for k, v in _buffers(engine).items() if k in meta["buffers"]}
+    tensors |= {f"buffer.{name}": tensor for name, tensor in buffers.items()}
+    checkpoint.read_tensors(folder, tensors, engine.ranks)
+    engine.runtime.masters_changed()
+    if load_optimizer:
+        engine.runtime.set_step(meta["optimizer_steps"])
+        for member, step in meta["member_steps"].items():
+            engine.runtime.set_member_step(member, step)
+        engine.optimizer.load_hyper_state(meta["groups"])
+    if load_scheduler and engine.lr_scheduler is not None and meta["scheduler"] is not None:
+        engine.lr_scheduler.load_state_dict(meta["scheduler"])
+    engine.global_steps, engine.micro_steps = meta["global_steps"], _micro_steps(engine, meta)
+    engine.skipped_steps = meta["skipped_steps"]
+    engine.runtime.zero_grad()
+    checkpoint.load_rng(folder, engine.ranks)
+    engine.planner.at_step(engine.global_steps)
+    return str(folder), client
+
+
+def _check(engine: Engine, folder: Path, strict_batch: bool) -> tuple[dict, dict]:
+    meta, client = checkpoint.read_meta(folder)
+    checkpoint.check_shapes(folder, meta["shapes"], _shapes(engine))
+    if strict_batch:
+        checkpoint.check_batch(folder, meta["batch"], _batch(engine))
+    return meta, client
+
+
+def _micro_steps(engine: Engine, meta: dict[str, Any]) -> int:
+    """Micro-batches this rank would have run for the steps taken."""
+    if meta["batch"]["accumulation"] == engine.gradient_accumulation_steps():
+        return meta["micro_steps"]
+    return meta["global_steps"] * engine.gradient_accumulation_steps()
+
+
+def _whole_fp32(engine: Engine) -> dict[str, torch.Tensor]:
+    """Parameters as the optimizer holds them, whole, on the CPU. One at a time on the device:
+    each rank adds its range to zeros, so the sum over ranks is exact."""
+    shards, whole = _shards(engine, ("master",)), {}
+    table, ranks = engine.table, engine.ranks
+    for ref in table.refs():
+        spec, member = table.spec(ref), table.member(ref)
+        shard = shards[f"master.{member.name}"]
+        full = torch.zeros(member.numel, dtype=torch.float64 if shard.dtype == torch.float64
+                           else torch.float32, device=ranks.device)  # fmt: skip
+        for start, data in shard.chunks.items():
+            full[start : start + data.numel()] = data
+        if ranks.world > 1 and spec.placement != "replicated":
+            torch.distributed.all_reduce(full, group=ranks.group)
+        whole[member.name] = full.view(member.shape).cpu()
+    return whole
+
+
+def _whole_compute(engine: Engine) -> dict[str, torch.Tensor]:
+    """Parameters in the compute type, whole, on the CPU; one param gathered at a time."""
+    table, runtime, whole = engine.table, engine.runtime, {}
+    for index, spec in enumerate(table.params):
+        runtime.gather([spec.name])
+        runtime.wait([spec.name])
+        for j, member in enumerate(spec.members):
+            whole[member.name] = table._tensors[index][j].detach().cpu().clone()
+        runtime.release([spec.name])
+    return whole
+
+
+def gathered_state(engine: Engine, fp32: bool, rank0_only: bool) -> dict[str, torch.Tensor]:
+    """Engine.state_dict."""
+    whole = _whole_fp32(engine) if fp32 else _whole_compute(engine)
+    if rank0_only and engine.ranks.rank:
+        return {}
+    names = {id(engine.table.tensor(r)): engine.table.member(r).name for r in engine.table.refs()}
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        member = names.get(id(tensor))
+        if member is not None:
+            state[name] = whole[member]  # tied names share one tensor
+        elif isinstance(tensor, torch.Tensor):
+            state[name] = tensor.detach().cpu().clone()
+        else:
+            state[name] = tensor
+    return state
+
+
+def export(engine: Engine, path: Path) -> Path:
+    """Engine.save_16bit_model."""
+    state = gathered_state(engine, fp32=False, rank0_only=True)
+
+    def write() -> None:
+        if engine.ranks.rank:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".tmp")
+        if path.suffix == ".safetensors":
+            _write_safetensors(state, partial)
+        else:
+            torch.save(state, partial)
+        os.replace(partial, path)
+
+    engine.ranks.together("[checkpoint] save_16bit_model", write)
+    return path
+
+
+def _write_safetensors(state: dict[str, Any], path: Path) -> None:
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise UserError(
+            f"[checkpoint] {path}: safetensors is not installed; pip install safetensors, or use "
+            "a name that ends in .bin"
+        ) from None
+    once: dict[int, str] = {}
+    for name, tensor in state.items():
+        once.setdefault(id(tensor), name)
+    save_file({n: state[n].contiguous() for n in once.values()}, path, {"format": "pt"})
+
+
+def compile_times(graphs: list[Any]) -> list[tuple[str, int, int, float]]:
+    """(direction, graph index, graph id, seconds). Stages that serve both directions of a graph
+    are counted with its forward."""
+    rows = []
+    for index, installed in enumerate(graphs):
+        captured = installed.captured
+        shared = sum(captured.times.values()) + sum(installed.seconds.values())
+        for section in installed.program.sections:
+            backward = section.kind == "backward"
+            rows.append(("bwd" if backward else "fwd", index, captured.graph_id,
+                         0.0 if backward else shared))  # fmt: skip
+    return rows
+
+
+def compile_report(graphs: list[Any]) -> dict[str, Any]:
+    """Stages' seconds and counts over all captured graphs."""
+    stages: dict[str, float] = {}
+    cache: dict[str, int] = {}
+    for installed in graphs:
+        for stage, seconds in [*installed.captured.times.items(), *installed.seconds.items()]:
+            stages[stage] = stages.get(stage, 0.0) + seconds
+        for what, count in installed.captured.cache.items():
+            cache[what] = cache.get(what, 0) + count
+    keys = {region.key for i in graphs for region in i.captured.ir.regions}
+    return {
+        "stages": stages,
+        "graphs": len(graphs),
+        "regions": sum(len(i.captured.ir.regions) for i in graphs),
+        "distinct_regions": len(keys),
+        "cache": cache,
+    }
+
+
+def collect_trace(engine: Engine) -> dict[str, Any]:
+    """Records of the step that just ended, and what else is known of it."""
+    peak = None
+    if engine.ranks.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(engine.ranks.device)
+    return {
+        "step": engine.global_steps,
+        "records": engine.runtime.records(),
+        "graphs": [i.captured.graph_id for i in engine.planner.graphs],
+        "peak_bytes": peak,
+        "buffers": engine.runtime.buffer_report(),
+    }

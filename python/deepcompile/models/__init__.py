@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face configurations that ship with deepcompile, and how to build a model of one.
+
+The numbers are those of the published ``config.json`` files of each model.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepcompile.errors import UserError
+
+_FOLDER = Path(__file__).parent
+
+
+def names() -> list[str]:
+    """The built-in configurations."""
+    return sorted(p.stem for p in _FOLDER.glob("*.json"))
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "[models] transformers: is not installed, and Hugging Face models need it. "
+            "pip install 'deepcompile[hf]'."
+        ) from error
+    return transformers
+
+
+def _path(name_or_path: str | Path) -> Path:
+    builtin = _FOLDER / f"{name_or_path}.json"
+    if str(name_or_path) in names():
+        return builtin
+    path = Path(name_or_path)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"[models] {name_or_path}: neither a file nor a built-in model. Give a config.json "
+            f"or one of {', '.join(names())}."
+        )
+    return path
+
+
+def load_config(name_or_path: str | Path) -> Any:
+    """The transformers config of a built-in name, a config.json or a folder that holds one."""
+    transformers = _transformers()
+    path = _path(name_or_path)
+    try:
+        fields = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"[models] {path}: is not JSON ({error}). Give a Hugging Face config.json."
+        ) from error
+    kind = fields.pop("model_type", None) if isinstance(fields, dict) else None
+    if kind not in transformers.CONFIG_MAPPING:
+        raise UserError(
+            f"[models] {path}: its model_type {kind!r} is not known to transformers "
+            f"{transformers.__version__}. Give the config.json of a supported model."
+        )
+    try:
+        return transformers.AutoConfig.for_model(kind, **fields)
+    except Exception as error:  # transformers validates with several exception types
+        cause = " ".join(str(error).split())
+        raise UserError(f"[models] {path}: {cause}. Correct that field.") from error
+
+
+def build(config: Any, num_layers: int | None = None) -> Any:
+    """A causal language model with random weights, on the current default device.
+
+    ``config``: a transformers config, or what load_config takes. ``num_layers`` overrides its
+    depth.
+    """
+    transformers = _transformers()
+    if isinstance(config, str | Path):
+        config = load_config(config)
+    if num_layers is not None:
+        if num_layers < 1:
+            raise UserError(f"[models] num_layers {num_layers}: must be at least 1. Leave it out.")
+        config = type(config).from_dict({**config.to_dict(), **_depth(config, num_layers)})
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:
+        raise UserError(
+            f"[models] {type(config).__name__}: has no causal language model. Give the config of "
+            "a decoder."
+        )
+    config.use_cache = False
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def _depth(config: Any, num_layers: int) -> dict[str, int]:
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    return {key: num_layers, "num_hidden_layers": num_layers, "layer_types": None}

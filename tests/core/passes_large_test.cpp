@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// A step of 80 layers: everything here is linear in its size.
+#include <gtest/gtest.h>
+
+#include <chrono>
+
+#include "analysis/liveness.h"
+#include "analysis/memory_timeline.h"
+#include "ir/text.h"
+#include "ir/verifier.h"
+#include "passes/pipeline.h"
+#include "test_support.h"
+
+namespace deepcompile {
+namespace {
+
+constexpr int kLayers = 80;
+constexpr int kRegionsPerLayer = 6;  // and as many in the backward
+
+// A chain of regions with a 16 Mi element parameter each, 8 saved values each,
+// and all norms in one pack.
+std::string large_step() {
+  const int regions = kLayers * kRegionsPerLayer;
+  std::string params, values, forward, backward, run_forward, run_backward;
+  for (int i = 0; i < regions; ++i) {
+    const std::string n = std::to_string(i);
+    params += "param layers." + n + ".weight bf16 16777216\n";
+    std::string saved;
+    for (int k = 0; k < 8; ++k) {
+      const std::string name = "s." + n + "." + std::to_string(k);
+      values += "value " + name + " 8MiB\n";
+      saved += ", " + name;
+    }
+    values += "value h." + n + " 8MiB\nvalue d." + n + " 8MiB\nvalue g." + n +
+              " 32MiB grad=layers." + n + ".weight\n";
+    const std::string before = i == 0 ? "x" : "h." + std::to_string(i - 1);
+    const std::string after = i + 1 == regions ? "t" : "d." + std::to_string(i + 1);
+    forward += "region f." + n + " code=" + std::to_string(i % kRegionsPerLayer) +
+               " workspace=64MiB moved=1GiB flops=1000000000 time=1500us (" + before + ", layers." +
+               n + ".weight, norms) -> (h." + n + saved + ")\n";
+    backward += "region b." + n + " code=7 workspace=64MiB time=3ms (" + after + ", layers." + n +
+                ".weight" + saved + ") -> (d." + n + ", g." + n + ")\n";
+    run_forward += "  run f." + n + "\n";
+    run_backward = "  run b." + n + "\n" + run_backward;
+  }
+  return "step large world=4\nparam norms bf16 4096 whole frozen\n" + params +
+         "value x 8MiB\nvalue t 8MiB\n" + values + forward + backward + "forward 0 (x) -> (h." +
+         std::to_string(regions - 1) + ")\n" + run_forward + "end\nbackward 0 (t) -> ()\n" +
+         run_backward + "end\nupdate\nend\n";
+}
+
+TEST(LargeStep, TakesMilliseconds) {
+  const std::string text = large_step();
+  using Clock = std::chrono::steady_clock;
+  auto last = Clock::now();
+  std::string report;
+  const auto lap = [&](const char* what) {
+    const auto now = Clock::now();
+    report += std::string(report.empty() ? "" : ", ") + what + " " +
+              pretty(Nanos{std::chrono::nanoseconds(now - last).count()});
+    last = Clock::now();
+  };
+  const auto start = Clock::now();
+  StepProgram program = parse_program(text);
+  lap("parse");
+  run_pipeline(program, PassRegistry::with_builtins(), {"zero3_compile"});
+  lap("zero3_compile with verification");
+  verify(program);
+  lap("verify");
+  const MemoryTimeline timeline = memory_timeline(program);
+  lap("memory");
+  const std::string printed = print(program);
+  lap("print");
+  const auto total = Clock::now() - start;
+  std::cout << text.size() / 1024 << " KiB of text, " << program.regions.size()
+            << " regions: " << report << "\n";
+  EXPECT_EQ(program.regions.size(), 960u);
+  EXPECT_GT(timeline.peak, timeline.base);
+  EXPECT_EQ(print(parse_program(printed)), printed);
+  // Milliseconds when optimised; the limit is for sanitizers on busy machines,
+  // and for anything that grows with the square.
+  EXPECT_LT(total, std::chrono::seconds(5));
+}
+
+}  // namespace
+}  // namespace deepcompile

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <gtest/gtest.h>
+
+#include "ir/text.h"
+#include "passes/pipeline.h"
+#include "test_support.h"
+
+namespace deepcompile {
+namespace {
+
+TEST(Pipeline, LogsEachPass) {
+  PassRegistry registry = PassRegistry::with_builtins();
+  registry.add(
+      make_pass("look", {.needs = {Fact::kGathersPlaced}}, [](StepProgram&, PassContext&) {}));
+  registry.add(make_pass(
+      "unshard", {.needs = {Fact::kGathersPlaced}}, [](StepProgram& program, PassContext& context) {
+        auto& forward = program.sections[0].instrs;
+        std::erase_if(forward, [](const Instr& i) { return i.op == Op::kRelease; });
+        context.because("memory is plentiful");
+        context.because(RegionId{1}, "needs both");
+      }));
+  StepProgram program = parse_program(kTwoLayers);
+  int64_t now = 0;
+  PipelineOptions options;
+  options.clock = [&] { return Nanos{now += 1500}; };
+  const auto log = run_pipeline(program, registry, {"zero3_compile", "look", "unshard"}, options);
+  EXPECT_EQ(print(log),
+            "1 zero3_compile: 4 -> 27 instructions, 3 reasons, 1.50 us\n"
+            "2 look: no change, 1.50 us\n"
+            "3 unshard: 27 -> 25 instructions, 2 reasons, 1.50 us\n");
+  EXPECT_EQ(program.reasons.back().pass, "unshard");
+  EXPECT_EQ(program.reasons.back().object, "f.b");
+  // Without a clock, the log has no times and repeats exactly.
+  StepProgram again = parse_program(kTwoLayers);
+  EXPECT_EQ(print(run_pipeline(again, registry, {"zero3_compile"})),
+            "1 zero3_compile: 4 -> 27 instructions, 3 reasons\n");
+}
+
+TEST(Pipeline, ChecksContractsBeforeAnythingRuns) {
+  PassRegistry registry = PassRegistry::with_builtins();
+  bool ran = false;
+  registry.add(make_pass("first", {}, [&](StepProgram&, PassContext&) { ran = true; }));
+  registry.add(
+      make_pass("early", {.needs = {Fact::kGathersPlaced}}, [](StepProgram&, PassContext&) {}));
+  StepProgram program = parse_program(kTwoLayers);
+  EXPECT_EQ(error_of([&] {
+              run_pipeline(program, registry, {"first", "early", "zero3_compile"});
+            }),
+            "[passes] early: needs gathers_placed, which neither the program nor an earlier pass "
+            "provides. Put a pass that does before it.");
+  EXPECT_EQ(error_of([&] {
+              run_pipeline(program, registry, {"first", "zero3_compile", "zero0_compile"});
+            }),
+            "[passes] zero0_compile: conflicts with gathers_placed, which zero3_compile provides. "
+            "Remove one of the two passes.");
+  EXPECT_EQ(error_of([&] {
+              run_pipeline(program, registry, {"first", "zero4"});
+            }),
+            "[passes] zero4: there is no such pass. Known passes: zero0_compile, zero3_compile, "
+            "first, early.");
+  EXPECT_FALSE(ran);
+  EXPECT_EQ(print(program), kTwoLayers);
+}
+
+TEST(Pipeline, NamesThePassThatBreaksTheProgramAndUndoesIt) {
+  PassRegistry registry = PassRegistry::with_builtins();
+  registry.add(make_pass("careless", {.needs = {Fact::kGathersPlaced}},
+                         [](StepProgram& program, PassContext&) {
+                           program.sections[0].instrs.erase(program.sections[0].instrs.begin() + 1);
+                         }));
+  StepProgram program = parse_program(kTwoLayers);
+  EXPECT_EQ(error_of([&] {
+              run_pipeline(program, registry, {"zero3_compile", "careless"});
+            }),
+            "[passes] careless: left a program that is not valid: two: forward 0, instruction 2 "
+            "(run f.a): uses a before its gather has been waited for. Put `wait a` before it.");
+  EXPECT_EQ(print(program), kTwoLayers);
+}
+
+TEST(Pipeline, LetsOtherExceptionsThrough) {
+  struct Foreign {};
+  StepProgram program = parse_program(kTwoLayers);
+  const auto pass = make_pass("throws", {}, [](StepProgram& p, PassContext&) {
+    p.sections.clear();
+    throw Foreign{};
+  });
+  EXPECT_THROW(run_pipeline(program, {pass.get()}), Foreign);
+  EXPECT_EQ(print(program), kTwoLayers);
+}
+
+TEST(Pipeline, RefusesAnInvalidProgram) {
+  StepProgram program = parse_program(replaced(kTwoLayers, "  run b.a\n", ""));
+  EXPECT_EQ(error_of([&] { run_pipeline(program, std::vector<const Pass*>{}); }),
+            "[ir] two: region b.a is never run. Run it or remove it; if the text was cut short, "
+            "save it again.");
+}
+
+TEST(Registry, KeepsNamesApart) {
+  PassRegistry registry = PassRegistry::with_builtins();
+  const auto add = [&](const char* name) {
+    return error_of([&] { registry.add(make_pass(name, {}, [](StepProgram&, PassContext&) {})); });
+  };
+  EXPECT_EQ(add("mine"), "no error");
+  EXPECT_EQ(add("mine"), "[passes] mine: a pass of this name exists. Choose another name.");
+  EXPECT_EQ(add("my pass"),
+            "[passes] 'my pass' is not a pass name. Use letters, digits and _ . : / -, and begin "
+            "with a letter, a digit or _.");
+  EXPECT_EQ(registry.names(), (std::vector<std::string>{"zero0_compile", "zero3_compile", "mine"}));
+  EXPECT_EQ(registry.get("mine").summary(), "user-defined");
+  // Another engine's registry does not know it.
+  EXPECT_EQ(PassRegistry::with_builtins().find("mine"), nullptr);
+}
+
+TEST(Facts, AreReadOffTheProgram) {
+  EXPECT_EQ(facts_of(parse_program(kTwoLayers)), (std::set<Fact>{Fact::kRegionsTimed}));
+  EXPECT_EQ(facts_of(two_layers_zero3()),
+            (std::set<Fact>{Fact::kGathersPlaced, Fact::kReductionsPlaced, Fact::kUpdatesPlaced,
+                            Fact::kRegionsTimed}));
+  for (int i = 0; i < kFactCount; ++i) {
+    EXPECT_EQ(parse_fact(to_string(static_cast<Fact>(i))), static_cast<Fact>(i));
+  }
+  EXPECT_EQ(parse_fact("nonsense"), std::nullopt);
+}
+
+}  // namespace
+}  // namespace deepcompile

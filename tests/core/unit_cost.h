@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// A machine on which expected times can be worked out by hand: the link moves
+// 1 byte a ns whatever the number of ranks, regions take their stated time,
+// and the rest has fixed costs.
+#pragma once
+
+#include "analysis/footprint.h"
+#include "cost/cost_model.h"
+
+namespace deepcompile {
+
+class UnitCost final : public Estimator {
+ public:
+  Nanos accumulate{10};
+  Nanos norm{20};
+  Nanos update{50};
+  double slowdown = 1;
+
+  Nanos duration(const StepProgram& program, const Instr& instr) const override {
+    switch (instr.op) {
+      case Op::kRun:
+        return program.region(*instr.region).time.value_or(Nanos{0});
+      case Op::kGather:
+        return {program.full_bytes(*instr.param).value};
+      case Op::kReduce:
+        return {footprint(program, *instr.param).reduction_input.value};
+      case Op::kAccumulate:
+        return accumulate;
+      case Op::kNorm:
+        return norm;
+      case Op::kUpdate:
+        return update;
+      default:
+        return {0};
+    }
+  }
+  double compute_slowdown(const StepProgram&) const override { return slowdown; }
+};
+
+}  // namespace deepcompile

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A hand-made step for runtime tests: two linears, and a pack of a bias and a scale.
+
+    h = relu(x @ w1.T + bias);  y = (h @ w2.T) * scale;  loss = mean((y - t)**2)
+
+Sizes are odd, so that every shard needs padding. The codes are eager; their backward is
+autograd's, so a plain module (``Reference``) is the expected result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from deepcompile import _core, _runtime
+
+WIDTH, HIDDEN, OUT = 29, 37, 11
+PACK = "small"
+OFFSETS = {"bias": 0, "scale": 48}  # elements; members start at multiples of 16
+PACK_NUMEL = 48 + OUT
+
+STEP = """
+step toy world={world} accumulation={accumulation} reduce={reduce}{clip}
+
+param w1 {dtype} {w1}{big}
+param w2 {dtype} {w2}{big}
+param small {dtype} {small} {pack} (bias, scale)
+"""
+
+GRAPH = """
+value x 64B
+value t 64B
+value h 64B
+value loss 4B
+value g.loss 4B
+value g.h 64B
+value g.w1 64B grad=w1
+value g.w2 64B grad=w2
+value g.bias 64B grad=small
+value g.scale 64B grad=small[1]
+
+region fwd.0 code=0 (x, w1, small) -> (h)
+region fwd.1 code=1 (h, t, w2, small[1]) -> (loss)
+region bwd.1 code=2 (g.loss, h, t, w2, small[1]) -> (g.h, g.w2, g.scale)
+region bwd.0 code=3 (g.h, x, w1, small) -> (g.w1, g.bias)
+
+forward 0 (x, t) -> (loss)
+  run fwd.0
+  run fwd.1
+end
+backward 0 (g.loss) -> ()
+  run bwd.1
+  run bwd.0
+end
+"""
+
+UPDATE = "update\nend\n"
+
+
+class Reference(torch.nn.Module):
+    def __init__(self, seed: int = 0, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+
+        def values(*shape: int) -> torch.nn.Parameter:
+            return torch.nn.Parameter((torch.randn(shape, generator=generator) * 0.3).to(dtype))
+
+        self.w1, self.w2 = values(HIDDEN, WIDTH), values(OUT, HIDDEN)
+        self.bias, self.scale = values(HIDDEN), values(OUT)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return second(first(x, self.w1, self.bias), t, self.w2, self.scale)
+
+
+def first(x: torch.Tensor, w1: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return torch.relu(x @ w1.T + bias)
+
+
+def second(h: torch.Tensor, t: torch.Tensor, w2: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (((h @ w2.T) * scale - t).float() ** 2).mean()
+
+
+def grads_of(fn: Any, inputs: list, wanted: list[int], cotangent: torch.Tensor) -> list:
+    leaves = [x.detach().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+    with torch.enable_grad():
+        output = fn(*leaves)
+    return list(torch.autograd.grad(output, [leaves[i] for i in wanted], cotangent))
+
+
+def code_first(args: list) -> list:
+    x, w1, bias = args
+    args.clear()
+    return [first(x, w1, bias)]
+
+
+def code_second(args: list) -> list:
+    h, t, w2, scale = args
+    args.clear()
+    return [second(h, t, w2, scale)]
+
+
+def code_second_backward(args: list) -> list:
+    cotangent, *inputs = args
+    args.clear()
+    return grads_of(second, inputs, [0, 2, 3], cotangent)
+
+
+def code_first_backward(args: list) -> list:
+    cotangent, *inputs = args
+    args.clear()
+    return grads_of(first, inputs, [1, 2], cotangent)
+
+
+CODES = [code_first, code_second, code_second_backward, code_first_backward]
+SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", torch.float64: "f64"}
+
+
+def program_text(
+    world: int, stage: int, sections: str, *, accumulation=1, clip=False, reduce="f32", dtype="f32"
+) -> str:
+    header = STEP.format(
+        world=world,
+        accumulation=accumulation,
+        reduce=reduce,
+        clip=" clip" if clip else "",
+        dtype=dtype,
+        w1=HIDDEN * WIDTH,
+        w2=OUT * HIDDEN,
+        small=PACK_NUMEL,
+        big=" replicated" if stage == 0 else "",
+        pack="replicated" if stage == 0 else "whole",
+    )
+    return header + sections
+
+
+def plan_text(world: int, stage: int, sections: str, **options: Any) -> str:
+    program = _core.StepProgram.parse(program_text(world, stage, sections, **options))
+    _core.run_passes(program, ["zero0_compile" if stage == 0 else "zero3_compile"])
+    return _core.freeze(program).serialize()
+
+
+class Toy:
+    """The runtime on this toy: parameters added, plans loaded."""
+
+    def __init__(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        stage: int = 3,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        reduce: str = "f32",
+        clip: float = 0.0,
+        accumulation: int = 1,
+        timeout_s: float = 60.0,
+        group: Any = None,
+        trainable: bool = True,
+        codes: list | None = None,
+        hyper: dict | None = None,
+    ):
+        self.model = Reference(dtype=dtype).to(device)
+        self.runtime = _runtime.Runtime(
+            group, rank, world, torch.device(device), reduce, clip, accumulation, timeout_s
+        )
+        big, pack = ("replicated", "replicated") if stage == 0 else ("sharded", "whole")
+        for name in ("w1", "w2"):
+            tensor = getattr(self.model, name)
+            members = [(name, tensor, 0)]
+            self.runtime.add_param(name, members, tensor.numel(), big, trainable)
+        members = [(name, getattr(self.model, name), at) for name, at in OFFSETS.items()]
+        self.runtime.add_param(PACK, members, PACK_NUMEL, pack, trainable)
+        self.set_hyper(**(hyper or {}))
+        options = dict(accumulation=accumulation, clip=clip > 0, reduce=reduce, dtype=SHORT[dtype])
+        if trainable:
+            graph = plan_text(world, stage, GRAPH, **options)
+            update = plan_text(world, stage, UPDATE, **options)
+            self.graph = self.runtime.load_plan(graph, codes or CODES)
+            self.update = self.runtime.load_plan(update, codes or CODES)
+
+    def set_hyper(self, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, adamw=True):
+        for name in ("w1", "w2", "bias", "scale"):
+            self.runtime.set_hyper(name, lr, beta1, beta2, eps, weight_decay, adamw)
+
+    def micro_step(self, x: torch.Tensor, t: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+        """Forward and backward; ``factor`` multiplies the loss (1/accumulation, loss scale)."""
+        call, self.token = self.runtime.new_call(self.graph)
+        (loss,) = self.runtime.run(self.graph, 0, call, [x, t])
+        self.runtime.run(self.graph, 1, call, [torch.full_like(loss, factor)])
+        return loss
+
+    def step(self, **options: Any) -> dict:
+        return self.runtime.step(self.update, **options)
+
+    def full_values(self) -> dict[str, torch.Tensor]:
+        names = ["w1", "w2", PACK]
+        self.runtime.gather(names)
+        self.runtime.wait(names)
+        values = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.runtime.release(names)
+        return values
+
+
+def batch(seed: int, rows: int = 6, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x = torch.randn(rows, WIDTH, generator=generator)
+    t = torch.randn(rows, OUT, generator=generator)
+    return x.to(device, dtype), t.to(device, dtype)
+
+
+def reseal(text: str) -> str:
+    """A plan's text after an edit, with the hash (64-bit FNV-1a) of its new content."""
+    body = text.split("\n", 2)[2].removesuffix("\n}\n")
+    digest = 0xCBF29CE484222325
+    for byte in body.encode():
+        digest = ((digest ^ byte) * 0x100000001B3) % 2**64
+    return f'{{\n  "hash": "{digest:016x}",\n{body}\n}}\n'

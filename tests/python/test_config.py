@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed-style configuration: every key supported, warned about, refused, or an error."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+from deepcompile import UserError, config_keys
+from deepcompile.config import (
+    SECTIONS,
+    Config,
+    ConfigWarning,
+    load_config,
+    resolve_batch,
+    supported_keys,
+)
+
+DOCS = Path(__file__).parents[2] / "docs" / "config.md"
+
+
+def load(**keys) -> Config:
+    return load_config({"train_batch_size": 1, **keys})
+
+
+def error_of(source) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(source)
+    return str(caught.value)
+
+
+def test_defaults():
+    config = load()
+    assert (config.stage, config.gradient_clipping, config.bf16.enabled) == (0, 0.0, False)
+    assert config.reduce_dtype == "f32"
+    assert config.warnings == ()
+
+
+def test_deepspeed_file(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(
+        json.dumps(
+            {
+                "train_micro_batch_size_per_gpu": 2,
+                "gradient_accumulation_steps": 4,
+                "bf16": {"enabled": True},
+                "fp16": {"enabled": False, "loss_scale": 0},
+                "gradient_clipping": 1,
+                "zero_optimization": {
+                    "stage": 3,
+                    "overlap_comm": True,
+                    "stage3_param_persistence_threshold": 1e5,
+                    "offload_optimizer": {"device": "none"},
+                },
+                "optimizer": {"type": "AdamW", "params": {"lr": 2e-5, "betas": [0.9, 0.95]}},
+                "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
+                "compile": {"deepcompile": True, "passes": ["z3"], "double_buffer": True},
+            }
+        )
+    )
+    with pytest.warns(ConfigWarning, match="zero_optimization.overlap_comm has no effect"):
+        config = load_config(path).with_batch(world=2)
+    assert config.train_batch_size == 16
+    assert config.stage == 3 and config.bf16.enabled and config.reduce_dtype == "bf16"
+    assert config.zero_optimization.stage3_param_persistence_threshold == 100_000
+    assert len(config.warnings) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "world", "expected"),
+    [
+        ((8, 2, 2), 2, (8, 2, 2)),
+        ((8, 2, None), 2, (8, 2, 2)),
+        ((8, None, 2), 2, (8, 2, 2)),
+        ((None, 2, 2), 2, (8, 2, 2)),
+        ((8, None, None), 2, (8, 4, 1)),
+        ((None, 2, None), 4, (8, 2, 1)),
+    ],
+)
+def test_batch_rules(given, world, expected):
+    assert resolve_batch(*given, world) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "world"),
+    [((8, 2, 2), 4), ((8, 3, None), 1), ((2, None, None), 4), ((4, 4, None), 2), ((7, None, 2), 1)],
+)
+def test_batch_that_does_not_fit_names_the_numbers(given, world):
+    with pytest.raises(UserError, match=f"do not fit {world} rank") as caught:
+        resolve_batch(*given, world)
+    assert f"train_batch_size {given[0]}" in str(caught.value)
+
+
+def test_batch_missing():
+    with pytest.raises(UserError, match="give train_batch_size or"):
+        load_config({}).with_batch(1)
+
+
+def test_missing_file(tmp_path):
+    assert error_of(tmp_path / "none.json").endswith("none.json: no such file; check the path")
+
+
+def test_malformed_json_says_where(tmp_path):
+    path = tmp_path / "bad.json"
+    path.write_text('{\n  "bf16": {"enabled": true},\n  "optimizer": }\n')
+    assert "bad.json:3:16: not valid JSON" in error_of(path)
+
+
+def test_duplicate_key(tmp_path):
+    path = tmp_path / "twice.json"
+    path.write_text('{"train_batch_size": 1, "train_batch_size": 2}')
+    assert "train_batch_size: appears twice" in error_of(path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"x"'])
+def test_json_that_is_no_object(tmp_path, text):
+    path = tmp_path / "c.json"
+    path.write_text(text)
+    assert "must hold one JSON object" in error_of(path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"train_batchsize": 1}, 'train_batchsize: unknown key; did you mean "train_batch_size"?'),
+        ({"zero_optimization": {"stge": 3}}, 'zero_optimization.stge: unknown key; did you mean "'),
+        ({"xyzzy": 1}, "xyzzy: unknown key; remove it"),
+        ({"compile": {"deep_compile": True}}, 'did you mean "deepcompile"?'),
+        ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, "learning_rate"),
+    ],
+)
+def test_unknown_key_suggests(keys, expected):
+    assert expected in error_of(keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"zero_optimization": {"stage": 2}}, "stage 2 is not available; use 3"),
+        ({"zero_optimization": {"stage": 1}}, "stage 1 is not available; use 3"),
+        ({"fp16": {"enabled": True}}, "fp16: {'enabled': True} is not supported"),
+        ({"amp": {"enabled": True}}, "amp"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"compile": {"offload_opt_states": True}}, "compile.offload_opt_states"),
+        ({"compile": {"passes": ["autosp"]}}, "compile.passes: 'autosp' is not available"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
+        ({"optimizer": {"type": "Lamb"}}, "optimizer.type: must be one of Adam, AdamW"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype"),
+        ({"scheduler": {"params": {}}}, "scheduler.type: is missing"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "auto"),
+    ],
+)
+def test_refused(keys, expected):
+    assert expected in error_of(keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"train_batch_size": "auto"}, '"auto" is for trainers'),
+        ({"train_batch_size": 0}, "must be at least 1"),
+        ({"train_batch_size": 1.5}, "whole number"),
+        ({"train_batch_size": True}, "must be a number"),
+        ({"gradient_clipping": -1}, "must be at least 0"),
+        ({"bf16": {"enabled": "yes"}}, "bf16.enabled: must be true or false"),
+        ({"bf16": True}, "bf16: must be an object"),
+        ({"communication_data_type": "int8"}, "must be one of fp32"),
+        ({"compile": {"differentiable_outputs": ["loss"]}}, "must be one of all, loss"),
+        ({"compile": {"passes": "z3"}}, "must be a list of strings"),
+        ({"compile": {"timeout_s": 0}}, "must be greater than 0"),
+    ],
+)
+def test_wrong_values(keys, expected):
+    assert expected in error_of(keys)
+
+
+def test_off_values_of_refused_keys_pass():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(amp={"enabled": False}, sparse_gradients=False, gradient_predivide_factor=1.0,
+             zero_optimization={"offload_param": None}, sequence_parallel_size=1)  # fmt: skip
+
+
+def test_null_means_default():
+    assert load(gradient_clipping=None).gradient_clipping == 0.0
+
+
+def test_reduce_dtype():
+    assert load(communication_data_type="fp32", bf16={"enabled": True}).reduce_dtype == "f32"
+
+
+def test_every_key_has_a_meaning_and_one_place():
+    for section in ["", *SECTIONS]:
+        kinds = [set(supported_keys(section)), set(config_keys.WARNED.get(section, {})),
+                 set(config_keys.REFUSED.get(section, {}))]  # fmt: skip
+        assert sum(map(len, kinds)) == len(set.union(*kinds)), section
+
+
+def test_docs_table_is_complete():
+    rows = re.findall(r"^\| `([\w.]+)` \| (\w+) \|", DOCS.read_text(), re.M)
+    documented = dict(rows)
+    assert len(rows) == len(documented)
+    expected = {}
+    for section in ["", *SECTIONS]:
+        prefix = {"": "", "leaf_module": "zero_optimization.leaf_module."}.get(
+            section, section + "."
+        )
+        for key in supported_keys(section):
+            if key not in SECTIONS:
+                expected[prefix + key] = "supported"
+        expected |= {prefix + k: "warned" for k in config_keys.WARNED.get(section, {})}
+        expected |= {prefix + k: "refused" for k in config_keys.REFUSED.get(section, {})}
+    assert documented == expected

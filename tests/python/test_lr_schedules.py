@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning-rate schedules: values worked out by hand, and torch's own by name."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from deepcompile import UserError
+from deepcompile.config import SchedulerConfig
+from deepcompile.lr_schedules import OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from deepcompile.lr_schedules import build_scheduler as build
+
+
+def adamw(lr=1.0, groups=1):
+    return torch.optim.AdamW(
+        [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(groups)], lr=lr
+    )
+
+
+def run(schedule, steps):
+    """Rate before the first step, and after each of `steps` scheduler steps."""
+    optimizer = schedule.optimizer
+    rates = [optimizer.param_groups[0]["lr"]]
+    for _ in range(steps):
+        optimizer.step()
+        schedule.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+    return rates
+
+
+def test_warmup_linear():
+    # t = -1: the lowest; then low + (high - low) * t / 4 for t = 0, 1, 2, 3; then high.
+    schedule = WarmupLR(adamw(), 0.2, 1.0, warmup_num_steps=4, warmup_type="linear")
+    assert run(schedule, 6) == pytest.approx([0.2, 0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+
+
+def test_warmup_log():
+    # log(t + 1) / log(4)
+    schedule = WarmupLR(adamw(), 0.0, 1.0, warmup_num_steps=4)
+    assert run(schedule, 5) == pytest.approx([0, 0, 0.5, math.log(3) / math.log(4), 1, 1])
+
+
+def test_warmup_takes_the_optimizers_rate():
+    schedule = WarmupLR(adamw(lr=0.5), warmup_num_steps=2, warmup_type="linear")
+    assert run(schedule, 4)[-1] == 0.5
+
+
+def test_warmup_decay():
+    # Up over t = 0, 1; then (6 - t) / (6 - 2) for t = 2 .. 6, and 0 after.
+    schedule = WarmupDecayLR(adamw(), 6, 0.0, 1.0, warmup_num_steps=2, warmup_type="linear")
+    expected = [0, 0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0]
+    assert run(schedule, 8) == pytest.approx(expected)
+
+
+def test_warmup_cosine():
+    # t = 2 is 1 of 4 steps along the half cosine; from t = 5 on, the end ratio.
+    schedule = WarmupCosineLR(
+        adamw(lr=2.0), 6, warmup_num_steps=2, cos_min_ratio=0.1, warmup_type="linear"
+    )
+    rates = run(schedule, 8)
+    assert rates[:3] == pytest.approx([0, 0, 1.0])
+    quarter = 2 * (0.1 + 0.9 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rates[3] == pytest.approx(quarter)
+    assert rates[6:] == pytest.approx([0.2, 0.2, 0.2])
+
+
+def test_one_cycle():
+    # Half cycles of 2 steps; the first scheduler step is already 1 along. Then decay by
+    # 1 / (1 + rate * (t - 4 + 1)).
+    schedule = OneCycle(
+        adamw(), 0.0, 1.0, decay_lr_rate=1.0, cycle_first_step_size=2, decay_step_size=1,
+        cycle_min_mom=0.8, cycle_max_mom=0.9,
+    )  # fmt: skip
+    group = schedule.optimizer.param_groups[0]
+    assert group["betas"] == (0.8, 0.99)
+    rates = run(schedule, 3)
+    assert rates == pytest.approx([0.0, 0.5, 1.0, 0.5])
+    assert group["betas"][0] == pytest.approx(0.85)
+
+
+def test_one_cycle_decay_and_stairs():
+    schedule = OneCycle(adamw(), 0.5, 1.0, decay_lr_rate=1.0, cycle_first_step_size=2,
+                        decay_step_size=1, cycle_momentum=False)  # fmt: skip
+    # t = 3 begins the next cycle at its lowest; t = 4: 0.5 / (1 + 1); t = 5: 0.5 / 3.
+    assert run(schedule, 6)[4:] == pytest.approx([0.5, 0.25, 0.5 / 3])
+    stairs = OneCycle(adamw(), 0.0, 1.0, cycle_first_step_size=4, cycle_first_stair_count=2)
+    assert run(stairs, 7) == pytest.approx([0, 0, 0.5, 0.5, 1, 0.5, 0.5, 0])
+
+
+def test_one_value_a_group():
+    schedule = WarmupLR(adamw(groups=2), [0.1, 0.2], [1.0, 2.0], 2, "linear")
+    run(schedule, 4)
+    assert [g["lr"] for g in schedule.optimizer.param_groups] == [1.0, 2.0]
+
+
+def test_state_goes_on_where_it_stopped():
+    def make():
+        return WarmupDecayLR(adamw(), 20, 0.0, 1.0, warmup_num_steps=5)
+
+    whole = run(make(), 10)
+    first = make()
+    run(first, 4)
+    second = make()
+    second.load_state_dict(first.state_dict())
+    assert run(second, 6)[1:] == pytest.approx(whole[5:])
+
+
+def test_torch_schedule_by_name():
+    config = SchedulerConfig("StepLR", {"step_size": 2, "gamma": 0.5})
+    assert run(build(adamw(), config), 4) == [1.0, 1.0, 0.5, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (SchedulerConfig("Nope", {}), "'Nope' is not available; use one of WarmupLR"),
+        (SchedulerConfig("WarmupLR", {"steps": 3}), "scheduler.params.steps: WarmupLR takes"),
+        (SchedulerConfig("WarmupDecayLR", {}), "total_num_steps"),
+        (SchedulerConfig("WarmupLR", {"warmup_num_steps": 0}), "positive whole number"),
+        (SchedulerConfig("WarmupLR", {"warmup_type": "cubic"}), "must be log or linear"),
+        (SchedulerConfig("WarmupLR", {"warmup_max_lr": [1, 2]}), "2 values for 1 parameter group"),
+        (SchedulerConfig("WarmupLR", {"warmup_num_steps": "auto"}), '"auto"'),
+    ],
+)
+def test_errors(config, expected):
+    with pytest.raises(UserError) as caught:
+        build(adamw(), config)
+    assert expected in str(caught.value)
