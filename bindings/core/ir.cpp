@@ -127,7 +127,7 @@ SectionView add_section(const ProgramPtr& program, const std::string& kind, uint
   return {program, program->sections.size() - 1};
 }
 
-void bind_tables(py::module_& m) {
+void bind_param(py::module_& m) {
   py::class_<ParamView>(m, "Param", "What is gathered, reduced and updated as one. Read only.")
       .def_property_readonly("name", [](const ParamView& v) { return v.get().name; })
       .def_property_readonly("dtype", [](const ParamView& v) { return to_string(v.get().dtype); })
@@ -148,7 +148,9 @@ void bind_tables(py::module_& m) {
           "shard_bytes", [](const ParamView& v) { return v.program->shard_bytes(v.id).value; },
           "Bytes of one rank's shard of the weights.")
       .def("__repr__", [](const ParamView& v) { return "<Param " + v.get().name + ">"; });
+}
 
+void bind_value(py::module_& m) {
   py::class_<ValueView>(m, "Value", "A tensor that flows between regions. Read only.")
       .def_property_readonly("name", [](const ValueView& v) { return v.get().name; })
       .def_property_readonly("bytes", [](const ValueView& v) { return v.get().bytes.value; })
@@ -160,7 +162,9 @@ void bind_tables(py::module_& m) {
           },
           "The member it is the gradient of, as 'embed' or 'small[3]', or None.")
       .def("__repr__", [](const ValueView& v) { return "<Value " + v.get().name + ">"; });
+}
 
+void bind_region(py::module_& m) {
   py::class_<RegionView>(m, "Region", "One call of a compiled piece of the graph. Read only.")
       .def_property_readonly("name", [](const RegionView& v) { return v.get().name; })
       .def_property_readonly(
@@ -193,7 +197,9 @@ void bind_tables(py::module_& m) {
           },
           "Nanoseconds, measured or filled in; None if unknown.")
       .def("__repr__", [](const RegionView& v) { return "<Region " + v.get().name + ">"; });
+}
 
+void bind_reason(py::module_& m) {
   py::class_<Reason>(m, "Reason", "Why a pass chose what it chose.")
       .def_readonly("pass_name", &Reason::pass)
       .def_readonly("object", &Reason::object,
@@ -361,7 +367,10 @@ void bind_program(py::module_& m) {
 }  // namespace
 
 void bind_ir(py::module_& m) {
-  bind_tables(m);
+  bind_param(m);
+  bind_value(m);
+  bind_region(m);
+  bind_reason(m);
   bind_instr(m);
   bind_section(m);
   bind_program(m);

@@ -59,7 +59,8 @@ std::optional<JsonReader> JsonReader::find(const std::string& key) const {
   expect_object();
   const auto found = node_->find(key);
   if (found == node_->end()) return std::nullopt;
-  return JsonReader(*found, where_, path_.empty() ? key : std::string(path_).append(".").append(key));
+  return JsonReader(*found, where_,
+                    path_.empty() ? key : std::string(path_).append(".").append(key));
 }
 
 void JsonReader::only(std::initializer_list<std::string_view> keys) const {

@@ -51,9 +51,10 @@ size_t count_instrs(const StepProgram& program) {
   return count;
 }
 
-bool same_instrs(const StepProgram& a, const StepProgram& b) {
-  return std::equal(a.sections.begin(), a.sections.end(), b.sections.begin(), b.sections.end(),
-                    [](const Section& x, const Section& y) { return x.instrs == y.instrs; });
+std::vector<std::vector<Instr>> all_instrs(const StepProgram& program) {
+  std::vector<std::vector<Instr>> out;
+  for (const Section& section : program.sections) out.push_back(section.instrs);
+  return out;
 }
 
 void verify_after(const Pass& pass, const StepProgram& program) {
@@ -70,16 +71,17 @@ PassRecord run_one(StepProgram& program, const Pass& pass, const PipelineOptions
   PassRecord record;
   record.pass = pass.name();
   record.instrs_before = count_instrs(program);
-  const StepProgram before = program;
+  const std::vector<std::vector<Instr>> instrs = all_instrs(program);
+  const size_t reasons = program.reasons.size();
   PassContext context(program, record.pass);
   const std::optional<Nanos> start =
       options.clock ? std::optional<Nanos>(options.clock()) : std::nullopt;
   pass.run(program, context);
   if (start) record.time = options.clock() - *start;
   verify_after(pass, program);
-  record.changed = !same_instrs(before, program);
+  record.changed = instrs != all_instrs(program);
   record.instrs_after = count_instrs(program);
-  record.reasons = program.reasons.size() - std::min(program.reasons.size(), before.reasons.size());
+  record.reasons = program.reasons.size() - std::min(program.reasons.size(), reasons);
   return record;
 }
 

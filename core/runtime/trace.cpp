@@ -59,14 +59,14 @@ std::vector<TraceRecord> Tracer::records() const {
   std::vector<TraceRecord> records;
   for (const auto& span : spans_) {
     TraceRecord record{span->id};
-    if (zero_event_) {
-      if (!span->start_event_ || !span->stop_event_) continue;
+    if (zero_event_ && span->start_event_ && span->stop_event_) {
       record.start_ns = nanos_between(*zero_event_, *span->start_event_);
       record.stop_ns = nanos_between(*zero_event_, *span->stop_event_);
-    } else {
-      if (span->start_ns_ < 0 || span->stop_ns_ < 0) continue;
+    } else if (span->start_ns_ >= 0 && span->stop_ns_ >= 0) {
       record.start_ns = span->start_ns_ - zero_ns_;
       record.stop_ns = span->stop_ns_ - zero_ns_;
+    } else {
+      continue;
     }
     records.push_back(record);
   }

@@ -123,7 +123,7 @@ class Simulation {
       if (!wanted(program_.sections[s].kind)) continue;
       for (ValueId value : program_.sections[s].inputs) define(value);
       for (size_t i = 0; i < program_.sections[s].instrs.size(); ++i) step(s, i);
-      hand_over(program_.sections[s]);
+      hand_over(s);
     }
   }
 
@@ -262,18 +262,23 @@ class Simulation {
     memory_.allocate(time, bytes_of(instr).reduction_input);
   }
 
-  // The caller keeps a forward's outputs until its backward is over, others no
-  // longer than their section.
-  void hand_over(const Section& section) {
-    const auto forward = program_.find_section(SectionKind::kForward, section.graph);
-    if (section.kind == SectionKind::kForward &&
-        program_.find_section(SectionKind::kBackward, section.graph)) {
-      return;
+  // As the memory timeline has it: the caller keeps a forward's outputs until
+  // its backward is over, others no longer than their section. Inputs that no
+  // instruction could free, because there is none, go at once.
+  void hand_over(size_t at) {
+    const Section& section = program_.sections[at];
+    const auto has = [](const std::vector<ValueId>& ids, ValueId id) {
+      return std::find(ids.begin(), ids.end(), id) != ids.end();
+    };
+    for (ValueId id : section.inputs) {
+      if (!has(section.outputs, id) && !has(liveness_.sections[at].saved, id)) drop(id);
     }
-    for (ValueId value : section.inputs) drop(value);
-    for (ValueId value : section.outputs) drop(value);
+    const bool forward = section.kind == SectionKind::kForward;
+    if (forward && program_.find_section(SectionKind::kBackward, section.graph)) return;
+    for (ValueId id : section.outputs) drop(id);
     if (section.kind != SectionKind::kBackward) return;
-    for (ValueId value : program_.sections[index(*forward)].outputs) drop(value);
+    const auto its = program_.find_section(SectionKind::kForward, section.graph);
+    for (ValueId id : program_.sections[index(*its)].outputs) drop(id);
   }
 
   const ParamFootprint& bytes_of(const Instr& instr) const {

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -43,11 +44,16 @@ def _fail(what: str | Path, cause: str) -> UserError:
     return UserError(f"[checkpoint] {what}: {cause}")
 
 
+def _causes(error: dcp.api.CheckpointException) -> str:
+    """Each rank's own error, without the traceback."""
+    return "; ".join(f"rank {rank}: {wrapped[0]}" for rank, wrapped in error.failures.items())
+
+
 class FlatShard:
     """This rank's ranges [start, start + len) of a flattened tensor of `total` elements.
 
-    Implements DCP's protocol for objects that describe their own chunks
-    (torch.distributed._checkpointable); ranges of all ranks tile the tensor.
+    Implements what DCP asks of an object that lists its own chunks; the planners
+    below find their data. The ranges of all ranks tile the tensor.
     """
 
     def __init__(self, total: int, dtype: torch.dtype):
@@ -85,8 +91,35 @@ class FlatShard:
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [self._chunk(start) for start in self.chunks]
 
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+    def chunk(self, index: MetadataIndex) -> torch.Tensor:
+        """The data of one chunk, by where it starts."""
         return self.chunks[index.offset[0]]
+
+
+class SavePlanner(DefaultSavePlanner):
+    """DCP's own, which also finds the chunks of FlatShards."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        found = self.state_dict[index.fqn]
+        return found.chunk(index) if isinstance(found, FlatShard) else super().lookup_object(index)
+
+
+class LoadPlanner(DefaultLoadPlanner):
+    """DCP's own, which also finds the chunks of FlatShards, for state dicts that are flat."""
+
+    def __init__(self):
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False
+    ) -> None:
+        # The base class also looks for meta tensors to fill, and loses other objects there.
+        self.state_dict = self.original_state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        found = self.state_dict[index.fqn]
+        return found.chunk(index) if isinstance(found, FlatShard) else super().lookup_tensor(index)
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -179,11 +212,12 @@ def save(
             dcp.save(
                 tensors,
                 storage_writer=dcp.FileSystemWriter(temporary, single_file_per_rank=True),
+                planner=SavePlanner(),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,
             )
     except dcp.api.CheckpointException as error:
-        raise _fail(temporary, f"could not be written: {error}") from error
+        raise _fail(temporary, f"could not be written: {_causes(error)}") from error
     ranks.together("[checkpoint] save", write_small)
     ranks.together("[checkpoint] save", lambda: _publish(root, tag) if ranks.rank == 0 else None)
     return root / tag
@@ -263,11 +297,12 @@ def read_tensors(folder: Path, tensors: dict[str, Any], ranks: Ranks) -> None:
             dcp.load(
                 tensors,
                 storage_reader=dcp.FileSystemReader(folder),
+                planner=LoadPlanner(),
                 process_group=ranks.group,
                 no_dist=ranks.group is None,
             )
     except dcp.api.CheckpointException as error:
-        raise _fail(folder, f"could not be loaded: {error}") from error
+        raise _fail(folder, f"could not be loaded: {_causes(error)}") from error
     except (RuntimeError, ValueError, OSError) as error:
         raise _fail(folder, f"could not be loaded: {error}") from error
 

@@ -166,6 +166,8 @@ class EagerHooks:
         self._release(sorted(self._gathered))
 
     def _gradient_made(self, ref: MemberRef, parameter: torch.Tensor) -> None:
+        if parameter.grad is None:
+            return  # a compiled graph's, which its plan reduces
         if not self._in_backward:
             raise UserError(
                 f"[engine] gradient of {self._table.member(ref).name}: made outside "

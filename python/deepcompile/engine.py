@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import engine_state
+from . import engine_report, engine_state
 from .capture import CaptureOptions, make_backend, make_entry, surface_errors
 from .config import Config
 from .distributed import Ranks
@@ -77,8 +77,7 @@ class Engine:
         """What the traced step left: runtime records, step number, peak bytes."""
         self._entry = make_entry(model, config.compile.differentiable_outputs)
         self._compiled: Callable[..., Any] | None = None
-        self._compiled_at: int | None = None
-        self._trace_at: int | None = None
+        self._compiled_steps = 0
         self._grad_norm: Any = None
         self._loss: torch.Tensor | None = None
         self._backward_done = False
@@ -133,8 +132,7 @@ class Engine:
             )
             return
         self._compiled = self._build(backend, kwargs)
-        self._compiled_at = self.global_steps
-        self._trace_at = self.global_steps + TRACED_STEP
+        self._compiled_steps = 0
 
     def _build(self, backend: str, kwargs: dict[str, Any]) -> Callable[..., Any]:
         settings = self.config.compile
@@ -194,7 +192,8 @@ class Engine:
     def _starts_trace(self) -> bool:
         at_start = self.micro_steps % self.gradient_accumulation_steps() == 0
         return (
-            self._trace_at == self.global_steps
+            self._compiled is not None
+            and self._compiled_steps == TRACED_STEP
             and at_start
             and self.module.training
             and torch.is_grad_enabled()
@@ -244,12 +243,13 @@ class Engine:
         self._end_step()
 
     def _end_step(self) -> None:
-        if self._trace_at == self.global_steps and self._compiled is not None:
-            self.trace = engine_state.collect_trace(self)
-            self.runtime.trace(False)
-            self._trace_at = None
-        if self._compiled_at == self.global_steps:
-            self.planner.check_ranks()
+        if self._compiled is not None:
+            if self._compiled_steps == TRACED_STEP:
+                self.trace = engine_state.collect_trace(self)
+                self.runtime.trace(False)
+            if self._compiled_steps == 0:
+                self.planner.check_ranks()
+            self._compiled_steps += 1
         self.global_steps += 1
         self.losses.append((self.global_steps, self._loss))
         now = time.perf_counter()
@@ -351,12 +351,16 @@ class Engine:
             self, directory, tag, load_optimizer_states, load_lr_scheduler_states, strict_batch
         )
 
-    def report(self, path: str | Path) -> Path | None:
+    def report(self, path: str | Path, **more: Any) -> Path | None:
         """Write the HTML report of this run on rank 0: plan, simulation, the traced step,
-        compilation, losses, memory; a Perfetto trace goes beside it. Collective."""
-        from .engine_report import write
+        compilation, losses, memory; collective. `more`: keys of report.write_report to set or,
+        for `notes`, to add to."""
+        return engine_report.write(self, Path(path), more)
 
-        return write(self, Path(path))
+    def write_trace(self, path: str | Path) -> Path | None:
+        """Write the simulated and the traced step as a Perfetto trace on rank 0; collective.
+        None elsewhere, and if no compiled step was traced."""
+        return engine_report.write_trace(self, Path(path))
 
     # ---- numbers
 

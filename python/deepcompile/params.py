@@ -178,9 +178,7 @@ class _UniqueNames:
         return self.take(name)
 
 
-def _large_param(
-    names: _UniqueNames, name: str, tensor: nn.Parameter, placement: str
-) -> ParamSpec:
+def _large_param(names: _UniqueNames, name: str, tensor: nn.Parameter, placement: str) -> ParamSpec:
     member = MemberSpec(name, tuple(tensor.shape), tensor.numel(), 0)
     return ParamSpec(
         names.take(ir_name(name)),

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIZE = "--layers 2 --hidden 64 --sequence 64 --sample-bytes 24 --save-every 12".split()
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 def run_demo(out: Path, *arguments: str, ranks: int = 2) -> str:

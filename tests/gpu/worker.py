@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-RATE, BETAS, EPS, DECAY = 1e-3, (0.9, 0.95), 1e-8, 0.1
+RATE, BETAS, EPS, DECAY = 3e-3, (0.9, 0.95), 1e-8, 0.1
 
 
 def parse() -> argparse.Namespace:
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
     return parser.parse_args()
@@ -63,8 +63,7 @@ def make_batch(a: argparse.Namespace, step: int, micro: int, rank: int) -> dict[
     """The micro-batch of one rank: text with a pattern, so that there is something to learn."""
     draw = torch.Generator().manual_seed(step * 1000 + micro * 100 + rank)
     start = torch.randint(0, a.vocabulary, (a.batch, 1), generator=draw)
-    stride = torch.randint(1, 8, (a.batch, 1), generator=draw)
-    ids = (start + stride * torch.arange(a.sequence)) % a.vocabulary
+    ids = (start + torch.arange(a.sequence)) % a.vocabulary
     return {"input_ids": ids.to(DEVICE), "labels": ids.to(DEVICE)}
 
 

@@ -38,7 +38,9 @@ class ReferenceRunner:
         env.update(zip(section.inputs, inputs, strict=True))
         for name in section.regions:
             region = self.regions[name]
-            args = [self.sink.weight(x) if isinstance(x, MemberRef) else env[x] for x in region.inputs]
+            args = [
+                self.sink.weight(x) if isinstance(x, MemberRef) else env[x] for x in region.inputs
+            ]
             outs = self.captured.codes[region.code](args)
             assert not args, "a region's code must empty its list"
             for value, out in zip(region.outputs, outs, strict=True):

@@ -316,6 +316,23 @@ def test_frozen_parameters_have_weights_only():
         toy.runtime.reduce("w1", {"w1": torch.zeros(toy.model.w1.shape)})
 
 
+def test_gradients_of_one_member_from_two_regions_add_up():
+    def halves(args):
+        return [part for grad in toy_step.code_first_backward(args) for part in (grad / 2, grad / 2)]
+
+    sections = GRAPH.replace(
+        "value g.bias 64B grad=small\n",
+        "value g.bias 64B grad=small\nvalue g.bias2 64B grad=small\nvalue g.w1b 64B grad=w1\n",
+    ).replace("(g.w1, g.bias)", "(g.w1, g.w1b, g.bias, g.bias2)")
+    toy, plain = Toy(), Toy()
+    codes = [*toy_step.CODES[:3], halves]
+    toy.graph = toy.runtime.load_plan(plan_text(1, 3, sections), codes)
+    for each in (toy, plain):
+        each.micro_step(*batch(0))
+    for name in ("w1", "small"):
+        assert torch.equal(toy.runtime.gradient(name), plain.runtime.gradient(name))
+
+
 def test_members_without_a_gradient_are_left_alone():
     toy, model = Toy(), Reference()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)

@@ -78,18 +78,32 @@ void wait_on_host(const Work& work, milliseconds timeout) {
 
 class HostTransfer final : public Transfer {
  public:
-  HostTransfer(Work work, milliseconds timeout) : work_(std::move(work)), timeout_(timeout) {}
+  // `span`: stopped when the wait is over; null if something else stops it.
+  HostTransfer(Work work, milliseconds timeout, std::shared_ptr<Span> span)
+      : work_(std::move(work)), timeout_(timeout), span_(std::move(span)) {}
 
   void wait() override {
     if (!work_) return;
     const Work work = std::exchange(work_, nullptr);
     wait_on_host(work, timeout_);
+    if (span_) span_->stop(std::nullopt);
   }
 
  private:
   Work work_;  // holds the tensors until the backend is done with them
   milliseconds timeout_;
+  std::shared_ptr<Span> span_;
 };
+
+// Whether the work tells when it is over. Gloo's reduce-scatter does not.
+bool stops_by_itself(const Work& work, const std::shared_ptr<Span>& span) {
+  try {
+    work->getFuture()->addCallback([span](c10::ivalue::Future&) { span->stop(std::nullopt); });
+    return true;
+  } catch (const c10::Error&) {
+    return false;
+  }
+}
 
 class HostTransport final : public Transport {
  public:
@@ -120,10 +134,8 @@ class HostTransport final : public Transport {
   std::unique_ptr<Transfer> start(std::shared_ptr<Span> span, Call&& call) {
     if (span) span->start(std::nullopt);
     Work work = translated(call);
-    if (span) {
-      work->getFuture()->addCallback([span](c10::ivalue::Future&) { span->stop(std::nullopt); });
-    }
-    return std::make_unique<HostTransfer>(std::move(work), timeout_);
+    if (span && stops_by_itself(work, span)) span = nullptr;
+    return std::make_unique<HostTransfer>(std::move(work), timeout_, std::move(span));
   }
   template <typename Call>
   void finish(Call&& call) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "runtime/exec/executor.h"
 
+#include <ATen/ops/add.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
@@ -15,9 +16,10 @@ std::optional<c10::Stream> current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
-// Transfers time themselves, from start to end on the link.
-bool is_transfer(Op op) {
-  return op == Op::kGather || op == Op::kReduce;
+// Transfers time themselves, from start to end on the link. A gather of what is
+// whole already is none.
+bool starts_transfer(Op op, const ParamState* param) {
+  return op == Op::kReduce || (op == Op::kGather && param->presence == Presence::kShard);
 }
 
 }  // namespace
@@ -59,7 +61,7 @@ void Executor::step(const Place& place, std::vector<RuntimeValue>* values) {
       instr.param < 0 ? nullptr : place.loaded->params[static_cast<size_t>(instr.param)];
   const std::shared_ptr<Span> span = tracer_.open(
       {place.loaded->id, static_cast<int64_t>(place.section), static_cast<int64_t>(place.instr)});
-  const bool here = span && !is_transfer(instr.op);
+  const bool here = span && !starts_transfer(instr.op, param);
   if (here) span->start(current_stream(device_));
   switch (instr.op) {
     case Op::kGather:
@@ -134,7 +136,10 @@ void Executor::reduce(const Place& place, const std::vector<RuntimeValue>& value
   for (size_t i = 0; i < instr.values.size(); ++i) {
     const RuntimeValue& value = values[static_cast<size_t>(instr.values[i])];
     if (value.isTensor() && value.toTensor().defined()) {
-      grads.emplace(static_cast<size_t>(instr.members[i]), value.toTensor());
+      const auto [at, fresh] =
+          grads.emplace(static_cast<size_t>(instr.members[i]), value.toTensor());
+      // A member used in several regions may have a gradient from each.
+      if (!fresh) at->second = at::add(at->second, value.toTensor());
     }
   }
   store_.reduce(*place.loaded->params[static_cast<size_t>(instr.param)], grads, std::move(span));

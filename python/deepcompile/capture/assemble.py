@@ -30,7 +30,7 @@ from deepcompile.capture.sources import (
     param_inputs,
     set_outputs,
 )
-from deepcompile.capture.split import cut
+from deepcompile.capture.split import cut, free_symbols
 from deepcompile.errors import UserError
 from deepcompile.params import MemberRef, ParamTable
 
@@ -214,7 +214,7 @@ class Assembler:
         params = set(part.params)
         nodes, ins, outs = region.nodes, region.inputs, region.outputs
         key = region_key(part.gm, nodes, ins, outs, params, keys)
-        if any(isinstance(n.meta.get("val"), torch.SymInt) for n in ins):
+        if any(free_symbols(n.meta.get("val")) for n in [*ins, *nodes]):
             key += f"-g{self.ir.graph}"  # symbols mean something in their own graph only
         name = f"{_PREFIX[part.kind]}{self.ir.graph}.{index}"
         static = tuple(i for i, n in enumerate(ins) if n in params)

@@ -132,9 +132,10 @@ def _reaches_memory(nodes: list[fx.Node], base: dict[fx.Node, fx.Node]) -> set[f
     """Results written out when pointwise work and reductions are fused."""
     found = set()
     for node in nodes:
-        if is_getitem(node) or not _fusible(node):
+        alone = not _fusible(node) and not is_factory(node)
+        if is_getitem(node) or alone:
             found.add(base[node])
-        if not _fusible(node):
+        if alone:
             # A constant read by a kernel is that kernel's result, filled first.
             found.update(base[a] for a in node.all_input_nodes if a in base and not is_factory(a))
     return found

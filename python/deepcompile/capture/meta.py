@@ -88,7 +88,9 @@ def _check(dtype: str, batch: int, seq: int, world: int) -> None:
         )
     for name, value in (("batch", batch), ("seq", seq), ("world", world)):
         if value < 1:
-            raise UserError(f"[capture] {name} {value}: must be at least 1. Give a positive number.")
+            raise UserError(
+                f"[capture] {name} {value}: must be at least 1. Give a positive number."
+            )
 
 
 def capture_model(

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from deepcompile.capture.joint import is_getitem
-from deepcompile.capture.sources import outputs, output_node
+from deepcompile.capture.sources import output_node, outputs
 
 _HOP = torch.ops.higher_order
 

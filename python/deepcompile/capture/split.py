@@ -136,9 +136,7 @@ def _union(sets) -> set[fx.Node]:
     return found
 
 
-def _hoist(
-    graph: fx.Graph, info: _Graph, body: list[fx.Node]
-) -> tuple[list[fx.Node], _Segments]:
+def _hoist(graph: fx.Graph, info: _Graph, body: list[fx.Node]) -> tuple[list[fx.Node], _Segments]:
     """(nodes to run first, micro-segments of the rest)."""
     seeds = {n for n in body if "seed" in str(n.target) and "inductor" in str(n.target)}
     if any(a not in seeds and a.op != "placeholder" for n in seeds for a in n.all_input_nodes):
@@ -220,19 +218,21 @@ class _Cuts:
 
     def choose(self) -> set[int]:
         cuts: set[int] = set()
-        todo = [(0, len(self.segments.nodes))]
+        todo = [(0, len(self.segments.nodes), 0)]
         while todo:
-            low, high = todo.pop()
+            low, high, layer = todo.pop()
             if low >= high:
                 continue
-            repeat = find_repeat(self.segments.hashes, low, high)
+            repeat = None
+            if high - low > layer:  # less is a piece of a layer: what repeats in it is no layer
+                repeat = find_repeat(self.segments.hashes, low, high)
             if repeat is None or repeat.coverage < _MIN_COVERAGE:
                 cuts.update(self._greedy(low, high))
                 continue
             first, count, offsets = self._best_phase(repeat, low, high)
             end = first + count * repeat.period
             cuts.update(first + k * repeat.period + o for k in range(count) for o in offsets)
-            todo += [(low, first), (end, high)]
+            todo += [(low, first, repeat.period), (end, high, repeat.period)]
         return cuts
 
     def _greedy(self, low: int, high: int) -> list[int]:
@@ -262,7 +262,9 @@ class _Cuts:
             seams = [first + k * repeat.period + o for k in range(count) for o in offsets]
             end = first + count * repeat.period
             bounds = ([low] if first > low else []) + seams + [end] + ([high] if end < high else [])
-            gathered = sum(self._param_bytes(a, b) for a, b in zip(bounds, bounds[1:], strict=False))
+            gathered = sum(
+                self._param_bytes(a, b) for a, b in zip(bounds, bounds[1:], strict=False)
+            )
             alive = sum(int(self.live[s]) for s in [*seams, end])
             cost = (gathered, alive, first)
             if best is None or cost < best[0]:
@@ -305,15 +307,16 @@ def _region(
         if not isinstance(n.meta.get("val"), tuple | list)  # its getitems go out instead
         and (n in returned or any(home.get(u, index) != index for u in n.users))
     ]
-    free = _union(_free_symbols(n.meta.get("val")) for n in [*nodes, *inputs])
+    free = _union(free_symbols(n.meta.get("val")) for n in [*nodes, *inputs])
     bound = [symbols[s] for s in sorted(free, key=str) if s in symbols]
     sizes = [n for n in bound if n not in inputs and n not in nodes]
     return Region(list(nodes), [*sizes, *inputs], outs)
 
 
-def _free_symbols(value: object) -> set:
+def free_symbols(value: object) -> set:
+    """Symbols in a value's number, shape, strides or offset."""
     if isinstance(value, tuple | list):
-        return _union(_free_symbols(v) for v in value)
+        return _union(free_symbols(v) for v in value)
     numbers = [value]
     if isinstance(value, torch.Tensor):
         numbers = [*value.shape, *value.stride(), value.storage_offset()]

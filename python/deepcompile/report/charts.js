@@ -91,7 +91,7 @@ function lossChart(box, loss, validation) {
     ticks(low - room, high + room, 7), String, (v) => +v.toFixed(3), x, y);
   svg.setAttribute("aria-label", "loss over steps");
   el("path", { class: "raw", d: path(loss.map((row) => [x(row.step), y(row.loss)])) }, svg);
-  const means = smooth(loss.map((row) => row.loss), 0.6);
+  const means = smooth(loss.map((row) => row.loss), loss.length < 40 ? 0 : 0.6);
   el("path", { class: "train", d: path(loss.map((row, i) => [x(row.step), y(means[i])])) }, svg);
   if (validation.length > 1) {
     el("path", { class: "val", d: path(validation.map((row) => [x(row.step), y(row.loss)])) }, svg);

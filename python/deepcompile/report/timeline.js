@@ -2,6 +2,16 @@
 // The step's timeline: compute, wait, link and host lanes, predicted above measured.
 "use strict";
 
+// Time in which at least one of the items runs: transfers may overlap.
+function covered(items) {
+  let sum = 0, until = 0;
+  for (const item of [...items].sort((a, b) => a.start_ns - b.start_ns)) {
+    sum += Math.max(0, item.end_ns - Math.max(item.start_ns, until));
+    until = Math.max(until, item.end_ns);
+  }
+  return sum;
+}
+
 class Timeline {
   constructor(box, sides) {
     this.box = box;
@@ -70,7 +80,7 @@ class Timeline {
     side.lanes.forEach((lane, row) => {
       const y = top + head + row * this.laneHeight;
       el("text", { x: 0, y: y + 16 }, this.svg, lane);
-      const busy = side.items.filter((i) => i.resource === lane).reduce((sum, i) => sum + i.end_ns - i.start_ns, 0);
+      const busy = covered(side.items.filter((i) => i.resource === lane));
       el("text", { x: this.left - 10, y: y + 16, "text-anchor": "end" }, this.svg, nanos(busy));
     });
     for (const item of side.items) this.drawItem(side, item, plot, top + head);

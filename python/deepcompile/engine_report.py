@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a run: what was planned, what the simulator says, what was measured.
+
+One step is traced (see TRACED_STEP in engine.py). The prediction is for the
+machine that the configuration names, or a built-in one that resembles this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import _core
+from .engine_state import compile_report
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+@dataclasses.dataclass
+class StepView:
+    """One step of all traced graphs, and what is known of its times."""
+
+    program: Any
+    """Merged step program, for one micro-batch after another as in the engine."""
+    plans: list[tuple[int, Any]]
+    """(runtime's plan id, program) in the order of the merge; the update's last."""
+    records: list[tuple[int, int, int, int, int]]
+    """(plan id, section, instruction, start ns, end ns) of the traced step."""
+
+
+def machine_of(engine: Engine) -> Any:
+    """The configuration's machine, or the built-in that resembles this one most."""
+    named = engine.config.compile.machine
+    if named is not None:
+        known = named in _core.Machine.builtin_names()
+        return _core.Machine.builtin(named) if known else _core.Machine.load(named)
+    name = "4xh200" if engine.ranks.device.type == "cuda" else "2x-cpu"
+    return _core.Machine.builtin(name)
+
+
+def step_view(engine: Engine) -> StepView | None:
+    """The traced step's program and records; None if no compiled step was traced yet."""
+    records = engine.trace.get("records")
+    if not records:
+        return None
+    ran = {record[0] for record in records}
+    graphs = [i for i in engine.planner.graphs if i.plan_id in ran]
+    plans = [(i.plan_id, i.program) for i in graphs]
+    plans.append((engine.planner.update_plan_id, engine.planner.update_program))
+    known = {plan_id for plan_id, _ in plans}
+    merged = _core.merge_steps(
+        type(engine.module).__name__, [i.program for i in graphs], engine.planner.update_program
+    )
+    kept = [tuple(r) for r in records if r[0] in known]
+    return StepView(merged, plans, kept)
+
+
+def _facts(engine: Engine) -> dict[str, str]:
+    device = engine.ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    count = sum(member.numel for spec in engine.table.params for member in spec.members)
+    return {
+        "Model": type(engine.module).__name__,
+        "Parameters": f"{count:,}",
+        "Ranks": str(engine.ranks.world),
+        "Stage": str(engine.config.stage),
+        "Batch": f"{engine.train_batch_size()} = {engine.train_micro_batch_size_per_gpu()} x "
+        f"{engine.gradient_accumulation_steps()} accumulation x {engine.ranks.world} ranks",
+        "Compute type": "bf16" if engine.config.bf16.enabled else "as the model's",
+        "Device": f"{device.type} {name or platform.machine()}",
+        "PyTorch": torch.__version__,
+    }
+
+
+def _measured_items(view: StepView) -> list[dict[str, Any]]:
+    """Records as timeline items, named by the merged program's sections."""
+    resources = {"run": "compute", "update": "compute", "norm": "compute", "accumulate": "compute",
+                 "gather": "link", "reduce": "link"}  # fmt: skip
+    items = []
+    programs = dict(view.plans)
+    order = {plan_id: number for number, (plan_id, _) in enumerate(view.plans)}
+    for plan_id, section_index, index, start, end in view.records:
+        section = programs[plan_id].sections[section_index]
+        instr = section.instrs[index]
+        if instr.op not in resources:
+            continue
+        update = section.kind == "update"
+        items.append(
+            {
+                "section": "update" if update else f"{section.kind} {order[plan_id]}",
+                "index": index,
+                "label": f"{instr.op} {instr.operand}" if instr.operand else instr.op,
+                "resource": resources[instr.op],
+                "start_ns": start,
+                "end_ns": end,
+            }
+        )
+    return items
+
+
+def _with_measured_regions(view: StepView) -> Any:
+    """The merged program with each region's time as it was measured (the mean of its runs)."""
+    program = view.program.copy()
+    names = iter(region.name for region in program.regions)
+    total: dict[tuple[int, str], list[int]] = {}
+    programs = dict(view.plans)
+    for plan_id, section, index, start, end in view.records:
+        instr = programs[plan_id].sections[section].instrs[index]
+        if instr.op == "run":
+            total.setdefault((plan_id, instr.region), []).append(end - start)
+    for plan_id, graph in view.plans:  # merging keeps the order of regions
+        for region in graph.regions:
+            merged = next(names)
+            times = total.get((plan_id, region.name))
+            if times:
+                program.set_region_time(merged, sum(times) // len(times))
+    return program
+
+
+def _compare(engine: Engine, view: StepView, plain: Any, informed: Any) -> list[dict[str, Any]]:
+    """Step time and peak: predicted and measured."""
+    start = min(r[3] for r in view.records)
+    measured = max(r[4] for r in view.records) - start
+    rows = [
+        {"what": "Step", "predicted": plain.time_ns, "measured": measured, "unit": "ns",
+         "headline": True},
+        {"what": "Step, simulated with the measured region times",
+         "predicted": informed.time_ns, "measured": measured, "unit": "ns"},
+        {"what": "Peak memory of a rank", "predicted": plain.peak_bytes,
+         "measured": engine.trace["peak_bytes"], "unit": "B", "headline": True},
+        {"what": "Waiting for transfers", "predicted": informed.stall_ns, "unit": "ns"},
+    ]  # fmt: skip
+    for kind in ("run", "gather", "reduce", "update"):
+        pairs = [r for r in _core.compare(plain, view.plans, view.records)
+                 if r.label.split()[0] == kind]  # fmt: skip
+        if pairs:
+            rows.append(
+                {
+                    "what": f"All {kind} instructions",
+                    "predicted": sum(r.predicted_ns or 0 for r in pairs),
+                    "measured": sum((r.measured_ns or 0) * max(1, r.samples) for r in pairs),
+                    "unit": "ns",
+                }
+            )
+    return rows
+
+
+def _simulated(engine: Engine, view: StepView) -> tuple[Any, Any, Any]:
+    """(machine, simulation with the model's region times, and with the measured ones)."""
+    machine = machine_of(engine)
+    plain = _core.simulate(view.program, machine)
+    return machine, plain, _core.simulate(_with_measured_regions(view), machine)
+
+
+def report_data(engine: Engine) -> dict[str, Any]:
+    """What deepcompile.report.write_report takes."""
+    counts = compile_report(engine.planner.graphs)
+    data: dict[str, Any] = {
+        "title": f"{type(engine.module).__name__} on {engine.ranks.world} "
+        f"rank{'s' * (engine.ranks.world != 1)}",
+        "facts": _facts(engine),
+        "loss": [{"step": s, "loss": float(v), "tokens_per_s": None} for s, v in engine.losses],
+        "notes": list(engine.config.warnings),
+    }
+    if counts["graphs"]:
+        regions = {k.replace("_", " "): counts[k] for k in ("graphs", "regions", "distinct_regions")}
+        data["compile"] = {"stages": counts["stages"], "regions": {**regions, **counts["cache"]}}
+    view = step_view(engine)
+    if view is None:
+        data["notes"].append("No compiled step was traced, so there is no timeline.")
+        return data
+    try:
+        machine, plain, informed = _simulated(engine, view)
+    except UserError as error:
+        data["notes"].append(f"The step was not simulated: {error}")
+        return data
+    data["facts"]["Simulated machine"] = machine.name
+    return data | {
+        "timeline": {
+            "predicted": [i.as_dict() for i in plain.items if i.resource != "none"],
+            "measured": _measured_items(view),
+        },
+        "memory": {"predicted": [list(point) for point in plain.memory], "measured": []},
+        "compare": _compare(engine, view, plain, informed),
+        "reasons": [
+            {"pass": r.pass_name, "object": r.object, "text": r.text} for r in view.program.reasons
+        ],
+        "plan": str(view.program),
+    }
+
+
+def write(engine: Engine, path: Path, more: dict[str, Any]) -> Path | None:
+    """Engine.report."""
+    from .report import write_report
+
+    def work() -> Path | None:
+        if engine.ranks.rank:
+            return None
+        data = report_data(engine)
+        notes = [*data["notes"], *more.get("notes", [])]
+        return write_report({**data, **more, "notes": notes}, path)
+
+    return engine.ranks.together("[report]", work)
+
+
+def write_trace(engine: Engine, path: Path) -> Path | None:
+    """Engine.write_trace."""
+
+    def work() -> Path | None:
+        view = None if engine.ranks.rank else step_view(engine)
+        if view is None:
+            return None
+        _, plain, informed = _simulated(engine, view)
+        both = [("predicted", plain), ("predicted with measured regions", informed)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_core.perfetto_trace(both, view.plans, view.records), encoding="utf-8")
+        return path
+
+    return engine.ranks.together("[report]", work)

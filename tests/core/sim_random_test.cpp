@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// What must hold for every simulation and every plan, on random programs.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "analysis/critical_path.h"
+#include "analysis/memory_timeline.h"
+#include "passes/pipeline.h"
+#include "plan/plan.h"
+#include "random_program.h"
+#include "sim/simulator.h"
+#include "test_support.h"
+#include "unit_cost.h"
+
+namespace deepcompile {
+namespace {
+
+constexpr uint32_t kSeeds = 300;
+
+StepProgram planned(uint32_t seed) {
+  StepProgram program = random_program(seed, {.replicated = seed % 5 == 0});
+  std::mt19937 random(seed);
+  for (Region& region : program.regions) region.time = Nanos{pick(random, 0, 20000)};
+  run_pipeline(program, PassRegistry::with_builtins(),
+               {seed % 5 == 0 ? "zero0_compile" : "zero3_compile"});
+  return program;
+}
+
+TEST(RandomSimulations, ResourcesDoOneThingAtATime) {
+  for (uint32_t seed = 0; seed < kSeeds; ++seed) {
+    const StepProgram program = planned(seed);
+    UnitCost costs;
+    costs.slowdown = 1 + 0.25 * (seed % 4);
+    const SimResult result = simulate(program, costs);
+    std::map<Resource, Nanos> end, busy;
+    Nanos stall;
+    for (const SimItem& item : result.items) {
+      stall += item.stall;
+      ASSERT_LE(item.issue, item.start) << seed;
+      ASSERT_LE(item.start, item.end) << seed;
+      ASSERT_LE(item.end, result.time) << seed;
+      if (item.resource == Resource::kNone) continue;
+      ASSERT_GE(item.start, end[item.resource]) << seed;
+      end[item.resource] = item.end;
+      busy[item.resource] += item.end - item.start;
+    }
+    ASSERT_EQ(busy[Resource::kCompute], result.compute_busy) << seed;
+    ASSERT_EQ(busy[Resource::kLink], result.link_busy) << seed;
+    // Compute either works or stands still; then the link may go on.
+    ASSERT_EQ(stall, result.stall) << seed;
+    const Nanos compute = result.compute_busy + result.stall;
+    ASSERT_EQ(result.time, std::max(compute, end[Resource::kLink])) << seed;
+  }
+}
+
+TEST(RandomSimulations, NeverBeatTheCriticalPath) {
+  for (uint32_t seed = 0; seed < kSeeds; ++seed) {
+    StepProgram program = planned(seed);
+    program.accumulation = 1;
+    const UnitCost costs;
+    const CriticalPath path = critical_path(program, [&](const Section&, const Instr& instr) {
+      return costs.duration(program, instr);
+    });
+    const SimResult result = simulate(program, costs);
+    ASSERT_GE(result.time, path.length) << seed;
+    ASSERT_GE(result.time, result.link_busy) << seed;
+    ASSERT_GE(result.time, result.compute_busy) << seed;
+    // Slower kernels cannot make a step faster.
+    UnitCost slow;
+    slow.slowdown = 2;
+    ASSERT_GE(simulate(program, slow).time, result.time) << seed;
+  }
+}
+
+TEST(RandomSimulations, MemoryComesBackAndStaysUnderTheTimeline) {
+  for (uint32_t seed = 0; seed < kSeeds; ++seed) {
+    const StepProgram program = planned(seed);
+    const SimResult result = simulate(program, UnitCost());
+    const MemoryTimeline timeline = memory_timeline(program);
+    ASSERT_EQ(result.resident, timeline.base) << seed;
+    // The timeline has a point for each instruction, so none for an empty section's inputs.
+    const bool empty = std::any_of(program.sections.begin(), program.sections.end(),
+                                   [](const Section& section) { return section.instrs.empty(); });
+    if (!empty) {
+      ASSERT_LE(result.peak, timeline.peak) << seed;
+    }
+    Bytes highest;
+    for (const MemoryPoint& point : result.memory) {
+      ASSERT_GE(point.bytes, result.resident) << seed;
+      highest = std::max(highest, point.bytes);
+    }
+    ASSERT_GE(result.peak, highest) << seed;
+    ASSERT_EQ(result.memory.back().bytes, result.resident) << seed;
+  }
+}
+
+TEST(RandomSimulations, AreDeterministic) {
+  for (uint32_t seed = 0; seed < 20; ++seed) {
+    const SimResult a = simulate(planned(seed), UnitCost());
+    const SimResult b = simulate(planned(seed), UnitCost());
+    ASSERT_EQ(a.time, b.time);
+    ASSERT_EQ(a.memory, b.memory);
+  }
+}
+
+TEST(RandomPlans, RoundTripAndFreeOnce) {
+  for (uint32_t seed = 0; seed < kSeeds; ++seed) {
+    const Plan plan = freeze(planned(seed));
+    ASSERT_EQ(parse_plan(serialize(plan)), plan) << seed;
+    for (const PlanSection& section : plan.sections) {
+      std::set<int32_t> freed;
+      for (const PlanInstr& instr : section.instrs) {
+        for (int32_t value : instr.values) ASSERT_FALSE(freed.contains(value)) << seed;
+        for (int32_t value : instr.frees) ASSERT_TRUE(freed.insert(value).second) << seed;
+      }
+      for (int32_t value : section.outputs) ASSERT_FALSE(freed.contains(value)) << seed;
+    }
+  }
+}
+
+// A text cut or damaged anywhere is an error or, rarely, still a plan; never a crash.
+TEST(RandomPlans, DamagedTextIsAnError) {
+  const std::string text = serialize(freeze(planned(3)));
+  std::mt19937 random(1);
+  for (int i = 0; i < 400; ++i) {
+    std::string damaged = text;
+    const auto at = static_cast<size_t>(pick(random, 0, static_cast<int64_t>(text.size()) - 1));
+    if (i % 2 == 0) {
+      damaged.resize(at);
+    } else {
+      damaged[at] = static_cast<char>(pick(random, 1, 126));
+    }
+    try {
+      const Plan plan = parse_plan(damaged);
+      ASSERT_EQ(plan.hash, content_hash(plan));
+    } catch (const UserError&) {
+    }
+  }
+}
+
+}  // namespace
+}  // namespace deepcompile

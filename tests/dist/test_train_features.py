@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accumulation, clipping, evaluation between steps, bf16, schedules, passes: on two ranks."""
+
+from __future__ import annotations
+
+import cases
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+
+TOLERANCE = 1e-5
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def trained(world: int, *runs: dict) -> list[dict]:
+    return run_ranks(cases.train_all, world, list(runs), timeout=400)[0]
+
+
+def test_accumulation_clipping_schedule_and_evaluation():
+    step_lr = {"type": "StepLR", "params": {"step_size": 5, "gamma": 0.5}}
+    both = {"gradient_clipping": 0.5, "scheduler": step_lr, "evaluate_every": 3}
+    clipped, eager, accumulated = trained(
+        2,
+        {"name": "llama", **both},
+        {"name": "llama", "backend": None, **both},
+        {"name": "llama", "accumulation": 2, **both},
+    )
+    expected = cases.reference("llama", clip=0.5, schedule=True)
+    assert min(expected["norms"]) > 0.5, "clipping must matter in this test"
+    for result in (clipped, eager, accumulated):
+        assert cases.worst(result, expected) < TOLERANCE
+        np.testing.assert_allclose(result["norms"], expected["norms"], rtol=1e-5)
+
+
+def test_four_micro_batches_a_step():
+    compiled, eager = trained(
+        1,
+        {"name": "gpt2", "accumulation": 4},
+        {"name": "gpt2", "accumulation": 4, "backend": None},
+    )
+    for result in (compiled, eager):
+        assert cases.worst(result, cases.reference("gpt2")) < TOLERANCE
+
+
+def test_bf16_with_fp32_masters():
+    runs = [
+        {"name": "llama", "bf16": {"enabled": True}},
+        {"name": "llama", "bf16": {"enabled": True}, "backend": None},
+        {"name": "llama", "bf16": {"enabled": True}, "communication_data_type": "fp32"},
+        {"name": "llama", "bf16": {"enabled": True}, "stage": 0},
+    ]
+    compiled, eager, wide, replicated = trained(2, *runs)
+    expected = cases.reference("llama", bf16=True)
+    exact = cases.reference("llama")
+    # Rounding alone moves a bf16 run this far from fp32; two bf16 runs are as far apart.
+    spread = cases.worst(expected, exact)
+    for result in (compiled, eager, wide):
+        assert cases.worst(result, expected) < 2 * spread
+    assert compiled["losses"] == replicated["losses"]
+    for key, value in compiled["state"].items():
+        assert np.array_equal(value, replicated["state"][key]), key
+
+
+def test_inductor_equals_pytorch():
+    (result,) = trained(2, {"name": "llama", "backend": "inductor", "compile": {}})
+    worst = cases.worst(result, cases.reference("llama"))
+    print("largest difference", worst, result["report"])
+    assert worst < TOLERANCE
+
+
+def _inspect(rank: int, world: int) -> dict:
+    """Memory, gathering and changing parameters, export, and what the engine refuses."""
+    import deepcompile
+
+    engine = cases.start("llama_tied", cases.config_for(world, 3), "eager")
+    weight = engine.module.model.embed_tokens.weight
+    found = {"nbytes": weight.untyped_storage().nbytes(), "shape": tuple(weight.shape)}
+    before = engine.state_dict()["model.embed_tokens.weight"]
+    with deepcompile.GatheredParameters(engine, weight, modifier_rank=1):
+        found["gathered"] = weight.untyped_storage().nbytes()
+        if rank == 1:
+            weight.data.mul_(2.0)
+    found["released"] = weight.untyped_storage().nbytes()
+    after = engine.state_dict(fp32=True)
+    found["doubled"] = torch.equal(after["model.embed_tokens.weight"], 2 * before)
+    found["tied"] = torch.equal(after["lm_head.weight"], 2 * before)
+    loss = cases.loss_of(engine, cases.samples(0)[:2])
+    try:
+        loss.backward()
+        found["plain_backward"] = "no error"
+    except deepcompile.UserError as error:
+        found["plain_backward"] = str(error)
+    return found
+
+
+def test_gathered_parameters():
+    for found in run_ranks(_inspect, 2, timeout=120):
+        assert found["nbytes"] == found["released"] == 0 and found["shape"] == (64, 32)
+        assert found["gathered"] >= 64 * 32 * 4
+        assert found["doubled"] and found["tied"]
+
+
+def _two_engines(rank: int, world: int) -> list[dict]:
+    """Two engines take turns, one of them with a pass of the user's from step 3 on."""
+    seen = []
+
+    def watch(program, context):
+        seen.append(len(program.sections))
+        context.because("", "watched")
+
+    engines = [
+        cases.start(name, cases.config_for(world, 3), None) for name in ("llama", "sequential")
+    ]
+    engines[0].register_compile_pass("watch", watch)
+    engines[0].compile(
+        backend="eager", schedule=[(0, ["zero3_compile"]), (3, ["zero3_compile", "watch"])]
+    )
+    engines[1].compile(backend="eager")
+    losses = [[], []]
+    for step in range(6):
+        checked = len(seen)
+        for engine, into in zip(engines, losses, strict=True):
+            into += cases.train_steps(engine, step, step + 1)[0]
+        if step == 2:
+            assert len(seen) > checked, "the schedule's second entry made no plan"
+    reasons = [r.text for r in engines[0].planner.graphs[0].program.reasons]
+    assert "watched" in reasons
+    return [cases.result_of(e, into, []) for e, into in zip(engines, losses, strict=True)]
+
+
+def test_two_engines_and_a_new_plan_without_recompiling():
+    results = run_ranks(_two_engines, 2, timeout=240)[0]
+    for name, result in zip(("llama", "sequential"), results, strict=True):
+        assert cases.worst(result, cases.reference(name, steps=6)) < TOLERANCE
+        assert result["graphs"] == 1
+
+
+def _different_models(rank: int, world: int) -> str:
+    import deepcompile
+
+    model = torch.nn.Linear(4, 4 + rank)
+    try:
+        deepcompile.initialize(model=model, config=cases.config_for(world, 3))
+    except deepcompile.UserError as error:
+        return str(error)
+    return "no error"
+
+
+def test_different_models_on_ranks_are_an_error():
+    for said in run_ranks(_different_models, 2, timeout=60):
+        assert "build the same model on every rank" in said

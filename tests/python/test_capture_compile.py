@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inductor regions: numerics, disk cache, locks."""
+
+import threading
+
+import filelock
+import pytest
+import torch
+from reference_runner import Compiled, compare
+from torch import nn
+
+from deepcompile.capture import compile as regions
+from deepcompile.errors import UserError
+
+X = torch.linspace(-1, 1, 8 * 16).reshape(8, 16)
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(6)])
+        self.register_buffer("mean", torch.zeros(16))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.nn.functional.gelu(layer(x))
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        return (x - self.mean).pow(2).sum() + x.mean()
+
+
+def run(model):
+    return model(X)
+
+
+def test_inductor_numerics_and_disk_cache(tmp_path):
+    options = {"backend": "inductor", "cache_dir": str(tmp_path), "compile_threads": 1}
+    first = compare(Mlp, run, tol=1e-5, **options).graphs[0]
+    n = first.distinct_regions
+    assert first.cache["disk_misses"] == n > 2 and first.cache["disk_hits"] == 0
+    assert first.cache["reused"] > 0
+    # As at the second start of a job: every region comes from disk.
+    second = compare(Mlp, run, tol=1e-5, **options).graphs[0]
+    assert second.cache["disk_hits"] == n and second.cache["disk_misses"] == 0
+    assert (tmp_path / "deepcompile-locks").is_dir()
+
+    # A region that another process holds is waited for, and named if that takes too long.
+    locks = [
+        filelock.FileLock(str(p), thread_local=False)
+        for p in (tmp_path / "deepcompile-locks").iterdir()
+    ]
+    held = locks[0]
+    held.acquire()
+    timer = threading.Timer(1.0, held.release)
+    timer.start()
+    third = Compiled(Mlp(), **options)
+    third(X)
+    assert third.graphs[0].cache["disk_hits"] == n
+
+
+def test_a_lock_that_is_never_released_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(regions, "LOCK_TIMEOUT_S", 0.2)
+    pending = regions._Pending(0, "key", "fwd0.3", lambda: None, False, ())
+    path = str(tmp_path / "key.lock")
+    with filelock.FileLock(path), pytest.raises(UserError, match=r"\[capture\] fwd0.3.*key.lock"):
+        with regions._acquire(pending, filelock.FileLock(path)):
+            pass
+
+
+def test_inductor_failures_name_the_region(monkeypatch, tmp_path):
+    def failing(*args, **kwargs):
+        raise RuntimeError("no kernel\nlong story")
+
+    monkeypatch.setattr(regions, "compile_fx_inner", failing)
+    compiled = Compiled(Mlp(), backend="inductor", cache_dir=str(tmp_path))
+    with pytest.raises(UserError, match=r"\[capture\] fwd0.0: .*RuntimeError: no kernel\. Set"):
+        compiled(X)

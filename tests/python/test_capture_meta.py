@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Captures without weights, and the built-in model configurations."""
+
+import json
+
+import pytest
+import torch
+
+from deepcompile.capture.meta import capture_model
+from deepcompile.errors import UserError
+from deepcompile.models import build, load_config, names
+
+PARAMETERS = {  # published sizes
+    "gpt2": 124_439_808,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "mixtral-8x7b": 46_702_792_704,
+}
+
+
+@pytest.mark.parametrize("name", sorted(PARAMETERS))
+def test_built_in_sizes(name):
+    with torch.device("meta"):
+        model = build(name)
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_every_built_in_config_loads():
+    assert {*PARAMETERS, "llama-tiny"} <= set(names())
+    for name in names():
+        assert load_config(name).vocab_size > 0
+
+
+def test_tiny_llama():
+    graphs, table = capture_model(
+        "llama-tiny", batch=2, seq=64, stage=3, world=4, persistence_threshold=1000
+    )
+    (graph,) = graphs
+    assert not graph.inference and graph.codes[0] is not None
+    program = graph.program
+    program.verify()
+    assert program.world == 4
+    assert {p.placement for p in table.params} == {"sharded", "whole"}
+    assert all(p.dtype is torch.bfloat16 for p in table.params)
+    # 2 FLOPs a weight and token forward, 4 backward, attention on top.
+    weights = sum(p.numel for p in table.params if not p.packed and "embed" not in p.name)
+    flops = sum(r.flops for r in graph.ir.regions)
+    assert 6 * weights * 128 < flops < 7 * weights * 128
+
+
+def test_checkpointing_saves_less_and_computes_more():
+    def step(checkpointing):
+        (graph,), _ = capture_model(
+            "llama-tiny", batch=2, seq=64, persistence_threshold=1000, checkpointing=checkpointing
+        )
+        ir = graph.ir
+        forward, backward = ir.sections
+        read = {x for r in backward.regions for x in ir.region(r).inputs if isinstance(x, str)}
+        made = {v for r in forward.regions for v in ir.region(r).outputs}
+        saved = sum(v.nbytes for v in ir.values if v.name in read & made)
+        return saved, sum(r.flops for r in ir.regions)
+
+    plain, less = step(False), step(True)
+    assert less[0] < plain[0] / 2
+    assert less[1] > plain[1] * 1.1
+
+
+def test_depth_and_precision_can_be_chosen():
+    graphs, table = capture_model(
+        "llama-tiny", batch=1, seq=16, dtype="fp32", stage=0, num_layers=1
+    )
+    assert {p.placement for p in table.params} == {"replicated"}
+    assert not any("layers.1." in m.name for p in table.params for m in p.members)
+    assert table.params[0].dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch": 0}, "batch 0"),
+        ({"dtype": "int8"}, "dtype 'int8'"),
+        ({"seq": 5000}, "context is 1024 tokens"),
+        ({"num_layers": 0}, "num_layers 0"),
+        ({"stage": 1}, "stage 1"),
+        ({"config": "llama-9"}, "neither a file nor a built-in model"),
+    ],
+)
+def test_bad_arguments(options, words):
+    with pytest.raises(UserError) as error:
+        capture_model(**{"config": "llama-tiny", "batch": 1, "seq": 8, **options})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "model_type None"),
+        (json.dumps({"model_type": "nonsense"}), "model_type 'nonsense'"),
+        (json.dumps({"model_type": "clip"}), "no causal language model"),
+    ],
+)
+def test_bad_config_files(tmp_path, text, words):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"\[models\]") as error:
+        build(str(path))
+    assert words in str(error.value)
+
+
+def test_config_of_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 99}))
+    assert load_config(tmp_path).vocab_size == 99

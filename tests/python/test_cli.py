@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """\
+step train world=2
+param a f32 128
+param w f32 64 whole
+value x 64B
+value loss 4B
+value t.loss 4B
+value ga 512B grad=a
+value gw 256B grad=w
+region f time=100us (x, a, w) -> (loss)
+region b flops=100000 moved=2KiB (t.loss, x, a, w) -> (ga, gw)
+forward 0 (x) -> (loss)
+  run f
+end
+backward 0 (t.loss) -> ()
+  run b
+end
+update
+end
+"""
+
+
+def deepcompile(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "deepcompile.cli", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def expect_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """One line on stderr, nothing on stdout, exit code 2."""
+    assert result.returncode == 2, result
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("deepcompile: error: "), result.stderr
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "captured.txt"
+    path.write_text(PROGRAM)
+    return path
+
+
+@pytest.fixture
+def plan(tmp_path: Path, program: Path) -> Path:
+    path = tmp_path / "plan.txt"
+    result = deepcompile("opt", str(program), "--passes", "zero3_compile", "-o", str(path))
+    assert result.returncode == 0, result.stderr
+    return path
+
+
+def test_opt_prints_the_program_and_logs_the_passes(program: Path, plan: Path):
+    result = deepcompile("opt", str(program), "--passes", "zero3_compile")
+    assert result.returncode == 0
+    assert result.stdout == plan.read_text()
+    assert "  gather a\n  wait a\n  run f\n  release a\n" in result.stdout
+    assert "zero3_compile" in result.stderr and "instructions" in result.stderr
+    assert (
+        deepcompile("opt", "-", "--passes", "zero3_compile", stdin=PROGRAM).stdout == result.stdout
+    )
+
+
+def test_sim_prints_a_table_or_json_and_writes_a_trace(plan: Path, tmp_path: Path):
+    trace = tmp_path / "trace.json"
+    table = deepcompile("sim", str(plan), "--machine", "2x-cpu", "--trace", str(trace))
+    assert table.returncode == 0, table.stderr
+    assert "step time" in table.stdout and "peak memory" in table.stdout
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"run f", "gather a"} <= {event["name"] for event in events}
+    facts = json.loads(deepcompile("sim", str(plan), "--machine", "2x-cpu", "--json").stdout)
+    assert facts["ranks"] == 2 and facts["fits"] is True
+    assert facts["step_ns"] > facts["compute_busy_ns"] > 100_000
+
+
+def test_passes_can_run_before_a_simulation(program: Path, plan: Path):
+    machine = ("--machine", "4xh200", "--json")
+    planned = deepcompile("sim", str(plan), *machine)
+    passes = deepcompile("sim", str(program), *machine, "--passes", "zero3_compile")
+    assert passes.stdout == planned.stdout != ""
+
+
+def test_explain_gives_reasons(plan: Path):
+    result = deepcompile("explain", str(plan), "--machine", "4xh200")
+    assert result.returncode == 0, result.stderr
+    assert "param a: f32, 128 elements" in result.stdout
+    assert "why: kept sharded" in result.stdout
+
+
+def test_report_writes_a_page(plan: Path, tmp_path: Path):
+    page = tmp_path / "report.html"
+    result = deepcompile("report", str(plan), "--machine", "2x-cpu", "--out", str(page))
+    assert result.returncode == 0, result.stderr
+    assert "train on 2x-cpu" in page.read_text()
+
+
+def test_a_truncated_program_is_one_clear_error(tmp_path: Path):
+    path = tmp_path / "cut.txt"
+    path.write_text(PROGRAM[: PROGRAM.index("  run b")])
+    result = deepcompile("opt", str(path), "--passes", "zero3_compile")
+    expect_error(result, f"{path}:14:")
+
+
+def test_a_negative_bandwidth_is_one_clear_error(plan: Path, tmp_path: Path):
+    import deepcompile as package
+
+    text = (Path(package.__file__).parent / "machines" / "2x-cpu.json").read_text()
+    machine = json.loads(text)
+    machine["links"]["intra"]["gather_bandwidth"] = -1e9
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(machine))
+    result = deepcompile("sim", str(plan), "--machine", str(path))
+    expect_error(result, str(path), "links.intra.gather_bandwidth", "-1000000000.0")
+    path.write_text(text[:200])
+    expect_error(deepcompile("sim", str(plan), "--machine", str(path)), "ends too early")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["sim", "/no/such/file", "--machine", "2x-cpu"], ["/no/such/file", "cannot be read"]),
+        (["sim", "-", "--machine", "9xtpu"], ["9xtpu", "2x-cpu"]),
+        (["sim", "-", "--machine", "/no/such.json"], ["/no/such.json", "cannot be read"]),
+        (["sim", "-"], ["--machine"]),
+        (["opt", "-", "--passes", "zero9_compile"], ["zero9_compile", "zero3_compile"]),
+        (["opt", "-", "--passes", "zero3_compile", "-o", "/no/such/dir/x"], ["cannot be written"]),
+        (["fly"], ["fly"]),
+        (["launch"], ["nothing to run"]),
+        (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "0"], ["--seq"]),
+    ],
+)
+def test_errors_are_one_line(arguments: list[str], parts: list[str]):
+    result = deepcompile(*arguments, stdin=PROGRAM)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 2 and last.startswith("deepcompile: error: ")
+    for part in parts:
+        assert part in last
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "opt", "sim", "report", "launch"])
+def test_help_has_examples(command: str):
+    result = deepcompile(command, "--help")
+    assert result.returncode == 0
+    assert f"deepcompile {command} " in result.stdout and "examples:" in result.stdout
+
+
+def test_launch_is_torchrun(tmp_path: Path):
+    script = tmp_path / "hello.py"
+    script.write_text(
+        "import os, sys, pathlib\n"
+        "pathlib.Path(sys.argv[1], os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])\n"
+    )
+    result = deepcompile("launch", "--nproc-per-node", "2", str(script), str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2", "2"]
+
+
+def test_plan_of_a_model_without_a_gpu(tmp_path: Path):
+    pytest.importorskip("transformers")
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 128,
+    }
+    model = tmp_path / "config.json"
+    model.write_text(json.dumps(config))
+    out, saved, trace = tmp_path / "plan.txt", tmp_path / "plan.json", tmp_path / "trace.json"
+    result = deepcompile(
+        *("plan", "--model", str(model), "--machine", "2x-cpu", "--seq", "32", "--dtype", "fp32"),
+        *("--persistence-threshold", "1000", "--accumulation", "2", "--clip", "--json"),
+        *("--out", str(out), "--save-plan", str(saved), "--trace", str(trace)),
+    )
+    assert result.returncode == 0, result.stderr
+    facts = json.loads(result.stdout)
+    assert facts["ranks"] == 2 and facts["tokens_per_second_per_rank"] > 0
+    assert facts["parameters"] > 50_000 and facts["peak_bytes"] > facts["resident_bytes"]
+    assert json.loads(saved.read_text())["hash"] == facts["plan"]
+    assert json.loads(trace.read_text())["traceEvents"]
+    # The written program is the one that was simulated.
+    again = json.loads(deepcompile("sim", str(out), "--machine", "2x-cpu", "--json").stdout)
+    assert again["step_ns"] == facts["step_ns"]
