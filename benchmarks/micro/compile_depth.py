@@ -96,12 +96,12 @@ def main() -> None:
                     results[state].append(run_child(layers, args, cache))
         for state, reports in results.items():
             rows += [{"layers": layers, "cache": state, **r} for r in reports]
-            capture = [r["total"] - r["region_compile"] for r in reports]
-            compile_ = [r["region_compile"] for r in reports]
+            compile_ = [r["stages"]["compile"] for r in reports]
+            capture = [sum(r["stages"].values()) - r["stages"]["compile"] for r in reports]
             last = reports[-1]
             print(
                 f"{layers:>6} {state:>6} {last['regions']:>8} {last['distinct_regions']:>9} "
-                f"{last['cache_hits']:>10} {spread(capture):>20} {spread(compile_):>20}",
+                f"{last['cache']['disk_hits']:>10} {spread(capture):>20} {spread(compile_):>20}",
                 flush=True,
             )
     if args.json:

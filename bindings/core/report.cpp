@@ -97,6 +97,9 @@ void bind_report(py::module_& m) {
       "Predicted against measured, a CompareRow for each instruction; sim is of the merged\n"
       "step, plans and records are as in perfetto_trace.");
   m.def(
+      "parse_bytes", [](const std::string& text) { return parse_bytes(text).value; },
+      py::arg("text"), "Bytes of a size such as '40GiB', '512MiB' or '1000B'.");
+  m.def(
       "pretty_bytes", [](int64_t bytes) { return pretty(Bytes{bytes}); }, py::arg("bytes"),
       "For people: three significant digits, e.g. '1.46 GiB'.");
   m.def(

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """deepcompile: a compiler and runtime for sharded PyTorch training.
 
-    engine, optimizer, loader, scheduler = deepcompile.initialize(model=model, config="ds.json")
-    engine.compile()
-    for batch in data:
-        loss = engine(**batch).loss
-        engine.backward(loss)
-        engine.step()
+engine, optimizer, loader, scheduler = deepcompile.initialize(model=model, config="ds.json")
+engine.compile()
+for batch in data:
+    loss = engine(**batch).loss
+    engine.backward(loss)
+    engine.step()
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
 from .errors import UserError
 from .params import MemberRef, ParamTable
@@ -102,6 +103,10 @@ class EagerHooks:
             if not torch.compiler.is_compiling():
                 self._after_forward(names, args if frozen_leaf else (), output)
 
+        # Dynamo traces through the hooks of a module that it captures, and there they do nothing.
+        # It must not compile them by themselves when it skipped the module: there they work.
+        skip_code(before.__code__)
+        skip_code(after.__code__)
         self._handles.append(module.register_forward_pre_hook(before))
         self._handles.append(module.register_forward_hook(after, always_call=True))
 

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from .planning import Planner
 
 log = logging.getLogger("deepcompile")
 
+KEPT_LOSSES = 10_000
+"""Steps whose loss is kept for the report."""
 TRACED_STEP = 2
 """Which step after compile() is traced for the report, counted from 0: the first has settled
 allocations and code."""
@@ -69,10 +72,8 @@ class Engine:
         self.global_steps = 0
         self.micro_steps = 0
         self.skipped_steps = 0
-        self.losses: list[tuple[int, torch.Tensor]] = []
+        self.losses: deque[tuple[int, torch.Tensor]] = deque(maxlen=KEPT_LOSSES)
         """(step, loss on this rank) of the last micro-batch of each step, for the report."""
-        self.step_seconds: list[float] = []
-        """Host seconds between the ends of successive steps."""
         self.trace: dict[str, Any] = {}
         """What the traced step left: runtime records, step number, peak bytes."""
         self._entry = make_entry(model, config.compile.differentiable_outputs)
@@ -82,7 +83,6 @@ class Engine:
         self._loss: torch.Tensor | None = None
         self._backward_done = False
         self._clocks = {"forward": 0.0, "backward": 0.0, "step": 0.0}
-        self._last_step_end = time.perf_counter()
 
     def _check_covered(self) -> None:
         for ref in self.table.refs():
@@ -252,9 +252,6 @@ class Engine:
             self._compiled_steps += 1
         self.global_steps += 1
         self.losses.append((self.global_steps, self._loss))
-        now = time.perf_counter()
-        self.step_seconds.append(now - self._last_step_end)
-        self._last_step_end = now
         self.planner.at_step(self.global_steps)
         every = self.config.steps_per_print
         if every and self.global_steps % every == 0:

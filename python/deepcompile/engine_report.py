@@ -169,7 +169,9 @@ def report_data(engine: Engine) -> dict[str, Any]:
         "notes": list(engine.config.warnings),
     }
     if counts["graphs"]:
-        regions = {k.replace("_", " "): counts[k] for k in ("graphs", "regions", "distinct_regions")}
+        regions = {
+            k.replace("_", " "): counts[k] for k in ("graphs", "regions", "distinct_regions")
+        }
         data["compile"] = {"stages": counts["stages"], "regions": {**regions, **counts["cache"]}}
     view = step_view(engine)
     if view is None:

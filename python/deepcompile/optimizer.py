@@ -25,9 +25,7 @@ def _fail(what: str, cause: str) -> UserError:
     return UserError(f"[optimizer] {what}: {cause}")
 
 
-def from_config(
-    config: OptimizerConfig | None, parameters: Iterable[Any]
-) -> torch.optim.Optimizer:
+def from_config(config: OptimizerConfig | None, parameters: Iterable[Any]) -> torch.optim.Optimizer:
     """A torch Adam or AdamW that carries the configuration's numbers and parameter groups.
 
     Defaults are DeepSpeed's: lr 1e-3, no weight decay, decoupled weight decay.

@@ -26,6 +26,8 @@ from .params import ParamTable
 log = logging.getLogger("deepcompile")
 
 STAGE_PASS = {0: "zero0_compile", 3: "zero3_compile"}
+PLANNED_ONLY = ("prefetch", "selective_gather")
+"""Passes that plan a step on paper, with a machine and a memory budget; the engine has neither."""
 
 
 def default_schedule(stage: int) -> list[tuple[int, list[Any]]]:
@@ -70,9 +72,7 @@ class PlanRunner:
     def forward(self, inputs: list) -> tuple[Any, Sequence[Any]]:
         call_id, token = self._runtime.new_call(self._plan_id)
         self.newest_call = call_id
-        return token, self._runtime.run(
-            self._plan_id, self._sections["forward"], call_id, inputs
-        )
+        return token, self._runtime.run(self._plan_id, self._sections["forward"], call_id, inputs)
 
     def backward(self, call_id: int, inputs: list) -> Sequence[Any]:
         plan = self._plan_id
@@ -125,17 +125,20 @@ class Planner:
         self.at_step(now)
 
     def _checked(self, schedule: Sequence[Any]) -> list[tuple[int, list[Any]]]:
-        known = [*_core.pass_names(), *self._passes]
+        known = [n for n in [*_core.pass_names(), *self._passes] if n not in PLANNED_ONLY]
         checked: list[tuple[int, list[Any]]] = []
         for entry in schedule:
             try:
                 step, names = entry
                 step, names = int(step), list(names)
             except (TypeError, ValueError):
-                raise UserError(
-                    f"[passes] schedule: {entry!r} is not (step, [passes])"
-                ) from None
+                raise UserError(f"[passes] schedule: {entry!r} is not (step, [passes])") from None
             for name in names:
+                if name in PLANNED_ONLY:
+                    raise UserError(
+                        f"[passes] schedule: the engine cannot run {name!r} yet; remove it here, "
+                        "and see what it would do with `deepcompile plan --passes`"
+                    )
                 if not callable(name) and name not in known:
                     raise UserError(
                         f"[passes] schedule: no pass named {name!r}; known are {', '.join(known)}"

@@ -9,6 +9,7 @@
 #include "ir/text.h"
 #include "ir/verifier.h"
 #include "passes/pipeline.h"
+#include "planned_for.h"
 #include "test_support.h"
 
 namespace deepcompile {
@@ -80,6 +81,25 @@ TEST(LargeStep, TakesMilliseconds) {
   // Milliseconds when optimised; the limit leaves room for sanitizers and is
   // passed by anything that grows with the square.
   EXPECT_LT(total, Nanos{2'000'000'000});
+}
+
+// On a real machine's numbers, with a budget that holds a part of the parameters.
+TEST(LargeStep, IsReplannedInMilliseconds) {
+  StepProgram program = parse_program(large_step());
+  run_pipeline(program, PassRegistry::with_builtins(), {"zero3_compile"});
+  const MachineCosts costs(
+      load_machine(DEEPCOMPILE_SOURCE_DIR "/python/deepcompile/machines/4xh200.json"));
+  const Bytes budget = memory_timeline(program).peak + Bytes{int64_t{4} << 30};
+  PipelineOptions options = planned_for(costs, budget);
+  options.clock = [] { return Nanos{std::clock() * (1'000'000'000 / CLOCKS_PER_SEC)}; };
+  const Nanos before = simulate(program, costs).time;
+  const auto log = run_pipeline(program, PassRegistry::with_builtins(),
+                                {"prefetch", "selective_gather"}, options);
+  std::cout << print(log);
+  EXPECT_LE(memory_timeline(program).peak, budget);
+  EXPECT_LT(simulate(program, costs).time, before);
+  // Tens of milliseconds when optimised; the limit leaves room for sanitizers.
+  for (const PassRecord& each : log) EXPECT_LT(*each.time, Nanos{1'000'000'000}) << each.pass;
 }
 
 }  // namespace

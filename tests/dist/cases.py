@@ -23,7 +23,9 @@ ADAMW = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-6, "weight_decay": 0.1}
 """eps: gradients that are zero but for rounding (a key's bias) must not become steps."""
 
 
-def llama(layers: int = 2, tied: bool = False, checkpointing: bool = False) -> nn.Module:
+def llama(
+    layers: int = 2, tied: bool = False, checkpointing: bool = False, reentrant: bool = False
+) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(
@@ -35,7 +37,7 @@ def llama(layers: int = 2, tied: bool = False, checkpointing: bool = False) -> n
     )  # fmt: skip
     if checkpointing:
         model.gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
+            gradient_checkpointing_kwargs={"use_reentrant": reentrant, "preserve_rng_state": False}
         )
     return model
 
@@ -97,13 +99,24 @@ class Skipped(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
+class Broken(nn.Module):
+    """Captured in parts: a module that is skipped between two that are not, and a loop around
+    one, for which Dynamo gives up the whole frame."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Embedding(VOCABULARY, 32), nn.Linear(32, 32))
+        self.skipped = Skipped()
+        self.loop = nn.Sequential(nn.Linear(32, 32), Skipped(), nn.LayerNorm(32))
+        self.last = nn.Linear(32, VOCABULARY)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.skipped(torch.relu(self.first(ids)))
+        return self.last(self.loop(x))
+
+
 def skipping() -> nn.Module:
-    return TakesLabels(
-        nn.Sequential(
-            nn.Embedding(VOCABULARY, 32), nn.Linear(32, 32), Skipped(), nn.Linear(32, 32),
-            Skipped(), nn.Linear(32, VOCABULARY),
-        )
-    )  # fmt: skip
+    return TakesLabels(Broken())
 
 
 class Attends(nn.Module):
@@ -137,6 +150,7 @@ MODELS = {
     "llama": llama,
     "llama_tied": functools.partial(llama, tied=True),
     "llama_checkpointing": functools.partial(llama, checkpointing=True),
+    "llama_reentrant": functools.partial(llama, checkpointing=True, reentrant=True),
     "mixtral": mixtral,
     "gpt2": gpt2,
     "sequential": sequential,
@@ -288,9 +302,7 @@ def train(
     """One rank's part of a whole training run. `extra`: more of the configuration."""
     import torch.distributed as dist
 
-    engine = start(
-        name, config_for(dist.get_world_size(), stage, accumulation, **extra), backend
-    )
+    engine = start(name, config_for(dist.get_world_size(), stage, accumulation, **extra), backend)
     losses, norms = train_steps(engine, 0, steps, evaluate_every)
     return result_of(engine, losses, norms)
 

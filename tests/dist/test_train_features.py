@@ -137,6 +137,31 @@ def test_two_engines_and_a_new_plan_without_recompiling():
         assert result["graphs"] == 1
 
 
+LENGTHS = ((12, 12), (9, 12), (12, 7), (5, 5), (9, 6), (12, 12))
+"""Tokens in each rank's batch, step by step."""
+
+
+def _lengths_differ(rank: int, world: int, backend: str | None) -> dict:
+    """Each rank sees its own sequence length, and new ones as it goes."""
+    engine = cases.start("llama", cases.config_for(world, 3, gradient_clipping=0.5), backend)
+    losses = []
+    for number, lengths in enumerate(LENGTHS):
+        ids = cases.samples(number)[2 * rank : 2 * rank + 2, : lengths[rank]]
+        loss = cases.loss_of(engine, ids)
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return cases.result_of(engine, losses, [])
+
+
+def test_lengths_that_change_and_differ_between_ranks():
+    compiled = run_ranks(_lengths_differ, 2, "eager", timeout=240)
+    plain = run_ranks(_lengths_differ, 2, None, timeout=120)
+    for a, b in zip(compiled, plain, strict=True):
+        assert cases.worst(a, b) < TOLERANCE
+        assert a["graphs"] > 1
+
+
 def _different_models(rank: int, world: int) -> str:
     import deepcompile
 

@@ -12,7 +12,9 @@ TOLERANCE = 1e-5
 COMPILED = (
     "llama", "mixtral", "gpt2", "sequential", "frozen", "llama_tied", "llama_checkpointing",
 )  # fmt: skip
-EAGER = ("llama", "gpt2", "sequential", "attention", "frozen", "llama_checkpointing")
+EAGER = (
+    "llama", "gpt2", "sequential", "attention", "frozen", "llama_checkpointing", "llama_reentrant",
+)  # fmt: skip
 
 pytestmark = pytest.mark.timeout(600)
 

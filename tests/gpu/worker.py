@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 RANK = int(os.environ.get("RANK", "0"))
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-RATE, BETAS, EPS, DECAY = 3e-3, (0.9, 0.95), 1e-8, 0.1
+RATE, BETAS, EPS, DECAY = 5e-4, (0.9, 0.95), 1e-8, 0.1
 
 
 def parse() -> argparse.Namespace:

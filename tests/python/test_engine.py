@@ -293,6 +293,31 @@ def test_printed_line(capsys):
     assert lines[0].startswith("step 2: loss ") and "backward" in lines[0]
 
 
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_nothing_stays_gathered(backend):
+    engine = start()
+    if backend is not None:
+        engine.compile(backend=backend)
+    weights = [engine.module[0].weight, engine.module[3].weight]
+    step(engine)
+    assert [w.untyped_storage().nbytes() for w in weights] == [0, 0]
+    with torch.no_grad():
+        engine(batch())
+    assert [w.untyped_storage().nbytes() for w in weights] == [0, 0]
+    held = engine.runtime.buffer_report()
+    assert held["saved"] == held["gradients"] == held["reductions"] == 0
+
+
+def test_a_forward_without_backward_leaves_nothing():
+    engine = start()
+    engine.compile(backend="eager")
+    loss = engine(batch()).pow(2).mean()
+    assert engine.runtime.buffer_report()["saved"] > 0
+    del loss
+    assert engine.runtime.buffer_report()["saved"] == 0
+    assert step(engine) > 0
+
+
 # ---- compile
 
 

@@ -318,7 +318,9 @@ def test_frozen_parameters_have_weights_only():
 
 def test_gradients_of_one_member_from_two_regions_add_up():
     def halves(args):
-        return [part for grad in toy_step.code_first_backward(args) for part in (grad / 2, grad / 2)]
+        return [
+            part for grad in toy_step.code_first_backward(args) for part in (grad / 2, grad / 2)
+        ]
 
     sections = GRAPH.replace(
         "value g.bias 64B grad=small\n",

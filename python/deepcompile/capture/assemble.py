@@ -30,7 +30,7 @@ from deepcompile.capture.sources import (
     param_inputs,
     set_outputs,
 )
-from deepcompile.capture.split import cut, free_symbols
+from deepcompile.capture.split import cut
 from deepcompile.errors import UserError
 from deepcompile.params import MemberRef, ParamTable
 
@@ -214,8 +214,8 @@ class Assembler:
         params = set(part.params)
         nodes, ins, outs = region.nodes, region.inputs, region.outputs
         key = region_key(part.gm, nodes, ins, outs, params, keys)
-        if any(free_symbols(n.meta.get("val")) for n in [*ins, *nodes]):
-            key += f"-g{self.ir.graph}"  # symbols mean something in their own graph only
+        if region.symbolic:
+            key += f"-g{self.ir.graph}"
         name = f"{_PREFIX[part.kind]}{self.ir.graph}.{index}"
         static = tuple(i for i, n in enumerate(ins) if n in params)
         code, is_new = self._compiler.add(

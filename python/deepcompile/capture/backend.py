@@ -22,11 +22,11 @@ from torch._dynamo.exc import BackendCompilerFailed, exceptions_allowed_to_be_fa
 from torch._dynamo.utils import counters, detect_fake_mode, get_metrics_context
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import partition_fn as inductor_partition
-from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.virtualized import V
 
 from deepcompile.capture.assemble import Assembler
 from deepcompile.capture.compile import RegionCompiler
+from deepcompile.capture.decompositions import decomposition_table
 from deepcompile.capture.graph import CapturedGraph, CaptureOptions, Sink
 from deepcompile.capture.joint import refuse_param_mutation, tag_must_recompute
 from deepcompile.capture.program import to_program
@@ -167,7 +167,7 @@ class _Capture:
                     bw_compiler=self._finish_training,
                     inference_compiler=self._finish_inference,
                     partition_fn=self._partition,
-                    decompositions=select_decomp_table(),
+                    decompositions=decomposition_table(),
                     keep_inference_input_mutations=True,
                 )(self.gm, example_inputs)
         inner = ("partition", "cut", "compile")

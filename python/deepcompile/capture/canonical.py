@@ -45,7 +45,13 @@ class MetaKeys:
         return self._keys[node]
 
 
+_PLAIN = {int, bool, float, str, type(None)}
+
+
 def _literal(arg: Any, ref) -> Any:
+    kind = type(arg)
+    if kind in _PLAIN:
+        return (kind.__name__, arg)  # with its type: 1, 1.0 and True are equal
     if isinstance(arg, fx.Node):
         return ref(arg)
     if isinstance(arg, list | tuple):
@@ -54,7 +60,7 @@ def _literal(arg: Any, ref) -> Any:
         return ("D", *((k, _literal(v, ref)) for k, v in sorted(arg.items())))
     if isinstance(arg, slice):
         return ("S", *(_literal(x, ref) for x in (arg.start, arg.stop, arg.step)))
-    return (type(arg).__name__, str(arg))
+    return (kind.__name__, str(arg))
 
 
 def node_items(nodes: list[fx.Node], keys: MetaKeys) -> tuple:

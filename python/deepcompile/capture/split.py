@@ -36,6 +36,8 @@ class Region:
     nodes: list[fx.Node]
     inputs: list[fx.Node]
     outputs: list[fx.Node]
+    symbolic: bool
+    """Whether sizes in it are symbols, which mean something in their own graph only."""
 
 
 @dataclass
@@ -307,16 +309,16 @@ def _region(
         if not isinstance(n.meta.get("val"), tuple | list)  # its getitems go out instead
         and (n in returned or any(home.get(u, index) != index for u in n.users))
     ]
-    free = _union(free_symbols(n.meta.get("val")) for n in [*nodes, *inputs])
+    free = _union(_free_symbols(n.meta.get("val")) for n in [*nodes, *inputs]) if symbols else set()
     bound = [symbols[s] for s in sorted(free, key=str) if s in symbols]
     sizes = [n for n in bound if n not in inputs and n not in nodes]
-    return Region(list(nodes), [*sizes, *inputs], outs)
+    return Region(list(nodes), [*sizes, *inputs], outs, bool(free))
 
 
-def free_symbols(value: object) -> set:
+def _free_symbols(value: object) -> set:
     """Symbols in a value's number, shape, strides or offset."""
     if isinstance(value, tuple | list):
-        return _union(free_symbols(v) for v in value)
+        return _union(_free_symbols(v) for v in value)
     numbers = [value]
     if isinstance(value, torch.Tensor):
         numbers = [*value.shape, *value.stride(), value.storage_offset()]
