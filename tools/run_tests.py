@@ -122,7 +122,8 @@ RUNNERS = {
     "sanitize": lambda: ctest("sanitize", "address,undefined"),
     "python": lambda: pytest("python", "tests/python"),
     "dist": lambda: pytest("dist", "tests/dist"),
-    "gpu": lambda: pytest("gpu", "tests/gpu"),
+    # Each test waits for ranks to start and compile most of its time, so several run at once.
+    "gpu": lambda: pytest("gpu", "-n", "4", "tests/gpu"),
     "newest": newest,
 }
 
