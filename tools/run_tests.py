@@ -123,7 +123,7 @@ RUNNERS = {
     "python": lambda: pytest("python", "tests/python"),
     "dist": lambda: pytest("dist", "tests/dist"),
     # Each test waits for ranks to start and compile most of its time, so several run at once.
-    "gpu": lambda: pytest("gpu", "-n", "4", "tests/gpu"),
+    "gpu": lambda: pytest("gpu", "-n", "4", "-rP", "tests/gpu"),
     "newest": newest,
 }
 

@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "bind.h"
 #include "passes/pipeline.h"
+#include "sim/simulator.h"
 
 namespace deepcompile::bindings {
 namespace {
@@ -75,7 +76,25 @@ std::unique_ptr<Pass> python_pass(const py::object& callable) {
   return make_pass(name, contract_of(callable), std::move(run));
 }
 
-std::vector<PassRecord> run_passes(StepProgram& program, const std::vector<py::object>& list) {
+// What passes may ask of a machine; `costs` outlives it.
+PassEnvironment environment_of(const MachineCosts* costs, std::optional<int64_t> memory_budget) {
+  if (memory_budget && *memory_budget <= 0) {
+    throw UserError("[passes] memory_budget: " + std::to_string(*memory_budget) +
+                    " bytes. Give what one rank can allocate, above zero.");
+  }
+  PassEnvironment environment;
+  if (memory_budget) environment.memory_budget = Bytes{*memory_budget};
+  if (costs == nullptr) return environment;
+  environment.estimator = costs;
+  environment.simulate = [costs](const StepProgram& program) {
+    const SimResult result = simulate(program, *costs);
+    return SimSummary{result.time, result.peak};
+  };
+  return environment;
+}
+
+std::vector<PassRecord> run_passes(StepProgram& program, const std::vector<py::object>& list,
+                                   const Machine* machine, std::optional<int64_t> memory_budget) {
   const PassRegistry registry = PassRegistry::with_builtins();
   std::vector<std::unique_ptr<Pass>> owned;
   std::vector<const Pass*> passes;
@@ -90,7 +109,10 @@ std::vector<PassRecord> run_passes(StepProgram& program, const std::vector<py::o
                       ": is neither a pass's name nor a function of (program, context).");
     }
   }
+  std::optional<MachineCosts> costs;
+  if (machine != nullptr) costs.emplace(*machine);
   PipelineOptions options;
+  options.environment = environment_of(costs ? &*costs : nullptr, memory_budget);
   options.clock = [] {
     const auto now = std::chrono::steady_clock::now().time_since_epoch();
     return Nanos{std::chrono::duration_cast<std::chrono::nanoseconds>(now).count()};
@@ -151,9 +173,12 @@ void bind_classes(py::module_& m) {
 void bind_passes(py::module_& m) {
   bind_classes(m);
   m.def("run_passes", &run_passes, py::arg("program"), py::arg("passes"),
+        py::arg("machine") = nullptr, py::arg("memory_budget") = py::none(),
         "Runs passes in order and returns their log, a list of PassRecord. Each is a built-in's\n"
         "name or a function of (program, context). Contracts are checked before the first runs;\n"
-        "the program is verified after each, and is as it was if anything raises.");
+        "the program is verified after each, and is as it was if anything raises.\n"
+        "`machine` (a Machine) and `memory_budget` (bytes a rank) are for passes that ask what\n"
+        "a choice costs: prefetch and selective_gather.");
   m.def(
       "pass_names", [] { return PassRegistry::with_builtins().names(); },
       "Names of the built-in passes.");

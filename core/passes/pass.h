@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "ir/program.h"
+#include "passes/environment.h"
 #include "passes/fact.h"
 
 namespace deepcompile {
@@ -18,9 +19,11 @@ namespace deepcompile {
 // What a pass gets besides the program. Made by the pipeline, one a pass.
 class PassContext {
  public:
-  PassContext(StepProgram& program, std::string pass) : program_(program), pass_(std::move(pass)) {}
+  PassContext(StepProgram& program, std::string pass, PassEnvironment environment = {})
+      : program_(program), pass_(std::move(pass)), environment_(std::move(environment)) {}
 
   const std::string& pass() const { return pass_; }
+  const PassEnvironment& environment() const { return environment_; }
 
   // Records why a choice was made, e.g. because(param, "kept whole: saves 1.8
   // ms a step for 96 MiB"). The report shows it. Without an object, it is
@@ -32,6 +35,7 @@ class PassContext {
  private:
   StepProgram& program_;
   std::string pass_;
+  PassEnvironment environment_;
 };
 
 class Pass {

@@ -73,7 +73,7 @@ PassRecord run_one(StepProgram& program, const Pass& pass, const PipelineOptions
   record.instrs_before = count_instrs(program);
   const std::vector<std::vector<Instr>> instrs = all_instrs(program);
   const size_t reasons = program.reasons.size();
-  PassContext context(program, record.pass);
+  PassContext context(program, record.pass, options.environment);
   const std::optional<Nanos> start =
       options.clock ? std::optional<Nanos>(options.clock()) : std::nullopt;
   pass.run(program, context);

@@ -27,7 +27,9 @@ struct PassRecord {
 
 struct PipelineOptions {
   // Monotonic time of the caller, e.g. steady_clock. Passes never see it.
-  std::function<Nanos()> clock;
+  std::function<Nanos()> clock = {};
+  // What the passes may know of the machine.
+  PassEnvironment environment = {};
 };
 
 // Throws UserError as "[passes] <name>: ...".

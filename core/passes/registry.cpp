@@ -4,6 +4,8 @@
 #include <utility>
 
 #include "base/error.h"
+#include "passes/prefetch.h"
+#include "passes/selective_gather.h"
 #include "passes/zero0_compile.h"
 #include "passes/zero3_compile.h"
 
@@ -45,6 +47,8 @@ PassRegistry PassRegistry::with_builtins() {
   PassRegistry registry;
   registry.add(std::make_unique<Zero0Compile>());
   registry.add(std::make_unique<Zero3Compile>());
+  registry.add(std::make_unique<Prefetch>());
+  registry.add(std::make_unique<SelectiveGather>());
   return registry;
 }
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import _core
+from .cli_output import as_table, summary
 from .errors import UserError
 
 PASSES_OF_STAGE = {0: ["zero0_compile"], 3: ["zero3_compile"]}
@@ -42,7 +43,9 @@ examples:
     "opt": """\
 examples:
   deepcompile opt captured.txt --passes zero3_compile -o plan.txt
-  cat captured.txt | deepcompile opt - --passes zero3_compile""",
+  cat captured.txt | deepcompile opt - --passes zero3_compile
+  deepcompile opt captured.txt --passes zero3_compile,prefetch,selective_gather \\
+      --machine 4xh200 --memory-budget 40GiB""",
     "sim": """\
 examples:
   deepcompile sim plan.txt --machine 4xh200
@@ -146,10 +149,17 @@ def add_program(command: argparse.ArgumentParser) -> None:
     command.add_argument("file", metavar="FILE", help="program text; - reads standard input")
 
 
-def add_machine(command: argparse.ArgumentParser) -> None:
+def add_machine(command: argparse.ArgumentParser, required: bool = True) -> None:
     names = ", ".join(_core.Machine.builtin_names())
     command.add_argument(
-        "--machine", required=True, help=f"a JSON file, or a built-in machine: {names}"
+        "--machine", required=required, help=f"a JSON file, or a built-in machine: {names}"
+    )
+    command.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        type=byte_size,
+        help="most memory of one rank that passes may plan with, e.g. 40GiB; default: all of "
+        "the machine's",
     )
 
 
@@ -169,6 +179,7 @@ def add_opt(commands: Any) -> None:
     opt = add_command(commands, "opt", run_opt, "run passes: program text in, program text out")
     add_program(opt)
     add_passes(opt, required=True)
+    add_machine(opt, required=False)
     opt.add_argument("-o", "--out", metavar="FILE", help="where to write; default standard output")
 
 
@@ -226,6 +237,16 @@ def not_negative(text: str) -> int:
     return value
 
 
+def byte_size(text: str) -> int:
+    try:
+        value = _core.parse_bytes(text)
+    except UserError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a size: write it as 40GiB or 512MiB")
+    return value
+
+
 def comma_separated(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
@@ -269,9 +290,23 @@ def reason(error: Exception) -> str:
 # Commands.
 
 
+def run_passes(
+    program: _core.StepProgram,
+    passes: Sequence[str],
+    machine: _core.Machine | None,
+    options: argparse.Namespace,
+) -> list[_core.PassRecord]:
+    """Runs passes for the machine and the memory that the options name."""
+    budget = options.memory_budget
+    if budget is None and machine is not None:
+        budget = machine.memory_bytes
+    return _core.run_passes(program, passes, machine=machine, memory_budget=budget)
+
+
 def run_opt(options: argparse.Namespace) -> None:
     program = read_program(options.file)
-    for record in _core.run_passes(program, options.passes):
+    machine = read_machine(options.machine) if options.machine else None
+    for record in run_passes(program, options.passes, machine, options):
         print(record, file=sys.stderr)
     if options.out:
         write(options.out, str(program))
@@ -280,9 +315,9 @@ def run_opt(options: argparse.Namespace) -> None:
 
 
 def simulate_file(options: argparse.Namespace) -> tuple[_core.StepProgram, _core.SimResult]:
-    program = read_program(options.file)
-    _core.run_passes(program, options.passes)
-    return program, _core.simulate(program, read_machine(options.machine))
+    program, machine = read_program(options.file), read_machine(options.machine)
+    run_passes(program, options.passes, machine, options)
+    return program, _core.simulate(program, machine)
 
 
 def run_sim(options: argparse.Namespace) -> None:
@@ -345,7 +380,7 @@ def run_plan(options: argparse.Namespace) -> None:
     if options.captured:
         write(options.captured, str(program))
     passes = PASSES_OF_STAGE[options.stage] if options.passes is None else options.passes
-    _core.run_passes(program, passes)
+    run_passes(program, passes, machine, options)
     sim = _core.simulate(program, machine)
     plan = _core.freeze(program)
     if options.out:
@@ -422,57 +457,6 @@ def update_program(table: Any) -> _core.StepProgram:
             )
     program.add_section("update", 0, [], [])
     return program
-
-
-# Output.
-
-
-def summary(
-    program: _core.StepProgram, machine: _core.Machine, sim: _core.SimResult
-) -> dict[str, Any]:
-    """What a simulation says, as JSON can hold it."""
-    return {
-        "program": program.name,
-        "machine": machine.name,
-        "ranks": program.world,
-        "step_ns": sim.time_ns,
-        "compute_busy_ns": sim.busy["compute"],
-        "link_busy_ns": sim.busy["link"],
-        "compute_stalled_ns": sim.stall_ns,
-        "peak_bytes": sim.peak_bytes,
-        "resident_bytes": sim.resident_bytes,
-        "memory_bytes": machine.memory_bytes,
-        "fits": sim.peak_bytes <= machine.memory_bytes,
-    }
-
-
-def as_table(facts: dict[str, Any]) -> str:
-    """The summary for people."""
-    step = max(facts["step_ns"], 1)
-
-    def share(key: str) -> str:
-        return f"{_core.pretty_nanos(facts[key])} ({100 * facts[key] / step:.0f}%)"
-
-    size = _core.pretty_bytes
-    peak = f"{size(facts['peak_bytes'])} of {size(facts['memory_bytes'])}"
-    rows = [
-        ("program", facts["program"]),
-        ("machine", f"{facts['machine']}, {facts['ranks']} ranks"),
-        ("step time", _core.pretty_nanos(facts["step_ns"])),
-        ("compute busy", share("compute_busy_ns")),
-        ("link busy", share("link_busy_ns")),
-        ("compute stalled", share("compute_stalled_ns")),
-        ("peak memory a rank", peak if facts["fits"] else peak + ": DOES NOT FIT"),
-        ("between steps", size(facts["resident_bytes"])),
-    ]
-    if "parameters" in facts:
-        rows[2:2] = [("parameters", f"{facts['parameters'] / 1e6:,.1f} M")]
-        rows[3:3] = [("regions", f"{facts['regions']}, {facts['distinct_regions']} distinct")]
-        rate = f"{facts['tokens_per_second_per_rank']:,.0f}"
-        rows[5:5] = [("tokens/s a rank", rate)]
-        rows.append(("plan", facts["plan"]))
-    width = max(len(label) for label, _ in rows) + 2
-    return "\n".join(f"{label:<{width}}{value}" for label, value in rows)
 
 
 if __name__ == "__main__":

@@ -194,9 +194,16 @@ TEST(Prefetch, TheOrderOfCollectivesIsAFunctionOfParametersAndLimits) {
       prefetched(text, planned_for(costs, memory_timeline(loose).peak), agreed);
   EXPECT_EQ(order_difference(collective_order(one), collective_order(loose)), std::nullopt);
   EXPECT_EQ(order_difference(collective_order(one), collective_order(tight)), std::nullopt);
-  const std::string message = error_of([&] {
-    prefetched(text, planned_for(costs, memory_timeline(loose).peak - Bytes{1}), agreed);
-  });
+  // Not even 1 B less: then gather a waits for the end of run bb, and is still ahead of reduce b.
+  const StepProgram late =
+      prefetched(text, planned_for(costs, memory_timeline(loose).peak - Bytes{1}), agreed);
+  EXPECT_EQ(order_difference(collective_order(one), collective_order(late)), std::nullopt);
+  EXPECT_NE(sections_text(late).find("  run bb\n  gather a\n  release b\n  reduce b (g.b)\n"),
+            std::string::npos);
+  // With a large g.b, reduce b is the peak, and a has no place before it.
+  text = replaced(kBackward, "value g.b 512B", "value g.b 4KiB");
+  const Bytes peak = memory_timeline(parse_program(text)).peak;
+  const std::string message = error_of([&] { prefetched(text, planned_for(costs, peak), agreed); });
   EXPECT_NE(message.find("the agreed limit of 512 B takes backward 0 above the memory budget"),
             std::string::npos)
       << message;

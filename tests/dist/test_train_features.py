@@ -71,7 +71,7 @@ def test_inductor_equals_pytorch():
 
 
 def _inspect(rank: int, world: int) -> dict:
-    """Memory, gathering and changing parameters, export, and what the engine refuses."""
+    """Memory of a tied, sharded parameter, and changing it on one rank."""
     import deepcompile
 
     engine = cases.start("llama_tied", cases.config_for(world, 3), "eager")
@@ -86,12 +86,6 @@ def _inspect(rank: int, world: int) -> dict:
     after = engine.state_dict(fp32=True)
     found["doubled"] = torch.equal(after["model.embed_tokens.weight"], 2 * before)
     found["tied"] = torch.equal(after["lm_head.weight"], 2 * before)
-    loss = cases.loss_of(engine, cases.samples(0)[:2])
-    try:
-        loss.backward()
-        found["plain_backward"] = "no error"
-    except deepcompile.UserError as error:
-        found["plain_backward"] = str(error)
     return found
 
 

@@ -97,6 +97,73 @@ def test_passes_can_run_before_a_simulation(program: Path, plan: Path):
     assert passes.stdout == planned.stdout != ""
 
 
+TWO_LAYERS = """\
+step two world=2
+param a f32 131072
+param b f32 131072
+value x 64B
+value h 64B
+value loss 4B
+value t.loss 4B
+value d 64B
+value ga 512KiB grad=a
+value gb 512KiB grad=b
+region f.a time=10ms (x, a) -> (h)
+region f.b time=10ms (h, b) -> (loss)
+region b.b time=20ms (t.loss, h, b) -> (d, gb)
+region b.a time=20ms (d, x, a) -> (ga)
+forward 0 (x) -> (loss)
+  run f.a
+  run f.b
+end
+backward 0 (t.loss) -> ()
+  run b.b
+  run b.a
+end
+update
+end
+"""
+PLANNED = ("--passes", "zero3_compile,prefetch,selective_gather", "--machine", "2x-cpu")
+
+
+def test_opt_prefetches_for_a_machine_and_a_budget():
+    result = deepcompile(
+        *("opt", "-", "--passes", "zero3_compile,prefetch", "--machine", "2x-cpu"),
+        *("--memory-budget", "1GiB"),
+        stdin=TWO_LAYERS,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "forward 0 (x) -> (loss)\n  gather a\n  gather b\n  wait a\n  run f.a\n" in result.stdout
+    assert 'because prefetch b "forward 0: gathered ahead of 1 run: 512 KiB' in result.stdout
+    assert "2 prefetch:" in result.stderr
+
+
+def test_opt_keeps_parameters_whole_up_to_the_budget():
+    roomy = deepcompile("opt", "-", *PLANNED, "--memory-budget", "1GiB", stdin=TWO_LAYERS)
+    assert roomy.returncode == 0, roomy.stderr
+    assert "release" not in roomy.stdout[: roomy.stdout.index("backward 0")].split("forward 0")[1]
+    assert 'because selective_gather a "kept whole from forward 0 to backward 0' in roomy.stdout
+    # Without a budget, the machine's memory is the budget.
+    assert "of 1.00 GiB" in roomy.stdout
+    assert "of 1.00 GiB" not in deepcompile("opt", "-", *PLANNED, stdin=TWO_LAYERS).stdout
+    expect_error(
+        deepcompile("opt", "-", *PLANNED, "--memory-budget", "1MiB", stdin=TWO_LAYERS),
+        *("prefetch: the program needs", "the memory budget is 1.00 MiB"),
+    )
+
+
+def test_passes_for_a_machine_make_a_simulated_step_faster():
+    def step(passes: str) -> int:
+        result = deepcompile(
+            *("sim", "-", "--machine", "2x-cpu", "--json", "--passes", passes), stdin=TWO_LAYERS
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)["step_ns"]
+
+    plain, early = step("zero3_compile"), step("zero3_compile,prefetch")
+    assert step("zero3_compile,prefetch,selective_gather") < early < plain
+
+
 def test_explain_gives_reasons(plan: Path):
     result = deepcompile("explain", str(plan), "--machine", "4xh200")
     assert result.returncode == 0, result.stderr
@@ -141,6 +208,9 @@ def test_a_negative_bandwidth_is_one_clear_error(plan: Path, tmp_path: Path):
         (["sim", "-"], ["--machine"]),
         (["opt", "-", "--passes", "zero9_compile"], ["zero9_compile", "zero3_compile"]),
         (["opt", "-", "--passes", "zero3_compile", "-o", "/no/such/dir/x"], ["cannot be written"]),
+        (["opt", "-", "--passes", "prefetch"], ["prefetch: needs gathers_placed"]),
+        (["opt", "-", "--passes", "zero3_compile,selective_gather"], ["has no machine"]),
+        (["opt", "-", *PLANNED, "--memory-budget", "40GB"], ["40GB is not a size"]),
         (["fly"], ["fly"]),
         (["launch"], ["nothing to run"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "0"], ["--seq"]),
@@ -202,3 +272,14 @@ def test_plan_of_a_model_without_a_gpu(tmp_path: Path):
     # The written program is the one that was simulated.
     again = json.loads(deepcompile("sim", str(out), "--machine", "2x-cpu", "--json").stdout)
     assert again["step_ns"] == facts["step_ns"]
+    # Passes that ask what a choice costs get the machine and the budget.
+    result = deepcompile(
+        *("plan", "--model", str(model), "--machine", "2x-cpu", "--seq", "32", "--dtype", "fp32"),
+        *("--persistence-threshold", "1000", "--accumulation", "2", "--clip", "--json"),
+        *("--passes", "zero3_compile,prefetch,selective_gather", "--memory-budget", "64MiB"),
+        *("--out", str(out)),
+    )
+    assert result.returncode == 0, result.stderr
+    better = json.loads(result.stdout)
+    assert better["step_ns"] < facts["step_ns"] and better["peak_bytes"] <= 64 << 20
+    assert "because selective_gather" in out.read_text()

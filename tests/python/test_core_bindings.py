@@ -153,6 +153,20 @@ def test_passes_run_and_log():
         _core.run_passes(program, ["zero9"])
 
 
+def test_passes_get_a_machine_and_a_budget():
+    program = make_step()
+    passes = ["zero3_compile", "prefetch", "selective_gather"]
+    machine = _core.Machine.builtin("2x-cpu")
+    with pytest.raises(UserError, match="selective_gather: .* has no machine"):
+        _core.run_passes(program, passes, memory_budget=1 << 30)
+    with pytest.raises(UserError, match="memory_budget: 0 bytes"):
+        _core.run_passes(program, passes, machine=machine, memory_budget=0)
+    log = _core.run_passes(program, passes, machine=machine, memory_budget=1 << 30)
+    assert [r.pass_name for r in log] == passes
+    assert {"prefetch", "selective_gather"} <= {r.pass_name for r in program.reasons}
+    assert _core.parse_bytes("1.5GiB") == 3 << 29
+
+
 def test_a_pass_in_python_edits_the_program():
     program = make_step()
 

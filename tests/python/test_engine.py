@@ -327,6 +327,14 @@ def test_a_forward_without_backward_leaves_nothing():
         ({"backend": "xla"}, "use inductor or eager"),
         ({"compile_kwargs": {"mode": "x"}}, "use dynamic, fullgraph or options"),
         ({"schedule": [(0, ["prefetch_all"])]}, "no pass named 'prefetch_all'; known are"),
+        (
+            {"schedule": [(0, ["zero3_compile", "prefetch"])]},
+            "the engine cannot run 'prefetch' yet; remove it",
+        ),
+        (
+            {"schedule": [(0, ["zero3_compile"]), (5, ["zero3_compile", "selective_gather"])]},
+            "the engine cannot run 'selective_gather' yet; remove it",
+        ),
         ({"schedule": [(3, ["zero3_compile"])]}, "they must begin at 0"),
         ({"schedule": [(0, ["zero3_compile"]), (0, [])]}, "they must begin at 0 and increase"),
         ({"schedule": ["zero3_compile"]}, "is not (step, [passes])"),
