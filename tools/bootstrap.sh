@@ -37,6 +37,8 @@ missing_packages() {
   command -v ninja >/dev/null || echo ninja-build
   header_ok nlohmann/json.hpp || echo nlohmann-json3-dev
   header_ok gtest/gtest.h || echo libgtest-dev
+  # Not needed, but the tests build the core more than once.
+  [ "$(id -u)" != 0 ] || command -v ccache >/dev/null || echo ccache
 }
 
 system_packages() {

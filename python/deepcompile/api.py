@@ -15,6 +15,7 @@ from . import optimizer as optimizers
 from .config import Config, load_config
 from .distributed import Ranks, join
 from .engine import Engine
+from .engine_report import named_machine
 from .errors import UserError
 from .lr_schedules import build_scheduler
 from .optimizer import ShardedOptimizer
@@ -53,6 +54,7 @@ def initialize(
     if config is None:
         raise UserError("[initialize] config: give a JSON file's path or a dict")
     settings = load_config(config)
+    named_machine(settings)  # a name that does not exist is an error now, not in the report
     ranks = join(
         dist_init_required,
         settings.compile.timeout_s,
@@ -126,10 +128,15 @@ def _source_optimizer(
 def _scheduler(optimizer: ShardedOptimizer, config: Config, given: Any) -> Any:
     if given is None:
         return None if config.scheduler is None else build_scheduler(optimizer, config.scheduler)
+    if isinstance(given, type) or (callable(given) and not hasattr(given, "step")):
+        given = given(optimizer)
+    if isinstance(given, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise UserError(
+            "[initialize] lr_scheduler: ReduceLROnPlateau needs a metric, which the engine does "
+            "not have; make it on the returned optimizer and step it yourself"
+        )
     if hasattr(given, "step"):
         return given
-    if callable(given):
-        return given(optimizer)
     raise UserError(
         f"[initialize] lr_scheduler: {type(given).__name__} is neither a scheduler nor a function "
         "from optimizer to one"
@@ -189,8 +196,7 @@ class GatheredParameters:
 
     def __enter__(self) -> GatheredParameters:
         if self._enabled:
-            self._engine.runtime.gather(list(self._names))
-            self._engine.runtime.wait(list(self._names))
+            self._engine.hooks.hold(list(self._names))
         return self
 
     def __exit__(
@@ -202,9 +208,20 @@ class GatheredParameters:
         if not self._enabled:
             return
         names = list(self._names)
-        if self._modifier is not None and kind is None:
-            for name in names:
-                for parameter in self._names[name]:
-                    self._engine.ranks.broadcast_tensor(parameter.data, self._modifier)
-            self._engine.runtime.store(names)
-        self._engine.runtime.release(names)
+        try:
+            if self._modifier is not None and kind is None:
+                self._store(names, self._modifier)
+        finally:
+            self._engine.hooks.let_go(names)
+
+    def _store(self, names: list[str], rank: int) -> None:
+        gone = [name for name in names if not self._engine.runtime.is_whole(name)]
+        if gone:
+            raise UserError(
+                f"[engine] GatheredParameters: {gone[0]} was released inside, with what was "
+                "written to it. Call a compiled model or step() outside of the with statement."
+            )
+        for name in names:
+            for parameter in self._names[name]:
+                self._engine.ranks.broadcast_tensor(parameter.data, rank)
+        self._engine.runtime.store(names)

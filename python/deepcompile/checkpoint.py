@@ -197,7 +197,10 @@ def save(
     def prepare() -> None:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            try:
+                temporary.mkdir(parents=True)
+            except OSError as error:
+                raise _fail(root, f"cannot be written: {error}; choose another folder") from None
 
     def write_small() -> None:
         torch.save(rng_state(ranks.device), temporary / f"rng_{ranks.rank}.pt")
@@ -234,6 +237,9 @@ def find(root: str | Path, tag: str | None, ranks: Ranks) -> Path | None:
                 wanted = (root / "latest").read_text(encoding="utf-8").strip()
             except FileNotFoundError:
                 return None
+            except OSError as error:
+                raise _fail(root, f"cannot be read: {error}; give the folder that was saved "
+                            "to") from None  # fmt: skip
         for folder in (root / _check_tag(wanted), root / f"{wanted}.old"):
             if (folder / "meta.pt").exists() and (folder / ".metadata").exists():
                 return folder

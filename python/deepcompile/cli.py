@@ -171,7 +171,7 @@ def add_passes(command: argparse.ArgumentParser, required: bool = False) -> None
         type=comma_separated,
         required=required,
         default=None if required else [],
-        help=f"passes to run first, in order: {names}",
+        help=("passes to run" if required else "passes to run first") + f", in order: {names}",
     )
 
 
@@ -214,7 +214,10 @@ def add_plan(commands: Any) -> None:
     )
     plan.add_argument("--checkpointing", action="store_true", help="activation checkpointing on")
     plan.add_argument(
-        "--passes", metavar="P,Q", type=comma_separated, help="instead of the stage's own"
+        "--passes",
+        metavar="P,Q",
+        type=comma_separated,
+        help="all passes to run, in order, instead of the stage's own",
     )
     plan.add_argument("--out", metavar="FILE", help="write the planned program's text")
     plan.add_argument("--captured", metavar="FILE", help="write the program before the passes")
@@ -223,15 +226,22 @@ def add_plan(commands: Any) -> None:
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
+def whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def positive(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
     return value
 
 
 def not_negative(text: str) -> int:
-    value = int(text)
+    value = whole_number(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} must not be negative")
     return value
@@ -264,14 +274,19 @@ def read_program(path: str) -> _core.StepProgram:
         raise UserError(
             f"[cli] {path}: cannot be read ({reason(error)}). Check the path."
         ) from None
+    if text.lstrip().startswith("{"):
+        raise UserError(
+            f"[cli] {path}: is JSON. Give the program's text, as `plan --out` writes it."
+        )
     return _core.StepProgram.parse(text, path)
 
 
 def read_machine(name: str) -> _core.Machine:
     """A built-in machine, or one from a file."""
-    if name in _core.Machine.builtin_names() or not (name.endswith(".json") or os.sep in name):
+    if name in _core.Machine.builtin_names():
         return _core.Machine.builtin(name)
-    return _core.Machine.load(name)
+    is_path = name.endswith(".json") or os.sep in name or Path(name).is_file()
+    return _core.Machine.load(name) if is_path else _core.Machine.builtin(name)
 
 
 def write(path: str, text: str) -> None:

@@ -49,6 +49,15 @@ class Ranks:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def agree(self, number: int) -> bool:
+        """Whether all ranks gave the same `number`."""
+        if self.group is None:
+            return True
+        ends = torch.tensor([number, -number], device=self.device)
+        dist.all_reduce(ends, dist.ReduceOp.MAX, group=self.group)
+        largest, smallest = ends.tolist()
+        return largest == -smallest
+
     def from_first(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
         if self.group is None:

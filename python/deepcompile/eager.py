@@ -12,6 +12,7 @@ find their parameters. While Dynamo traces they do nothing.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +25,8 @@ from .errors import UserError
 from .params import MemberRef, ParamTable
 
 OUTSTANDING_REDUCTIONS = 2
+USE_ALL = ("MultiheadAttention", "TransformerEncoderLayer")
+"""Leaf modules that use all their parameters in each call, whatever the data."""
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -55,6 +58,12 @@ class EagerHooks:
         self._in_backward = False
         self._reducing: deque[str] = deque()
         self._packs: dict[int, dict[str, torch.Tensor]] = {}
+        self._frozen = [r for r in table.refs() if not table.spec(r).trainable]
+        self._leaf_params: dict[int, None] = {}  # trainable, of leaf modules, in the model's order
+        self._leaf_gradients: dict[int, dict[str, torch.Tensor]] = {}
+        self._leaf_ran = False
+        self.order = 0
+        """Checksum of the params gathered and reduced by hooks, in order; alike on all ranks."""
         self.reduced = 0  # reductions started by hooks since the engine began
         self._handles: list[Any] = []
         self._install(model, leaf_classes)
@@ -73,11 +82,40 @@ class EagerHooks:
         for module in model.modules():
             whole = any(cls.__name__ in leaf_classes for cls in type(module).__mro__)
             names = self._sharded(module, recurse=whole)
-            if names:
-                self._hook_module(module, names)
+            varies = whole and not any(cls.__name__ in USE_ALL for cls in type(module).__mro__)
+            if varies:
+                self._note_leaf(module)
+            if names or varies:
+                self._hook_module(module, names, varies)
         for ref in self._table.refs():
             if self._table.spec(ref).trainable:
                 self._hook_gradient(ref)
+        self._handles.append(model.register_state_dict_pre_hook(self._before_state_dict))
+        self._handles.append(model.register_load_state_dict_pre_hook(self._before_load))
+
+    def _before_state_dict(self, _module: nn.Module, _prefix: str, keep_vars: bool) -> None:
+        if not keep_vars:  # otherwise the parameters themselves are asked for, not their values
+            self._check_whole("state_dict", "call engine.state_dict()")
+
+    def _before_load(self, *_args: Any) -> None:
+        remedy = "load the values before initialize(), or call engine.load_checkpoint()"
+        self._check_whole("load_state_dict", remedy)
+
+    def _check_whole(self, what: str, remedy: str) -> None:
+        for ref in self._table.refs():
+            tensor = self._table.tensor(ref)
+            if tensor.numel() and not tensor.untyped_storage().size():
+                raise UserError(
+                    f"[engine] {what} of the module: {self._table.member(ref).name} is sharded and "
+                    f"not gathered, so it has no memory here; {remedy}"
+                )
+
+    def _note_leaf(self, module: nn.Module) -> None:
+        for parameter in module.parameters():
+            ref = self._table.lookup(parameter)
+            spec = self._table.spec(ref)
+            if spec.trainable and not spec.packed:
+                self._leaf_params[ref.param] = None
 
     def _sharded(self, module: nn.Module, recurse: bool) -> list[str]:
         """Names of the sharded params that hold this module's parameters, each once."""
@@ -88,7 +126,8 @@ class EagerHooks:
                 found[spec.name] = None
         return list(found)
 
-    def _hook_module(self, module: nn.Module, names: list[str]) -> None:
+    def _hook_module(self, module: nn.Module, names: list[str], varies: bool) -> None:
+        """`varies`: which of its parameters it uses depends on the data."""
         # Without children and with everything frozen, all that reads the weights in the
         # backward leads to the gradient of the one input.
         frozen_leaf = not any(module.children()) and not any(
@@ -98,6 +137,7 @@ class EagerHooks:
         def before(_module: nn.Module, _args: tuple) -> None:
             if not torch.compiler.is_compiling():
                 self._before_forward(names)
+                self._leaf_ran |= varies and torch.is_grad_enabled()
 
         def after(_module: nn.Module, args: tuple, output: Any) -> None:
             if not torch.compiler.is_compiling():
@@ -145,8 +185,11 @@ class EagerHooks:
             needing[0].register_hook(release)
 
     def _make_whole(self, names: list[str]) -> None:
-        self._runtime.gather(names)
-        self._runtime.wait(names)
+        missing = [name for name in names if not self._runtime.is_whole(name)]
+        if missing:
+            self._log("gather", missing)
+            self._runtime.gather(missing)
+            self._runtime.wait(missing)
         if self._in_backward:
             self._gathered.update(names)
 
@@ -156,7 +199,23 @@ class EagerHooks:
             self._runtime.release(idle)
             self._gathered.difference_update(idle)
 
+    def hold(self, names: list[str]) -> None:
+        """Make params whole, and keep them so through module calls until let_go()."""
+        self._make_whole(names)
+        self._holds.update(names)
+
+    def let_go(self, names: list[str]) -> None:
+        """End one hold()."""
+        self._holds.subtract(names)
+        self._release(names)
+
     def begin_backward(self) -> None:
+        for ref in self._frozen:
+            if self._table.tensor(ref).requires_grad:
+                raise UserError(
+                    f"[engine] {self._table.member(ref).name}: requires a gradient since "
+                    "initialize(), where it was frozen; unfreeze parameters before initialize()"
+                )
         self._in_backward = True
 
     def end_backward(self, failed: bool = False) -> None:
@@ -164,6 +223,9 @@ class EagerHooks:
         self._in_backward = False
         if failed:
             self._packs.clear()
+            self._leaf_gradients.clear()
+            self._leaf_ran = False
+        self._reduce_leaves()
         for index in sorted(self._packs):
             self._reduce_pack(index)
         while self._reducing:
@@ -181,7 +243,10 @@ class EagerHooks:
         gradient, parameter.grad = parameter.grad, None
         spec, name = self._table.spec(ref), self._table.member(ref).name
         if not spec.packed:
-            self._reduce(spec.name, {name: gradient})
+            if ref.param in self._leaf_params:
+                self._leaf_gradients[ref.param] = {name: gradient}
+            else:
+                self._reduce(spec.name, {name: gradient})
             if spec.placement == "sharded":
                 self._release([spec.name])
             return
@@ -189,6 +254,18 @@ class EagerHooks:
         pending[name] = pending[name] + gradient if name in pending else gradient
         if len(pending) == len(spec.members):
             self._reduce_pack(ref.param)
+
+    def _reduce_leaves(self) -> None:
+        """Reduce what leaf modules made. Each rank may have used other parts of them, experts
+        for one, so all of them are reduced, in one order."""
+        if not self._leaf_ran:
+            return
+        self._leaf_ran = False
+        for index in self._leaf_params:
+            self._reduce(self._table.params[index].name, self._leaf_gradients.pop(index, {}))
+
+    def _log(self, what: str, names: list[str]) -> None:
+        self.order = zlib.crc32(" ".join([what, *names]).encode(), self.order)
 
     def _reduce_pack(self, index: int) -> None:
         self._reduce(self._table.params[index].name, self._packs.pop(index))
@@ -199,6 +276,7 @@ class EagerHooks:
             self._runtime.accumulate(name)
         while len(self._reducing) >= OUTSTANDING_REDUCTIONS:
             self._runtime.accumulate(self._reducing.popleft())
+        self._log("reduce", [name])
         self._runtime.reduce(name, gradients)
         self._reducing.append(name)
         self.reduced += 1

@@ -82,6 +82,7 @@ class Engine:
         self._grad_norm: Any = None
         self._loss: torch.Tensor | None = None
         self._backward_done = False
+        self._backward_failed = False
         self._clocks = {"forward": 0.0, "backward": 0.0, "step": 0.0}
 
     def _check_covered(self) -> None:
@@ -199,17 +200,23 @@ class Engine:
             and torch.is_grad_enabled()
         )
 
-    def backward(self, loss: torch.Tensor) -> torch.Tensor:
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
         """Gradients of loss / accumulation steps, reduced over ranks into shards."""
+        if retain_graph:
+            raise UserError(
+                "[engine] backward: retain_graph=True is not supported, as a forward's activations "
+                "go with its backward; add the losses and call backward once"
+            )
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
             raise UserError(
                 "[engine] backward: needs the loss as a tensor of one element that requires a "
                 "gradient; was it computed under no_grad, or left out of "
                 "compile.differentiable_outputs?"
             )
+        self._check_gradients()
         self._loss = loss.detach()
         self.hooks.begin_backward()
-        failed = True
+        failed = self._backward_failed = True
         try:
             with self._clock("backward"):
                 accumulation = self.gradient_accumulation_steps()
@@ -217,8 +224,16 @@ class Engine:
                 failed = False
         finally:
             self.hooks.end_backward(failed)
+        self._backward_failed = False
         self._backward_done = True
         return loss
+
+    def _check_gradients(self) -> None:
+        if self._backward_failed:
+            raise UserError(
+                "[engine] the last backward failed half-way, so the gradients hold a part of it: "
+                "call engine.zero_grad() to drop them, and begin the step's micro-batches again"
+            )
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next step() updates the parameters."""
@@ -226,13 +241,23 @@ class Engine:
 
     def step(self) -> None:
         """End a micro-batch; at accumulation boundaries update parameters and learning rate."""
+        self._check_gradients()
         if not self._backward_done:
-            raise UserError("[engine] step: no backward(loss) since the last step()")
+            raise UserError(
+                "[engine] step: no backward(loss) since the last step(); call "
+                "engine.backward(loss), not loss.backward()"
+            )
         self._backward_done = False
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
         if not boundary:
             return
+        if self._compiled is None and not self.ranks.agree(self.hooks.order):
+            raise UserError(
+                "[engine] step: the ranks gathered or reduced different parameters since the last "
+                "step, so its gradients are wrong: the model takes different paths on different "
+                "ranks. Name the module around those paths in zero_optimization.leaf_module.classes"
+            )
         with self._clock("step"):
             result = self.optimizer.step()
         self._grad_norm = result["grad_norm"]
@@ -293,6 +318,7 @@ class Engine:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients accumulated so far."""
         self.optimizer.zero_grad(set_to_none)
+        self._backward_failed = False
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.module.parameters(recurse)

@@ -19,6 +19,7 @@ from .engine_state import compile_report
 from .errors import UserError
 
 if TYPE_CHECKING:
+    from .config import Config
     from .engine import Engine
 
 
@@ -34,12 +35,20 @@ class StepView:
     """(plan id, section, instruction, start ns, end ns) of the traced step."""
 
 
+def named_machine(config: Config) -> Any:
+    """The machine that the configuration names, or None."""
+    name = config.compile.machine
+    if name is None:
+        return None
+    known = name in _core.Machine.builtin_names()
+    return _core.Machine.builtin(name) if known else _core.Machine.load(name)
+
+
 def machine_of(engine: Engine) -> Any:
     """The configuration's machine, or the built-in that resembles this one most."""
-    named = engine.config.compile.machine
+    named = named_machine(engine.config)
     if named is not None:
-        known = named in _core.Machine.builtin_names()
-        return _core.Machine.builtin(named) if known else _core.Machine.load(named)
+        return named
     name = "4xh200" if engine.ranks.device.type == "cuda" else "2x-cpu"
     return _core.Machine.builtin(name)
 

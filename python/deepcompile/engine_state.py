@@ -135,9 +135,14 @@ def load(
         engine.optimizer.load_hyper_state(meta["groups"])
     if load_scheduler and engine.lr_scheduler is not None and meta["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(meta["scheduler"])
+        if not load_optimizer:  # the rates come with the schedule: it sets them at its next step
+            rates = engine.lr_scheduler.get_last_lr()
+            for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
     engine.global_steps, engine.micro_steps = meta["global_steps"], _micro_steps(engine, meta)
     engine.skipped_steps = meta["skipped_steps"]
-    engine.runtime.zero_grad()
+    engine.zero_grad()
+    engine._backward_done = False
     checkpoint.load_rng(folder, engine.ranks)
     engine.planner.at_step(engine.global_steps)
     return str(folder), client
@@ -158,9 +163,9 @@ def _micro_steps(engine: Engine, meta: dict[str, Any]) -> int:
     return meta["global_steps"] * engine.gradient_accumulation_steps()
 
 
-def _whole_fp32(engine: Engine) -> dict[str, torch.Tensor]:
-    """Parameters as the optimizer holds them, whole, on the CPU. One at a time on the device:
-    each rank adds its range to zeros, so the sum over ranks is exact."""
+def _whole_fp32(engine: Engine, keep: bool) -> dict[str, torch.Tensor]:
+    """Parameters as the optimizer holds them, whole, on the CPU if `keep`. One at a time on the
+    device: each rank adds its range to zeros, so the sum over ranks is exact."""
     shards, whole = _shards(engine, ("master",)), {}
     table, ranks = engine.table, engine.ranks
     for ref in table.refs():
@@ -172,26 +177,28 @@ def _whole_fp32(engine: Engine) -> dict[str, torch.Tensor]:
             full[start : start + data.numel()] = data
         if ranks.world > 1 and spec.placement != "replicated":
             torch.distributed.all_reduce(full, group=ranks.group)
-        whole[member.name] = full.view(member.shape).cpu()
+        if keep:
+            whole[member.name] = full.view(member.shape).cpu()
     return whole
 
 
-def _whole_compute(engine: Engine) -> dict[str, torch.Tensor]:
-    """Parameters in the compute type, whole, on the CPU; one param gathered at a time."""
-    table, runtime, whole = engine.table, engine.runtime, {}
+def _whole_compute(engine: Engine, keep: bool) -> dict[str, torch.Tensor]:
+    """Parameters in the compute type, whole, on the CPU if `keep`; one param gathered at a
+    time."""
+    table, hooks, whole = engine.table, engine.hooks, {}
     for index, spec in enumerate(table.params):
-        runtime.gather([spec.name])
-        runtime.wait([spec.name])
-        for j, member in enumerate(spec.members):
+        hooks.hold([spec.name])
+        for j, member in enumerate(spec.members if keep else ()):
             whole[member.name] = table._tensors[index][j].detach().cpu().clone()
-        runtime.release([spec.name])
+        hooks.let_go([spec.name])
     return whole
 
 
 def gathered_state(engine: Engine, fp32: bool, rank0_only: bool) -> dict[str, torch.Tensor]:
     """Engine.state_dict."""
-    whole = _whole_fp32(engine) if fp32 else _whole_compute(engine)
-    if rank0_only and engine.ranks.rank:
+    keep = engine.ranks.rank == 0 or not rank0_only  # else every rank would fill the host
+    whole = _whole_fp32(engine, keep) if fp32 else _whole_compute(engine, keep)
+    if not keep:
         return {}
     names = {id(engine.table.tensor(r)): engine.table.member(r).name for r in engine.table.refs()}
     state: dict[str, torch.Tensor] = {}

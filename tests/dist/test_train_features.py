@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import cases
 import numpy as np
 import pytest
@@ -170,3 +172,58 @@ def _different_models(rank: int, world: int) -> str:
 def test_different_models_on_ranks_are_an_error():
     for said in run_ranks(_different_models, 2, timeout=60):
         assert "build the same model on every rank" in said
+
+
+class Experts(torch.nn.Module):
+    """Each rank sends its batch through an expert of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(3)])
+
+    def forward(self, x, expert: int):
+        return x + self.experts[expert](x)
+
+
+class Routed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle = torch.nn.Linear(16, 16), Experts()
+
+    def forward(self, x, expert: int):
+        return self.middle(self.first(x), expert).pow(2).mean()
+
+
+def _experts(rank: int, world: int, classes: list[str], stage: int) -> float:
+    """Largest difference from plain PyTorch after a few uncompiled steps."""
+    import deepcompile
+
+    torch.manual_seed(0)
+    model = Routed()
+    plain = copy.deepcopy(model)
+    config = cases.config_for(world, stage)
+    config["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 100, "leaf_module": {"classes": classes},
+    }  # fmt: skip
+    engine, *_ = deepcompile.initialize(model=model, config=config)
+    options = {**cases.ADAMW, "betas": tuple(cases.ADAMW["betas"])}
+    optimizer = torch.optim.AdamW(plain.parameters(), **options)
+    for _ in range(3):
+        batches = torch.randn(world, 4, 16)
+        engine.backward(engine(batches[rank], rank))
+        engine.step()
+        optimizer.zero_grad()
+        (sum(plain(batches[r], r) for r in range(world)) / world).backward()
+        optimizer.step()
+    state = plain.state_dict()
+    return max(float((v - state[k]).abs().max()) for k, v in engine.state_dict().items())
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_experts_that_differ_between_ranks_in_a_leaf_module(stage):
+    assert max(run_ranks(_experts, 2, ["Experts"], stage, timeout=120)) < TOLERANCE
+
+
+def test_paths_that_differ_between_ranks_are_an_error():
+    with pytest.raises(AssertionError, match="different parameters since the last step"):
+        run_ranks(_experts, 2, [], 3, timeout=120)

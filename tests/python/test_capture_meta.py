@@ -95,7 +95,8 @@ def test_bad_arguments(options, words):
     ("text", "words"),
     [
         ("{", "is not JSON"),
-        ("[]", "model_type None"),
+        ("[]", "has no model_type"),
+        ("{}", "has no model_type"),
         (json.dumps({"model_type": "nonsense"}), "model_type 'nonsense'"),
         (json.dumps({"model_type": "clip"}), "no causal language model"),
     ],

@@ -212,6 +212,8 @@ def test_a_negative_bandwidth_is_one_clear_error(plan: Path, tmp_path: Path):
         (["opt", "-", "--passes", "zero3_compile,selective_gather"], ["has no machine"]),
         (["opt", "-", *PLANNED, "--memory-budget", "40GB"], ["40GB is not a size"]),
         (["fly"], ["fly"]),
+        (["plan", "--model", "m", "--machine", "2x-cpu", "--ranks", "x"], ["whole number"]),
+        (["sim", __file__, "--machine", __file__], ["test_cli.py"]),
         (["launch"], ["nothing to run"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "0"], ["--seq"]),
     ],

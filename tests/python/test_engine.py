@@ -75,6 +75,18 @@ def error_of(work) -> str:
             {"model": nn.Linear(1, 1), "config": config(train_micro_batch_size_per_gpu=3)},
             "do not fit 1 rank",
         ),
+        (
+            {"model": nn.Linear(1, 1), "config": config(compile={"machine": "/none.json"})},
+            "/none.json: cannot be read",
+        ),
+        (
+            {
+                "model": nn.Linear(1, 1),
+                "config": config(),
+                "lr_scheduler": torch.optim.lr_scheduler.ReduceLROnPlateau,
+            },
+            "needs a metric",
+        ),
     ],
 )
 def test_initialize_errors(kwargs, expected):
@@ -261,6 +273,27 @@ def test_calls_out_of_order_are_errors():
     assert "one element" in error_of(lambda: engine.backward(engine(batch())))
     with pytest.raises(UserError, match="Call that instead of loss.backward"):
         engine(batch()).sum().backward()
+    loss = engine(batch()).pow(2).mean()
+    assert "not supported" in error_of(lambda: engine.backward(loss, retain_graph=True))
+
+
+def test_the_modules_own_state_is_refused_while_it_has_no_memory():
+    engine = start()
+    assert "call engine.state_dict()" in error_of(engine.module.state_dict)
+    state = engine.state_dict()
+    assert "before initialize()" in error_of(lambda: engine.load_state_dict(state))
+    with deepcompile.GatheredParameters(engine, engine.parameters(), modifier_rank=0):
+        engine.load_state_dict({name: value + 1 for name, value in state.items()})
+    for name, value in engine.state_dict().items():
+        assert torch.equal(value, state[name] + 1)
+
+
+def test_more_engines_than_recompilations_all_run_compiled():
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        engine = start(nn.Linear(8, 1))
+        engine.compile(backend="eager")
+        step(engine)
+        assert len(engine.planner.graphs) == 1
 
 
 def test_saving_inside_an_accumulation_is_an_error(tmp_path):
@@ -318,7 +351,133 @@ def test_a_forward_without_backward_leaves_nothing():
     assert step(engine) > 0
 
 
+class WithLogits(nn.Module):
+    """Returns what its own backward saves, as language models return their logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = small()
+
+    def forward(self, x):
+        logits = torch.tanh(self.body(x))
+        return {"loss": logits.pow(2).mean(), "logits": logits}
+
+
+def test_a_saved_output_does_not_keep_its_call_alive():
+    engine = start(WithLogits())
+    engine.compile(backend="eager")
+    for _ in range(2):
+        output = engine(batch())
+        assert engine.runtime.buffer_report()["saved"] > 0
+        del output
+        assert engine.runtime.buffer_report()["saved"] == 0
+
+
+def test_gathered_parameters_nest_and_stay_through_a_forward():
+    engine = start()
+    weight = engine.module[0].weight
+    with deepcompile.GatheredParameters(engine, weight, modifier_rank=0):
+        with deepcompile.GatheredParameters(engine, weight):
+            pass
+        engine(batch())
+        engine.state_dict()
+        weight.data.zero_()
+    assert weight.untyped_storage().nbytes() == 0
+    assert not engine.state_dict()["0.weight"].any()
+    engine.compile(backend="eager")
+    with pytest.raises(UserError, match="0.weight was released inside"):  # noqa: SIM117
+        with deepcompile.GatheredParameters(engine, weight, modifier_rank=0):
+            engine(batch())
+
+
+class Failing(torch.autograd.Function):
+    on = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        if Failing.on:
+            raise RuntimeError("boom")
+        return gradient
+
+
+class Fails(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        return self.last(Failing.apply(self.first(x)))
+
+
+def test_half_a_backward_is_not_trained_on(monkeypatch):
+    engine, twin = start(_whole(Fails, 0)), start(_whole(Fails, 0))
+    monkeypatch.setattr(Failing, "on", True)
+    with pytest.raises(RuntimeError, match="boom"):
+        step(engine, 7)
+    monkeypatch.setattr(Failing, "on", False)
+    assert "failed half-way" in error_of(lambda: step(engine))
+    assert "failed half-way" in error_of(engine.step)
+    engine.zero_grad()
+    assert step(engine) == step(twin)
+    for name, value in engine.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name])
+
+
+def _whole(kind, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return kind()
+
+
+def test_unfreezing_after_initialize_is_an_error():
+    model = small()
+    model[0].requires_grad_(False)
+    engine = start(model)
+    model[0].requires_grad_(True)
+    assert "0.weight: requires a gradient since" in error_of(lambda: step(engine))
+
+
 # ---- compile
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        return x + self.last(x)
+
+
+class Blocks(nn.Module):
+    """The break is inside a loop, so Dynamo compiles Block.forward by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize(("stage", "threshold"), [(0, 10), (3, 10), (3, 100_000)])
+def test_code_of_one_block_is_not_run_for_another(stage, threshold):
+    torch._dynamo.reset()  # Block.forward's compilations of other engines count towards the limit
+    zero = {"stage": stage, "stage3_param_persistence_threshold": threshold}
+    compiled, eager = (
+        start(_whole(Blocks, 0), config=config(zero_optimization=zero)) for _ in range(2)
+    )
+    compiled.compile(backend="eager")
+    for number in range(3):
+        assert step(compiled, number) == pytest.approx(step(eager, number), rel=1e-5)
+    assert len(compiled.planner.graphs) == 6
 
 
 @pytest.mark.parametrize(
@@ -395,6 +554,10 @@ def test_compiled_run_checkpoint_and_report(tmp_path):
 def test_load_without_a_checkpoint_warns(tmp_path):
     with pytest.warns(UserWarning, match="has no checkpoint yet"):
         assert start().load_checkpoint(tmp_path) == (None, {})
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "cannot be read" in error_of(lambda: start().load_checkpoint(file))
+    assert "cannot be written" in error_of(lambda: start().save_checkpoint(file))
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])

@@ -37,7 +37,12 @@ from deepcompile.capture.saved import (
     forward_function,
     inference_function,
 )
-from deepcompile.capture.sources import clone_returned_views, param_inputs, param_sources
+from deepcompile.capture.sources import (
+    clone_returned_views,
+    guard_identity,
+    param_inputs,
+    param_sources,
+)
 from deepcompile.errors import UserError
 from deepcompile.params import ParamTable
 
@@ -143,6 +148,7 @@ class _Capture:
         self.times["dynamo"] = _dynamo_seconds()
         self.where = _where(gm)
         self.sources = param_sources(gm, backend.table)
+        guard_identity(gm, backend.table)
         self.fake_mode: Any = None
         self.forward: fx.GraphModule | None = None
         self.function: Callable | None = None

@@ -57,4 +57,7 @@ def make_entry(model: nn.Module, differentiable_outputs: str = "loss") -> Callab
         out = model(*args, **kwargs)
         return _loss_only(out) if only_loss else out
 
+    # Dynamo counts compilations by code object. With one of its own, an engine does not use up
+    # another's, after which Dynamo would run it uncompiled.
+    entry.__code__ = entry.__code__.replace()
     return entry

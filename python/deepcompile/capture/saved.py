@@ -83,6 +83,9 @@ def forward_function(
         inputs = [args[i] for i in call.inputs]
         args.clear()
         token, results = runner.forward(inputs)
+        # Autograd hangs its node, and so the token, on what it is given. The runner may keep the
+        # same tensors for the backward: without an alias they would keep each other alive.
+        results = [r.detach() if isinstance(r, torch.Tensor) else r for r in results]
         return [*_assemble(call, results), token, *rest]
 
     run._boxed_call = True

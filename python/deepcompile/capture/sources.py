@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.guards import GuardBuilder
 from torch._functorch._aot_autograd.descriptors import (
     GradAOTOutput,
     ParamAOTInput,
@@ -19,6 +20,7 @@ from torch._functorch._aot_autograd.descriptors import (
     SyntheticBaseAOTInput,
     ViewBaseAOTInput,
 )
+from torch._guards import Guard, TracingContext
 
 from deepcompile.errors import UserError
 from deepcompile.params import MemberRef, ParamTable
@@ -40,6 +42,28 @@ def param_sources(gm: fx.GraphModule, table: ParamTable) -> dict[Source, MemberR
         if ref is not None:
             sources[name] = ref
     return sources
+
+
+def _same_object(builder: GuardBuilder, guard: Guard) -> None:
+    """As GuardBuilder.ID_MATCH, which would also print the tensor: an empty one has no values."""
+    number = id(builder.get(guard))
+    code = f"___check_obj_id({builder.arg_ref(guard)}, {number})  # the captured parameter"
+    builder.get_guard_manager(guard).add_id_match_guard(number, [code], guard.user_stack)
+
+
+def guard_identity(gm: fx.GraphModule, table: ParamTable) -> None:
+    """Have Dynamo guard on which parameters the graph was captured with.
+
+    Dynamo itself guards on their shapes, and so runs the code of one module for another of the
+    same class, with that one's parameters as inputs. A plan reads the captured ones.
+    """
+    context = TracingContext.try_get()
+    if context is None:
+        return
+    for node in gm.graph.find_nodes(op="placeholder"):
+        arg = node.meta.get("grapharg")
+        if arg is not None and arg.source is not None and table.lookup(arg.example) is not None:
+            context.guards_context.dynamo_guards.add(arg.source.make_guard(_same_object))
 
 
 def _source(desc: Any) -> Source | None:

@@ -36,7 +36,10 @@ def _path(name_or_path: str | Path) -> Path:
     if str(name_or_path) in names():
         return builtin
     path = Path(name_or_path)
-    path = path / "config.json" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "config.json"
+        if not path.is_file():
+            raise UserError(f"[models] {path}: no such file. Give a folder that holds one.")
     if not path.is_file():
         raise UserError(
             f"[models] {name_or_path}: neither a file nor a built-in model. Give a config.json "
@@ -55,8 +58,13 @@ def load_config(name_or_path: str | Path) -> Any:
         raise UserError(
             f"[models] {path}: is not JSON ({error}). Give a Hugging Face config.json."
         ) from error
-    kind = fields.pop("model_type", None) if isinstance(fields, dict) else None
-    if kind not in transformers.CONFIG_MAPPING:
+    if not isinstance(fields, dict) or "model_type" not in fields:
+        raise UserError(
+            f"[models] {path}: has no model_type, so it is no Hugging Face config.json. Add the "
+            'field, for example "model_type": "llama".'
+        )
+    kind = fields.pop("model_type")
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"[models] {path}: its model_type {kind!r} is not known to transformers "
             f"{transformers.__version__}. Give the config.json of a supported model."
@@ -64,7 +72,7 @@ def load_config(name_or_path: str | Path) -> Any:
     try:
         return transformers.AutoConfig.for_model(kind, **fields)
     except Exception as error:  # transformers validates with several exception types
-        cause = " ".join(str(error).split())
+        cause = " ".join(str(error).split()).rstrip(".")
         raise UserError(f"[models] {path}: {cause}. Correct that field.") from error
 
 
