@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from . import engine_report, engine_state
-from .capture import CaptureOptions, make_backend, make_entry, surface_errors
+from .capture import CaptureBackend, CaptureOptions, make_backend, make_entry, surface_errors
 from .config import Config
 from .distributed import Ranks
 from .eager import EagerHooks
@@ -78,6 +78,7 @@ class Engine:
         """What the traced step left: runtime records, step number, peak bytes."""
         self._entry = make_entry(model, config.compile.differentiable_outputs)
         self._compiled: Callable[..., Any] | None = None
+        self._backend: CaptureBackend | None = None
         self._compiled_steps = 0
         self._grad_norm: Any = None
         self._loss: torch.Tensor | None = None
@@ -144,9 +145,10 @@ class Engine:
             inductor_options=dict(kwargs.get("options") or {}),
             cache_dir=settings.cache_dir,
         )
+        self._backend = make_backend(self.table, options, self.planner, world=self.ranks.world)
         return torch.compile(
             self._entry,
-            backend=make_backend(self.table, options, self.planner, world=self.ranks.world),
+            backend=self._backend,
             dynamic=kwargs.get("dynamic"),
             fullgraph=bool(kwargs.get("fullgraph", False)),
         )
@@ -172,8 +174,10 @@ class Engine:
         return engine_state.compile_times(self.planner.graphs)
 
     def compile_report(self) -> dict[str, Any]:
-        """Seconds by stage, regions and distinct regions, disk cache hits, over all graphs."""
-        return engine_state.compile_report(self.planner.graphs)
+        """Seconds by stage, regions and distinct regions, disk cache hits, over all graphs, and
+        the reasons for graph breaks with how often each was met."""
+        breaks = {} if self._backend is None else self._backend.graph_breaks
+        return {**engine_state.compile_report(self.planner.graphs), "graph_breaks": breaks}
 
     # ---- a step
 

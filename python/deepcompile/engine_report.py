@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import _core
-from .engine_state import compile_report
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -169,13 +168,17 @@ def _simulated(engine: Engine, view: StepView) -> tuple[Any, Any, Any]:
 
 def report_data(engine: Engine) -> dict[str, Any]:
     """What deepcompile.report.write_report takes."""
-    counts = compile_report(engine.planner.graphs)
+    counts = engine.compile_report()
+    breaks = counts["graph_breaks"].items()
     data: dict[str, Any] = {
         "title": f"{type(engine.module).__name__} on {engine.ranks.world} "
         f"rank{'s' * (engine.ranks.world != 1)}",
         "facts": _facts(engine),
         "loss": [{"step": s, "loss": float(v), "tokens_per_s": None} for s, v in engine.losses],
-        "notes": list(engine.config.warnings),
+        "notes": [
+            *engine.config.warnings,
+            *(f"Graph break ({times} times): {why}" for why, times in breaks),
+        ],
     }
     if counts["graphs"]:
         regions = {

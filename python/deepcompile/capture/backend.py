@@ -18,7 +18,11 @@ import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
-from torch._dynamo.exc import BackendCompilerFailed, exceptions_allowed_to_be_fallback
+from torch._dynamo.exc import (
+    BackendCompilerFailed,
+    FailOnRecompileLimitHit,
+    exceptions_allowed_to_be_fallback,
+)
 from torch._dynamo.utils import counters, detect_fake_mode, get_metrics_context
 from torch._guards import TracingContext
 from torch._inductor.compile_fx import partition_fn as inductor_partition
@@ -46,6 +50,9 @@ from deepcompile.capture.sources import (
 from deepcompile.errors import UserError
 from deepcompile.params import ParamTable
 
+RECOMPILE_LIMIT = 64
+"""Variants of one function that Dynamo may compile; its own default, 8, is less than the blocks
+of a model whose block breaks the graph."""
 STAGES = ("dynamo", "aot", "partition", "cut", "compile")
 
 
@@ -61,11 +68,21 @@ def raise_from_backend(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def surface_errors() -> Iterator[None]:
-    """Around a call of a compiled function: UserErrors of the backend come out as such."""
+    """Around a call of a compiled function: UserErrors of the backend come out as such, and one
+    variant too many is an error (Dynamo would go on uncompiled, on this rank alone perhaps)."""
+    limit = max(RECOMPILE_LIMIT, dynamo_config.recompile_limit)
+    settings = dynamo_config.patch(recompile_limit=limit, fail_on_recompile_limit_hit=True)
     try:
-        yield
+        with settings:
+            yield
     except BackendCompilerFailed as error:
         raise_from_backend(error)
+    except FailOnRecompileLimitHit as error:
+        raise UserError(
+            f"[capture] more than {limit} variants of one function of the model. Give the batches "
+            "fewer shapes (pad them), compile with dynamic=True, or raise "
+            f"torch._dynamo.config.recompile_limit. Dynamo says: {error}"
+        ) from None
 
 
 def make_backend(
