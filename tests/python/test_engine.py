@@ -551,30 +551,6 @@ def test_compiled_run_checkpoint_and_report(tmp_path):
     assert step(other, 4) == pytest.approx(expected, rel=1e-6)
 
 
-class Modes(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 4)
-
-    def forward(self, x, mode):
-        if mode == "break":
-            torch._dynamo.graph_break()
-        return self.layer(x).sum() * len(mode)
-
-
-@torch._dynamo.config.patch(recompile_limit=3)
-def test_graph_breaks_and_too_many_variants_are_not_silent(monkeypatch):
-    monkeypatch.setattr("deepcompile.capture.backend.RECOMPILE_LIMIT", 3)
-    engine = start(Modes())
-    engine.compile(backend="eager")
-    engine.backward(engine(torch.ones(2, 4), "break"))
-    assert "graph_break()" in next(iter(engine.compile_report()["graph_breaks"]))
-    for mode in ("a", "bb"):
-        engine.backward(engine(torch.ones(2, 4), mode))
-    message = error_of(lambda: engine(torch.ones(2, 4), "ccc"))
-    assert message.startswith("[capture] more than 3 variants") and "dynamic=True" in message
-
-
 def test_load_without_a_checkpoint_warns(tmp_path):
     with pytest.warns(UserWarning, match="has no checkpoint yet"):
         assert start().load_checkpoint(tmp_path) == (None, {})
