@@ -416,6 +416,7 @@ def capture_step(
 ) -> tuple[_core.StepProgram, dict[str, Any]]:
     """The model's whole step, compute alone, and what the capture says of it."""
     from .capture.meta import capture_model  # starts torch
+    from .capture.program import update_program
 
     wanted = {}
     if options.persistence_threshold is not None:
@@ -452,26 +453,6 @@ def capture_step(
 def numel_of(spec: Any) -> int:
     """Elements of a param's members, without the gaps between them."""
     return sum(member.numel for member in spec.members)
-
-
-def update_program(table: Any) -> _core.StepProgram:
-    """A program with all trainable params and an empty update section."""
-    from .params import dtype_name
-
-    program = _core.StepProgram()
-    program.name = "update"
-    for spec in table.params:
-        if spec.trainable:
-            program.add_param(
-                spec.name,
-                dtype_name(spec.dtype),
-                spec.numel,
-                spec.placement,
-                True,
-                [member.name for member in spec.members],
-            )
-    program.add_section("update", 0, [], [])
-    return program
 
 
 if __name__ == "__main__":
