@@ -144,15 +144,16 @@ def _compare(engine: Engine, view: StepView, plain: Any, informed: Any) -> list[
          "measured": engine.trace["peak_bytes"], "unit": "B", "headline": True},
         {"what": "Waiting for transfers", "predicted": informed.stall_ns, "unit": "ns"},
     ]  # fmt: skip
+    compared = _core.compare(plain, view.plans, view.records)
     for kind in ("run", "gather", "reduce", "update"):
-        pairs = [r for r in _core.compare(plain, view.plans, view.records)
-                 if r.label.split()[0] == kind]  # fmt: skip
+        # A row's times are means over its samples, one for each micro-batch.
+        pairs = [(r, max(1, r.samples)) for r in compared if r.label.split()[0] == kind]
         if pairs:
             rows.append(
                 {
                     "what": f"All {kind} instructions",
-                    "predicted": sum(r.predicted_ns or 0 for r in pairs),
-                    "measured": sum((r.measured_ns or 0) * max(1, r.samples) for r in pairs),
+                    "predicted": sum((r.predicted_ns or 0) * n for r, n in pairs),
+                    "measured": sum((r.measured_ns or 0) * n for r, n in pairs),
                     "unit": "ns",
                 }
             )
