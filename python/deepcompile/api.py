@@ -19,7 +19,7 @@ from .engine_report import named_machine
 from .errors import UserError
 from .lr_schedules import build_scheduler
 from .optimizer import ShardedOptimizer
-from .params import ParamTable
+from .params import MemberRef, ParamTable
 from .placement import prepare
 
 
@@ -101,7 +101,7 @@ def _runtime(table: ParamTable, config: Config, ranks: Ranks) -> Any:
     )
     for index, spec in enumerate(table.params):
         members = [
-            (member.name, table._tensors[index][j], member.offset)
+            (member.name, table.tensor(MemberRef(index, j)), member.offset)
             for j, member in enumerate(spec.members)
         ]
         runtime.add_param(spec.name, members, spec.numel, spec.placement, spec.trainable)

@@ -13,6 +13,7 @@ import torch
 from . import checkpoint
 from .checkpoint import FlatShard
 from .errors import UserError
+from .params import MemberRef
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -189,7 +190,7 @@ def _whole_compute(engine: Engine, keep: bool) -> dict[str, torch.Tensor]:
     for index, spec in enumerate(table.params):
         hooks.hold([spec.name])
         for j, member in enumerate(spec.members if keep else ()):
-            whole[member.name] = table._tensors[index][j].detach().cpu().clone()
+            whole[member.name] = table.tensor(MemberRef(index, j)).detach().cpu().clone()
         hooks.let_go([spec.name])
     return whole
 
@@ -289,5 +290,4 @@ def collect_trace(engine: Engine) -> dict[str, Any]:
         "records": engine.runtime.records(),
         "graphs": [i.captured.graph_id for i in engine.planner.graphs],
         "peak_bytes": peak,
-        "buffers": engine.runtime.buffer_report(),
     }
