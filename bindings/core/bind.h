@@ -19,6 +19,7 @@ namespace py = pybind11;
 
 void bind_ir(py::module_& m);
 void bind_passes(py::module_& m);
+void bind_pass_library(py::module_& m);
 void bind_plan(py::module_& m);
 void bind_cost(py::module_& m);
 void bind_sim(py::module_& m);

@@ -5,6 +5,7 @@
 #include "base/error.h"
 #include "bind.h"
 #include "cost/cost_model.h"
+#include "cost/cost_table.h"
 
 namespace deepcompile::bindings {
 namespace {
@@ -63,9 +64,89 @@ int64_t collective_ns(const Machine& machine, const std::string& kind, int64_t w
   throw UserError("[cost] collective " + kind + ": unknown. Use all_gather or reduce_scatter.");
 }
 
+using CurvePoints = std::vector<std::pair<int64_t, int64_t>>;
+
+CurveKind curve_kind(const std::string& word) {
+  if (const auto kind = parse_curve_kind(word)) return *kind;
+  std::string known;
+  for (int i = 0; i < kCurveKindCount; ++i) {
+    known += (i == 0 ? "" : ", ") + std::string(to_string(static_cast<CurveKind>(i)));
+  }
+  throw UserError("[cost] cost table: there is no curve " + word + ". Known: " + known + ".");
+}
+
+void set_curve(CostTable& table, const std::string& word, const CurvePoints& pairs) {
+  std::vector<Curve::Point> points;
+  for (const auto& [bytes, ns] : pairs) points.emplace_back(Bytes{bytes}, Nanos{ns});
+  table.curve(curve_kind(word)) = Curve(std::move(points), "[cost] cost table: " + word);
+}
+
+CurvePoints curve_points(const CostTable& table, const std::string& word) {
+  CurvePoints pairs;
+  for (const auto& [bytes, time] : table.curve(curve_kind(word)).points()) {
+    pairs.emplace_back(bytes.value, time.value);
+  }
+  return pairs;
+}
+
+void set_slowdown(CostTable& table, std::optional<double> slowdown) {
+  if (slowdown && !(*slowdown >= 1 && *slowdown <= 100)) {
+    throw UserError(
+        "[cost] cost table: compute_slowdown must be from 1 (transfers do not disturb "
+        "kernels) to 100.");
+  }
+  table.compute_slowdown = slowdown;
+}
+
+void set_overhead(CostTable& table, std::optional<int64_t> ns) {
+  if (ns && *ns < 0) throw UserError("[cost] cost table: run_overhead_ns must be 0 or more.");
+  table.run_overhead = ns ? std::optional(Nanos{*ns}) : std::nullopt;
+}
+
+CostTable new_table(int64_t world) {
+  if (world < 1) throw UserError("[cost] cost table: world must be 1 or more.");
+  CostTable table;
+  table.world = world;
+  return table;
+}
+
+void bind_cost_table(py::module_& m) {
+  py::class_<CostTable>(m, "CostTable",
+                        "What was measured on the machine a job runs on; goes before a Machine's\n"
+                        "numbers. Curves are gather, reduce (bytes of the whole), to_host,\n"
+                        "to_device (of one tensor), update, accumulate (of a rank's shard), norm\n"
+                        "(of all a rank's gradients).")
+      .def(py::init(&new_table), py::arg("world"), "Empty; `world` ranks take the measurements.")
+      .def_static(
+          "parse",
+          [](const std::string& text, const std::string& where) {
+            return parse_cost_table(text, where);
+          },
+          py::arg("text"), py::arg("where") = "cost table", "Reads what serialize() wrote.")
+      .def(
+          "serialize", [](const CostTable& table) { return serialize(table); }, "JSON.")
+      .def_readonly("world", &CostTable::world)
+      .def("set_curve", &set_curve, py::arg("kind"), py::arg("points"),
+           "Sets a curve from [(bytes, ns)], sizes rising; [] takes it away. Between points\n"
+           "times are interpolated, above the last its slope goes on, below the first its\n"
+           "time counts: give (0, ns) for what has no latency.")
+      .def("curve", &curve_points, py::arg("kind"), "Its points, [] if there is none.")
+      .def_property(
+          "compute_slowdown", [](const CostTable& table) { return table.compute_slowdown; },
+          &set_slowdown, "Kernels beside a transfer take this many times as long; or None.")
+      .def_property(
+          "run_overhead_ns",
+          [](const CostTable& table) -> std::optional<int64_t> {
+            return table.run_overhead ? std::optional(table.run_overhead->value) : std::nullopt;
+          },
+          &set_overhead, "Added to every measured run; or None.")
+      .def("__eq__", [](const CostTable& a, const CostTable& b) { return a == b; });
+}
+
 }  // namespace
 
 void bind_cost(py::module_& m) {
+  bind_cost_table(m);
   py::class_<Machine>(m, "Machine", "What the cost model knows about a cluster.")
       .def_static(
           "parse",
@@ -104,6 +185,15 @@ void bind_cost(py::module_& m) {
             return link_dict(*x.inter);
           },
           "The link between nodes, or None.")
+      .def_property_readonly(
+          "host",
+          [](const Machine& x) {
+            py::dict result;
+            result["to_device_bandwidth"] = x.host.to_device_bandwidth;
+            result["to_host_bandwidth"] = x.host.to_host_bandwidth;
+            return result;
+          },
+          "The link to the host, bytes a second a rank.")
       .def_readonly("notes", &Machine::notes, "Where the numbers come from.")
       .def("__repr__", [](const Machine& x) { return "<Machine " + x.name + ">"; });
   m.def("analytic_costs", &fill_analytic_times, py::arg("program"), py::arg("machine"),

@@ -7,7 +7,9 @@
 #include "base/error.h"
 #include "bind.h"
 #include "ir/merge_steps.h"
+#include "ir/split_step.h"
 #include "ir/text.h"
+#include "ir/transplant.h"
 #include "ir/verifier.h"
 
 namespace deepcompile::bindings {
@@ -92,7 +94,7 @@ std::string add_value(StepProgram& program, std::string name, int64_t bytes,
 std::string add_region(StepProgram& program, std::string name, uint32_t code,
                        const std::vector<std::string>& inputs,
                        const std::vector<std::string>& outputs, int64_t workspace, int64_t moved,
-                       int64_t flops) {
+                       int64_t flops, bool once, bool checkpoint) {
   Region region;
   region.name = name;
   region.code = code;
@@ -101,6 +103,8 @@ std::string add_region(StepProgram& program, std::string name, uint32_t code,
   region.workspace = {workspace};
   region.moved = {moved};
   region.flops = flops;
+  region.once = once;
+  region.checkpoint = checkpoint;
   program.add_region(std::move(region));
   return name;
 }
@@ -111,6 +115,13 @@ void set_region_time(StepProgram& program, const std::string& name, std::optiona
   if (nanos && *nanos < 0) throw UserError("[ir] region " + name + ": its time is negative.");
   Region& region = program.regions[index(*id)];
   region.time = nanos ? std::optional(Nanos{*nanos}) : std::nullopt;
+}
+
+void set_region_workspace(StepProgram& program, const std::string& name, int64_t bytes) {
+  const auto id = program.find_region(name);
+  if (!id) throw UserError("[ir] region " + name + ": unknown. Add it with add_region first.");
+  if (bytes < 0) throw UserError("[ir] region " + name + ": workspace must be 0 bytes or more.");
+  program.regions[index(*id)].workspace = {bytes};
 }
 
 SectionView add_section(const ProgramPtr& program, const std::string& kind, uint32_t graph,
@@ -196,6 +207,12 @@ void bind_region(py::module_& m) {
             return time ? std::optional(time->value) : std::nullopt;
           },
           "Nanoseconds, measured or filled in; None if unknown.")
+      .def_property_readonly(
+          "once", [](const RegionView& v) { return v.get().once; },
+          "Draws random numbers or writes to its inputs: never run again.")
+      .def_property_readonly(
+          "checkpoint", [](const RegionView& v) { return v.get().checkpoint; },
+          "The user marked it for recomputation.")
       .def("__repr__", [](const RegionView& v) { return "<Region " + v.get().name + ">"; });
 }
 
@@ -303,11 +320,14 @@ void bind_program_building(py::class_<StepProgram, ProgramPtr>& program) {
               "Adds a value and returns its name. grad_of: 'embed' or 'small[3]'.");
   program.def("add_region", &add_region, py::arg("name"), py::arg("code"), py::arg("inputs"),
               py::arg("outputs"), py::arg("workspace") = 0, py::arg("moved") = 0,
-              py::arg("flops") = 0,
+              py::arg("flops") = 0, py::arg("once") = false, py::arg("checkpoint") = false,
               "Adds a region and returns its name. Inputs are values and parameter members\n"
-              "('embed', 'small[3]') in call order; workspace and moved are bytes.");
+              "('embed', 'small[3]') in call order; workspace and moved are bytes. once: it must\n"
+              "never run again; checkpoint: the user marked it for recomputation.");
   program.def("set_region_time", &set_region_time, py::arg("name"), py::arg("nanos"),
               "Sets a region's measured time; None forgets it.");
+  program.def("set_region_workspace", &set_region_workspace, py::arg("name"), py::arg("bytes"),
+              "Sets a region's scratch memory, as measured.");
   program.def("add_section", &add_section, py::arg("kind"), py::arg("graph"), py::arg("inputs"),
               py::arg("outputs"), "Appends an empty section and returns it.");
   program.def(
@@ -344,6 +364,8 @@ void bind_program(py::module_& m) {
       .def_readwrite("accumulation", &StepProgram::accumulation,
                      "Forward/backward repeats before the update.")
       .def_readwrite("clip", &StepProgram::clip, "The update needs the global norm first.")
+      .def_readwrite("boundary", &StepProgram::boundary,
+                     "Gradients are summed locally and reduced in the last micro batch alone.")
       .def_property(
           "reduce_dtype", [](const StepProgram& p) { return to_string(p.reduce_dtype); },
           [](StepProgram& p, const std::string& word) { p.reduce_dtype = dtype_from(word); },
@@ -364,6 +386,46 @@ void bind_program(py::module_& m) {
   bind_program_building(program);
 }
 
+// How the parts of a step become one, and one becomes theirs again.
+void bind_steps(py::module_& m) {
+  m.def(
+      "merge_steps",
+      [](std::string name, const std::vector<ProgramPtr>& graphs, const StepProgram& update) {
+        std::vector<StepProgram> copies;
+        for (const ProgramPtr& graph : graphs) copies.push_back(*graph);
+        return std::make_shared<StepProgram>(merge_steps(std::move(name), copies, update));
+      },
+      py::arg("name"), py::arg("graphs"), py::arg("update"),
+      "One step of all graphs' programs and the update's. Graph k becomes number k.");
+  m.def(
+      "split_step",
+      [](const StepProgram& merged, const std::vector<ProgramPtr>& graphs,
+         const StepProgram& update) {
+        std::vector<StepProgram> copies;
+        for (const ProgramPtr& graph : graphs) copies.push_back(*graph);
+        std::vector<ProgramPtr> parts;
+        for (StepProgram& part : split_step(merged, copies, update)) {
+          parts.push_back(std::make_shared<StepProgram>(std::move(part)));
+        }
+        return parts;
+      },
+      py::arg("merged"), py::arg("graphs"), py::arg("update"),
+      "The programs of merge_steps with the merged program's instructions; the update's last.");
+  m.def("skeleton", &skeleton, py::arg("program"),
+        "Hash of what ranks must share: which parameters each section's runs read, and which\n"
+        "gradients they make, in order. No sizes.");
+  m.def("structure", &structure, py::arg("program"),
+        "Hash of the skeleton and of which value each region reads and makes.");
+  m.def(
+      "transplant",
+      [](const StepProgram& agreed, const StepProgram& plain) {
+        return std::make_shared<StepProgram>(transplant(agreed, plain));
+      },
+      py::arg("agreed"), py::arg("plain"),
+      "The compute-only `plain` with the instructions of `agreed`, whose skeleton it shares.\n"
+      "If the structure differs, recomputation and moves of values are left out.");
+}
+
 }  // namespace
 
 void bind_ir(py::module_& m) {
@@ -374,15 +436,7 @@ void bind_ir(py::module_& m) {
   bind_instr(m);
   bind_section(m);
   bind_program(m);
-  m.def(
-      "merge_steps",
-      [](std::string name, const std::vector<ProgramPtr>& graphs, const StepProgram& update) {
-        std::vector<StepProgram> copies;
-        for (const ProgramPtr& graph : graphs) copies.push_back(*graph);
-        return std::make_shared<StepProgram>(merge_steps(std::move(name), copies, update));
-      },
-      py::arg("name"), py::arg("graphs"), py::arg("update"),
-      "One step of all graphs' programs and the update's. Graph k becomes number k.");
+  bind_steps(m);
   m.def("collective_order", &collective_order, py::arg("program"),
         "The step's collectives in order, as 'backward 0: reduce L0.q'. Equal on all ranks\n"
         "that may run together.");

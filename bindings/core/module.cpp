@@ -14,6 +14,7 @@ PYBIND11_MODULE(_core, m) {
   m.attr("InternalError").attr("__doc__") = "A bug of ours: please report it with the text.";
   bindings::bind_ir(m);
   bindings::bind_passes(m);
+  bindings::bind_pass_library(m);
   bindings::bind_plan(m);
   bindings::bind_cost(m);
   bindings::bind_sim(m);

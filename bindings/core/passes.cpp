@@ -4,8 +4,11 @@
 
 #include "base/error.h"
 #include "bind.h"
+#include "ir/verifier.h"
+#include "pass_library.h"
 #include "passes/pipeline.h"
-#include "sim/simulator.h"
+#include "report/next_best.h"
+#include "sim.h"
 
 namespace deepcompile::bindings {
 namespace {
@@ -15,13 +18,28 @@ namespace {
 struct PythonContext {
   ProgramPtr program;
   std::string pass;
+  // Emptied when the pass returns: what it points to lives no longer.
+  std::shared_ptr<PassEnvironment> environment;
 
   void because(const std::string& object, std::string text) const {
     if (!object.empty() && !program->find_param(object) && !program->find_region(object)) {
       throw UserError("[passes] " + pass + ": because(\"" + object +
                       "\"): no parameter or region of that name. Use \"\" for the whole step.");
     }
-    program->reasons.push_back({pass, object, std::move(text)});
+    if (environment->reasons) program->reasons.push_back({pass, object, std::move(text)});
+  }
+
+  // (ns, bytes) of a simulated step.
+  std::optional<std::pair<int64_t, int64_t>> simulate(const StepProgram& edited) const {
+    if (!environment->simulate) return std::nullopt;
+    verify(edited);
+    const SimSummary summary = environment->simulate(edited);
+    return std::pair{summary.time.value, summary.peak.value};
+  }
+
+  std::optional<int64_t> duration(const InstrNames& names) const {
+    if (environment->estimator == nullptr) return std::nullopt;
+    return environment->estimator->duration(*program, from_names(*program, names)).value;
   }
 };
 
@@ -65,19 +83,56 @@ Contract contract_of(const py::object& callable) {
 // Python edits a copy, so that views it keeps stay good and an exception
 // leaves the program as it was.
 std::unique_ptr<Pass> python_pass(const py::object& callable) {
-  const std::string name = py::cast<std::string>(
-      py::getattr(callable, "__name__", py::none()).is_none() ? callable.get_type().attr("__name__")
-                                                              : callable.attr("__name__"));
-  auto run = [callable, name](StepProgram& program, PassContext&) {
+  py::object word = py::getattr(callable, "pass_name", py::none());
+  if (word.is_none()) word = py::getattr(callable, "__name__", py::none());
+  if (word.is_none()) word = callable.get_type().attr("__name__");
+  const std::string name = py::cast<std::string>(word);
+  auto run = [callable, name](StepProgram& program, PassContext& context) {
     auto copy = std::make_shared<StepProgram>(program);
-    callable(copy, PythonContext{copy, name});
+    const auto environment = std::make_shared<PassEnvironment>(context.environment());
+    struct Closer {
+      PassEnvironment& environment;
+      ~Closer() { environment = {}; }
+    } closer{*environment};
+    callable(copy, PythonContext{copy, name, environment});
     program = *copy;
   };
   return make_pass(name, contract_of(callable), std::move(run));
 }
 
+// The pass that `item` stands for: a built-in's name or its object of
+// deepcompile.passes, a pass of a loaded library, or something to call.
+// `owned` keeps what is made here.
+const Pass& pass_of(const py::object& item, const PassRegistry& registry,
+                    std::vector<std::shared_ptr<const Pass>>& owned) {
+  if (py::isinstance<py::str>(item)) return registry.get(py::cast<std::string>(item));
+  const py::object native = py::getattr(item, "native", item);
+  if (py::isinstance<LoadedPass>(native)) {
+    owned.push_back(native.cast<const LoadedPass&>().pass);
+    return *owned.back();
+  }
+  if (py::isinstance<py::str>(native)) return registry.get(py::cast<std::string>(native));
+  if (PyCallable_Check(item.ptr()) == 0) {
+    throw UserError("[passes] " + std::string(py::repr(item)) +
+                    ": is neither a pass's name nor a function of (program, context).");
+  }
+  // A class is a pass by its objects.
+  const bool is_class = PyType_Check(item.ptr()) != 0;
+  owned.push_back(python_pass(is_class ? item() : item));
+  return *owned.back();
+}
+
+// Another pass, in the same environment. Its reasons are its own.
+void run_in(const PythonContext& context, const ProgramPtr& program, const py::object& item) {
+  const PassRegistry registry = PassRegistry::with_builtins();
+  std::vector<std::shared_ptr<const Pass>> owned;
+  PipelineOptions options;
+  options.environment = *context.environment;
+  run_pipeline(*program, {&pass_of(item, registry, owned)}, options);
+}
+
 // What passes may ask of a machine; `costs` outlives it.
-PassEnvironment environment_of(const MachineCosts* costs, std::optional<int64_t> memory_budget) {
+PassEnvironment environment_of(const Estimator* costs, std::optional<int64_t> memory_budget) {
   if (memory_budget && *memory_budget <= 0) {
     throw UserError("[passes] memory_budget: " + std::to_string(*memory_budget) +
                     " bytes. Give what one rank can allocate, above zero.");
@@ -87,37 +142,43 @@ PassEnvironment environment_of(const MachineCosts* costs, std::optional<int64_t>
   if (costs == nullptr) return environment;
   environment.estimator = costs;
   environment.simulate = [costs](const StepProgram& program) {
-    const SimResult result = simulate(program, *costs);
-    return SimSummary{result.time, result.peak};
+    return simulate_summary(program, *costs);
   };
   return environment;
 }
 
 std::vector<PassRecord> run_passes(StepProgram& program, const std::vector<py::object>& list,
-                                   const Machine* machine, std::optional<int64_t> memory_budget) {
+                                   const Machine* machine, std::optional<int64_t> memory_budget,
+                                   const CostTable* costs, bool early_updates) {
   const PassRegistry registry = PassRegistry::with_builtins();
-  std::vector<std::unique_ptr<Pass>> owned;
+  std::vector<std::shared_ptr<const Pass>> owned;
   std::vector<const Pass*> passes;
-  for (const py::object& item : list) {
-    if (py::isinstance<py::str>(item)) {
-      passes.push_back(&registry.get(py::cast<std::string>(item)));
-    } else if (PyCallable_Check(item.ptr())) {
-      owned.push_back(python_pass(item));
-      passes.push_back(owned.back().get());
-    } else {
-      throw UserError("[passes] " + std::string(py::repr(item)) +
-                      ": is neither a pass's name nor a function of (program, context).");
-    }
+  for (const py::object& item : list) passes.push_back(&pass_of(item, registry, owned));
+  if (costs != nullptr && machine == nullptr) {
+    throw UserError(
+        "[passes] costs: a cost table needs a machine for what it has not measured. "
+        "Give `machine` too.");
   }
-  std::optional<MachineCosts> costs;
-  if (machine != nullptr) costs.emplace(*machine);
+  std::unique_ptr<const Estimator> estimator;
+  if (machine != nullptr) estimator = estimator_of(*machine, costs);
   PipelineOptions options;
-  options.environment = environment_of(costs ? &*costs : nullptr, memory_budget);
+  options.environment = environment_of(estimator.get(), memory_budget);
+  options.environment.early_updates = early_updates;
   options.clock = [] {
     const auto now = std::chrono::steady_clock::now().time_since_epoch();
     return Nanos{std::chrono::duration_cast<std::chrono::nanoseconds>(now).count()};
   };
   return run_pipeline(program, passes, options);
+}
+
+std::vector<Alternative> alternatives_of(const StepProgram& plain, const StepProgram& plan,
+                                         const Machine& machine,
+                                         std::optional<int64_t> memory_budget,
+                                         const CostTable* costs, bool early_updates) {
+  const std::unique_ptr<const Estimator> estimator = estimator_of(machine, costs);
+  PassEnvironment environment = environment_of(estimator.get(), memory_budget);
+  environment.early_updates = early_updates;
+  return next_best(plain, plan, environment);
 }
 
 PassInfo pass_info(const std::string& name) {
@@ -148,7 +209,24 @@ void bind_classes(py::module_& m) {
   py::class_<PythonContext>(m, "PassContext", "What a pass written in Python gets.")
       .def_readonly("pass_name", &PythonContext::pass)
       .def("because", &PythonContext::because, py::arg("object"), py::arg("text"),
-           "Records why: `object` is a parameter's or region's name, or '' for the step.");
+           "Records why: `object` is a parameter's or region's name, or '' for the step.")
+      .def_property_readonly(
+          "memory_budget",
+          [](const PythonContext& c) -> std::optional<int64_t> {
+            const auto& budget = c.environment->memory_budget;
+            return budget ? std::optional(budget->value) : std::nullopt;
+          },
+          "Most bytes of one rank, or None.")
+      .def_property_readonly(
+          "early_updates", [](const PythonContext& c) { return c.environment->early_updates; },
+          "Whether a backward may update.")
+      .def("simulate", &PythonContext::simulate, py::arg("program"),
+           "(ns, peak bytes) of a step of `program` on the machine that is planned for; None if\n"
+           "no machine is known.")
+      .def("run", &run_in, py::arg("program"), py::arg("pass_"),
+           "Runs another pass on `program` under the same memory budget and machine.")
+      .def("duration_ns", &PythonContext::duration, py::arg("instr"),
+           "What an Instr takes there when nothing disturbs it, or None.");
 
   py::class_<PassRecord>(m, "PassRecord", "One line of a pass log.")
       .def_readonly("number", &PassRecord::number)
@@ -168,17 +246,41 @@ void bind_classes(py::module_& m) {
       });
 }
 
+void bind_next_best(py::module_& m) {
+  py::class_<Alternative>(m, "Alternative", "Another choice, and what it would have cost.")
+      .def_readonly("objects", &Alternative::objects,
+                    "Names of the parameters or regions that are alike; empty for the step.")
+      .def_readonly("chosen", &Alternative::chosen, "What the plan does.")
+      .def_readonly("instead", &Alternative::instead)
+      .def_property_readonly(
+          "time_ns", [](const Alternative& a) { return a.time.value; }, "More a step.")
+      .def_property_readonly(
+          "peak_bytes", [](const Alternative& a) { return a.peak.value; }, "More at the peak.")
+      .def_readonly("fits", &Alternative::fits, "Within the memory budget.")
+      .def("__str__", [](const Alternative& a) { return print(a); });
+  m.def("next_best", &alternatives_of, py::arg("plain"), py::arg("plan"), py::arg("machine"),
+        py::arg("memory_budget") = py::none(), py::arg("costs") = nullptr,
+        py::arg("early_updates") = false,
+        "What every single other choice would have cost: a list of Alternative, for `explain`.\n"
+        "`plan` was made from the compute-only program `plain` by passes; the rest is as for\n"
+        "run_passes. Objects that are alike are asked about once.");
+}
+
 }  // namespace
 
 void bind_passes(py::module_& m) {
   bind_classes(m);
+  bind_next_best(m);
   m.def("run_passes", &run_passes, py::arg("program"), py::arg("passes"),
         py::arg("machine") = nullptr, py::arg("memory_budget") = py::none(),
+        py::arg("costs") = nullptr, py::arg("early_updates") = false,
         "Runs passes in order and returns their log, a list of PassRecord. Each is a built-in's\n"
-        "name or a function of (program, context). Contracts are checked before the first runs;\n"
+        "name, an object of deepcompile.passes, a LoadedPass, or a function of (program, context)\n"
+        "or a class whose objects are. Contracts are checked before the first runs;\n"
         "the program is verified after each, and is as it was if anything raises.\n"
-        "`machine` (a Machine) and `memory_budget` (bytes a rank) are for passes that ask what\n"
-        "a choice costs: prefetch and selective_gather.");
+        "`machine` (a Machine), `costs` (a CostTable: measurements that go before the machine's\n"
+        "numbers) and `memory_budget` (bytes a rank) are for passes that ask what a choice costs;\n"
+        "`early_updates` says whether a backward may update.");
   m.def(
       "pass_names", [] { return PassRegistry::with_builtins().names(); },
       "Names of the built-in passes.");

@@ -50,6 +50,7 @@ void bind_plan(py::module_& m) {
       .def_readonly("world", &Plan::world)
       .def_readonly("accumulation", &Plan::accumulation)
       .def_readonly("clip", &Plan::clip)
+      .def_readonly("boundary", &Plan::boundary)
       .def_property_readonly("reduce_dtype",
                              [](const Plan& p) { return to_string(p.reduce_dtype); })
       .def_readonly("params", &Plan::params)

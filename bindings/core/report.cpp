@@ -75,12 +75,14 @@ void bind_report(py::module_& m) {
 
   m.def(
       "explain",
-      [](const StepProgram& program, const Simulated& sim) {
+      [](const StepProgram& program, const Simulated& sim,
+         const std::vector<Alternative>& alternatives) {
         check_same(program, sim);
-        return explain(program, sim.result);
+        return explain(program, sim.result, alternatives);
       },
-      py::arg("program"), py::arg("sim"),
-      "The plan in words: where each parameter lives, when it moves, what that costs, why.");
+      py::arg("program"), py::arg("sim"), py::arg("alternatives") = std::vector<Alternative>{},
+      "The plan in words: where each parameter lives, when it moves, what that costs, why;\n"
+      "with `alternatives` (next_best) also what other choices would have cost.");
   m.def("perfetto_trace", &perfetto_trace,
         py::arg("simulated") = std::vector<std::pair<std::string, Simulated>>{},
         py::arg("plans") = PlanList{}, py::arg("records") = std::vector<RecordTuple>{},

@@ -12,6 +12,10 @@ std::string_view word(Resource resource) {
       return "compute";
     case Resource::kLink:
       return "link";
+    case Resource::kToHost:
+      return "to_host";
+    case Resource::kToDevice:
+      return "to_device";
     case Resource::kNone:
       return "none";
   }
@@ -24,7 +28,7 @@ struct ItemView {
   SimItem item;
 
   const Section& section() const { return program->sections[item.section]; }
-  std::string label() const { return instr_label(*program, section().instrs[item.instr]); }
+  std::string label() const { return item_label(*program, item); }
 };
 
 py::dict as_dict(const ItemView& view) {
@@ -41,8 +45,8 @@ py::dict as_dict(const ItemView& view) {
 void bind_item(py::module_& m) {
   py::class_<ItemView>(
       m, "SimItem",
-      "One execution of one instruction. Iterating yields (section, index, label,\n"
-      "resource, start_ns, end_ns).")
+      "One piece of work of one execution of an instruction; most have one. Iterating\n"
+      "yields (section, index, label, resource, start_ns, end_ns).")
       .def_property_readonly(
           "section", [](const ItemView& v) { return section_name(v.section()); },
           "'forward 0', 'update'.")
@@ -50,10 +54,12 @@ void bind_item(py::module_& m) {
       .def_property_readonly(
           "index", [](const ItemView& v) { return v.item.instr; }, "Position in the section.")
       .def_property_readonly("micro_step", [](const ItemView& v) { return v.item.micro_step; })
-      .def_property_readonly("label", &ItemView::label, "'run fwd.0', 'gather embed'.")
+      .def_property_readonly("label", &ItemView::label,
+                             "What was done: 'run fwd.0', 'gather embed', or 'update embed' for\n"
+                             "the deferred update that a gather applied.")
       .def_property_readonly(
           "resource", [](const ItemView& v) { return word(v.item.resource); },
-          "'compute', 'link' or 'none'.")
+          "'compute', 'link', 'to_host', 'to_device' or 'none'.")
       .def_property_readonly(
           "issue_ns", [](const ItemView& v) { return v.item.issue.value; },
           "When compute reached it.")
@@ -83,7 +89,7 @@ void bind_sim(py::module_& m) {
       .def_property_readonly("peak_bytes", [](const Simulated& s) { return s.result.peak.value; })
       .def_property_readonly(
           "resident_bytes", [](const Simulated& s) { return s.result.resident.value; },
-          "Allocated between steps: shards, states, whole parameters.")
+          "Allocated between steps: shards, states, whole parameters, and what a step leaves.")
       .def_property_readonly(
           "stall_ns", [](const Simulated& s) { return s.result.stall.value; },
           "How long compute stood still.")
@@ -93,6 +99,8 @@ void bind_sim(py::module_& m) {
             py::dict busy;
             busy["compute"] = s.result.compute_busy.value;
             busy["link"] = s.result.link_busy.value;
+            busy["to_host"] = s.result.to_host_busy.value;
+            busy["to_device"] = s.result.to_device_busy.value;
             return busy;
           },
           "ns by resource.")
@@ -121,13 +129,14 @@ void bind_sim(py::module_& m) {
       });
   m.def(
       "simulate",
-      [](const StepProgram& program, const Machine& machine) {
+      [](const StepProgram& program, const Machine& machine, const CostTable* costs) {
         auto copy = std::make_shared<const StepProgram>(program);
-        SimResult result = simulate(*copy, MachineCosts(machine));
+        SimResult result = simulate(*copy, *estimator_of(machine, costs));
         return Simulated{std::move(copy), std::move(result)};
       },
-      py::arg("program"), py::arg("machine"),
-      "Simulates one step. Regions without a time get one from flops and bytes moved.");
+      py::arg("program"), py::arg("machine"), py::arg("costs") = nullptr,
+      "Simulates a step of the steady state. Regions without a time get one from flops and\n"
+      "bytes moved; what `costs` (a CostTable) has measured goes before the machine's numbers.");
 }
 
 }  // namespace deepcompile::bindings

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 namespace deepcompile {
 namespace {
@@ -18,24 +19,21 @@ class PathFinder {
   PathFinder(const StepProgram& program, const InstrTime& time)
       : program_(program),
         time_(time),
-        whole_(program.params.size()),
-        shard_(program.params.size()),
-        reduced_(program.params.size()),
-        stale_(program.params.size(), true),
-        made_(program.values.size()) {
-    for (size_t i = 0; i < stale_.size(); ++i) {
-      stale_[i] = program.params[i].placement == Placement::kSharded;
+        params_(program.params.size()),
+        made_(program.values.size()),
+        moved_(program.values.size()) {
+    for (size_t i = 0; i < params_.size(); ++i) {
+      params_[i].stale = program.params[i].placement == Placement::kSharded;
+    }
+    for (const Section& section : program.sections) {
+      for (const Instr& instr : section.instrs) foreign_gradients_ &= instr.op != Op::kReduce;
     }
   }
 
   CriticalPath find() {
-    for (size_t s = 0; s < program_.sections.size(); ++s) {
-      const Section& section = program_.sections[s];
-      for (size_t i = 0; i < section.instrs.size(); ++i) {
-        at_ = {static_cast<uint32_t>(s), static_cast<uint32_t>(i)};
-        step(section, section.instrs[i]);
-      }
-    }
+    walk();        // finds what a step leaves behind
+    start_over();  // and this is the step that counts
+    walk();
     return trace_back();
   }
 
@@ -46,49 +44,128 @@ class PathFinder {
     std::optional<size_t> after;  // what it waited for last
   };
 
-  void step(const Section& section, const Instr& instr) {
-    switch (instr.op) {
-      case Op::kGather: {
-        const size_t p = index(*instr.param);
-        if (!stale_[p]) return;
-        stale_[p] = false;
-        whole_[p] = start(section, instr, shard_[p]);
-        return;
-      }
-      case Op::kWait:
-        compute_ = later(compute_, whole_[index(*instr.param)]);
-        return;
-      case Op::kRelease:
-        stale_[index(*instr.param)] = true;
-        return;
-      case Op::kReduce: {
-        Ready gradients;
-        for (ValueId id : instr.values) gradients = later(gradients, made_[index(id)]);
-        reduced_[index(*instr.param)] = start(section, instr, gradients);
-        return;
-      }
-      case Op::kAccumulate:
-        compute_ = start(section, instr, later(compute_, reduced_[index(*instr.param)]));
-        return;
-      case Op::kRun:
-        compute_ = start(section, instr, compute_);
-        for (ValueId id : program_.region(*instr.region).outputs) made_[index(id)] = compute_;
-        return;
-      case Op::kNorm:
-        compute_ = start(section, instr, compute_);
-        return;
-      case Op::kUpdate: {
-        const size_t p = index(*instr.param);
-        compute_ = start(section, instr, compute_);
-        shard_[p] = compute_;
-        if (program_.params[p].placement != Placement::kReplicated) stale_[p] = true;
-        return;
+  struct ParamState {
+    Ready whole, shard, reduced, states;
+    bool stale = false;  // a gather has work to do
+    bool gradient = false;
+    bool deferred = false;
+    bool leaving = false, on_host = false;  // its states
+  };
+
+  void walk() {
+    for (size_t s = 0; s < program_.sections.size(); ++s) {
+      section_ = &program_.sections[s];
+      for (size_t i = 0; i < section_->instrs.size(); ++i) {
+        at_ = {static_cast<uint32_t>(s), static_cast<uint32_t>(i)};
+        step(section_->instrs[i]);
       }
     }
   }
 
-  Ready start(const Section& section, const Instr& instr, const Ready& after) {
-    nodes_.push_back({at_, after.time + time_(section, instr), after.by});
+  void start_over() {
+    for (ParamState& s : params_) s.whole = s.shard = s.reduced = s.states = Ready{};
+    std::fill(made_.begin(), made_.end(), Ready{});
+    std::fill(moved_.begin(), moved_.end(), Ready{});
+    compute_ = Ready{};
+    nodes_.clear();
+  }
+
+  void step(const Instr& instr) {
+    switch (instr.op) {
+      case Op::kGather:
+        return gather(instr);
+      case Op::kWait:
+        compute_ = later(compute_, state(instr).whole);
+        return;
+      case Op::kRelease:
+        state(instr).stale = true;
+        return;
+      case Op::kReduce: {
+        Ready gradients;
+        for (ValueId id : instr.values) gradients = later(gradients, made_[index(id)]);
+        state(instr).reduced = start(instr, gradients);
+        return;
+      }
+      case Op::kAccumulate:
+        state(instr).gradient = true;
+        compute_ = start(instr, later(compute_, state(instr).reduced));
+        return;
+      case Op::kRun:
+        compute_ = start(instr, compute_);
+        for (ValueId id : program_.region(*instr.region).outputs) made_[index(id)] = compute_;
+        return;
+      case Op::kNorm:
+        compute_ = start(instr, compute_);
+        return;
+      case Op::kUpdate:
+        return update(instr);
+      case Op::kDefer:
+        state(instr).deferred = state(instr).gradient;
+        return;
+      default:
+        return move(instr);
+    }
+  }
+
+  void gather(const Instr& instr) {
+    ParamState& s = state(instr);
+    if (s.deferred) apply_update(instr);
+    if (!std::exchange(s.stale, false)) return;
+    s.whole = start(instr, s.shard);
+  }
+
+  void update(const Instr& instr) {
+    const ParamState& s = state(instr);
+    const bool late = section_->kind == SectionKind::kForward;
+    if (late ? s.deferred : s.gradient || foreign_gradients_) apply_update(instr);
+  }
+
+  void apply_update(const Instr& instr) {
+    ParamState& s = state(instr);
+    if (std::exchange(s.on_host, false)) {
+      s.states = start({Op::kReloadStates, instr.param, std::nullopt, {}}, s.states);
+    }
+    compute_ = start({Op::kUpdate, instr.param, std::nullopt, {}}, later(compute_, s.states));
+    s.shard = s.states = compute_;
+    s.gradient = s.deferred = false;
+    if (program_.param(*instr.param).placement != Placement::kReplicated) s.stale = true;
+  }
+
+  // Copies to the host and back.
+  void move(const Instr& instr) {
+    if (!instr.param) return move_values(instr);
+    ParamState& s = state(instr);
+    if (instr.op == Op::kOffloadStates && !s.on_host) {
+      s.states = start(instr, s.states);
+      s.leaving = true;
+    }
+    if (instr.op == Op::kReloadStates && std::exchange(s.on_host, false)) {
+      s.states = start(instr, s.states);
+    }
+    if (instr.op == Op::kEvictStates && std::exchange(s.leaving, false)) s.on_host = true;
+    const bool waits = instr.op == Op::kEvictStates || instr.op == Op::kAwaitStates;
+    if (waits) compute_ = later(compute_, s.states);
+  }
+
+  void move_values(const Instr& instr) {
+    const bool waits = instr.op == Op::kEvict || instr.op == Op::kAwait;
+    Ready ready;
+    for (ValueId id : instr.values) {
+      if (instr.op == Op::kOffload) moved_[index(id)] = made_[index(id)];
+      ready = later(ready, moved_[index(id)]);
+    }
+    if (waits) {
+      compute_ = later(compute_, ready);
+      return;
+    }
+    ready = start(instr, ready);
+    for (ValueId id : instr.values) moved_[index(id)] = ready;
+  }
+
+  ParamState& state(const Instr& instr) { return params_[index(*instr.param)]; }
+
+  Ready start(const Instr& instr, const Ready& after) {
+    nodes_.push_back({at_, after.time + time_(*section_, instr), after.by});
     return {nodes_.back().end, nodes_.size() - 1};
   }
 
@@ -108,12 +185,13 @@ class PathFinder {
 
   const StepProgram& program_;
   const InstrTime& time_;
+  bool foreign_gradients_ = true;  // the program reduces nothing: see StepMachine
+  const Section* section_ = nullptr;
   InstrAt at_;
   std::vector<Node> nodes_;
   Ready compute_;
-  std::vector<Ready> whole_, shard_, reduced_;  // by parameter
-  std::vector<bool> stale_;                     // by parameter: a gather has work to do
-  std::vector<Ready> made_;                     // by value
+  std::vector<ParamState> params_;
+  std::vector<Ready> made_, moved_;  // by value: computed; copied out or in
 };
 
 }  // namespace

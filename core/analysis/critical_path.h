@@ -4,8 +4,10 @@
 //
 // Compute is one queue, in program order. Transfers start as soon as their
 // data is there (a gather: when the shard has its last update; a reduce: when
-// its gradients are made) and never wait for the link or for memory. If the
-// path is all runs, the step is bound by compute, and no prefetch helps it.
+// its gradients are made; a copy to the host: when what it copies is there)
+// and never wait for a link or for memory. It is a step of the steady state:
+// what the step before left whole, deferred or on the host is so. If the path
+// is all runs, the step is bound by compute, and no prefetch helps it.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +30,8 @@ struct CriticalPath {
   std::vector<InstrAt> instrs;  // from the first to the last of the chain
 };
 
-// How long an instruction takes by itself. Not asked for waits and releases.
+// How long an instruction takes by itself. Not asked for those that only wait,
+// release or defer. A gather that applies a deferred update asks for both.
 using InstrTime = std::function<Nanos(const Section&, const Instr&)>;
 
 // `program` has passed verify; each section counts once.

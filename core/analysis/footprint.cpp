@@ -24,7 +24,9 @@ ParamFootprint footprint(const StepProgram& program, ParamId id) {
   out.reduction_input = {reduce_size * full};
   out.reduction_result = {reduce_size * own};
   const int64_t sum_size = std::max<int64_t>(reduce_size, element_size(DType::kF32));
-  out.gradient = {(program.accumulation == 1 ? reduce_size : sum_size) * own};
+  const bool one_reduction = program.accumulation == 1 || program.boundary;
+  out.gradient = {(one_reduction ? reduce_size : sum_size) * own};
+  if (program.boundary && program.accumulation > 1) out.local_sum = {sum_size * full};
   return out;
 }
 

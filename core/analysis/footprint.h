@@ -17,10 +17,15 @@ struct ParamFootprint {
   // From reduce to accumulate: what is sent, and what comes back.
   Bytes reduction_input;
   Bytes reduction_result;
-  // From accumulate to update. With one micro batch it is the result itself.
+  // From accumulate to the update, which a `defer` puts off to the next step.
+  // With one micro batch, or one reduction a step, it is the result itself.
   Bytes gradient;
+  // Sum of a rank's own gradients, whole: from the first to the last reduce of
+  // a step that reduces once (StepProgram::boundary) and has micro batches.
+  Bytes local_sum;
 
-  Bytes resident() const { return weights + master + moments; }
+  Bytes states() const { return master + moments; }  // what goes to the host and back
+  Bytes resident() const { return weights + states(); }
 };
 
 ParamFootprint footprint(const StepProgram& program, ParamId id);

@@ -2,169 +2,146 @@
 #include "analysis/memory_timeline.h"
 
 #include <algorithm>
-#include <unordered_set>
-#include <utility>
+#include <array>
+#include <limits>
 
-#include "analysis/footprint.h"
-#include "analysis/liveness.h"
+#include "analysis/step_machine.h"
+#include "base/error.h"
 
 namespace deepcompile {
 namespace {
 
-class Timeline {
+// The second micro batch and those between it and the last are alike.
+constexpr int64_t kDifferentMicroBatches = 3;
+// A step that still differs from the one before it after this many never settles.
+constexpr int kMostSteps = 4;
+
+class Levels : public StepEvents {
  public:
-  explicit Timeline(const StepProgram& program)
-      : program_(program),
-        liveness_(analyze_liveness(program)),
-        held_(program.params.size(), false),
-        summed_(program.params.size(), false),
-        alive_(program.values.size(), false) {
-    for (size_t i = 0; i < program.params.size(); ++i) {
-      footprints_.push_back(footprint(program, ParamId{static_cast<uint32_t>(i)}));
-      now_.weights += footprints_[i].weights;
-      now_.masters += footprints_[i].master;
-      now_.moments += footprints_[i].moments;
+  explicit Levels(const StepMachine& machine) {
+    for (const ParamFootprint& of : machine.footprints()) {
+      memory(MemoryPart::kWeights, of.weights.value);
+      memory(MemoryPart::kMasters, of.master.value);
+      memory(MemoryPart::kMoments, of.moments.value);
     }
-    out_.base = now_.total();
   }
 
-  MemoryTimeline measure() {
-    walk();          // finds what a step leaves gathered
-    steady_state();  // and this is the step that counts
-    walk();
+  void begin(size_t, size_t, int64_t) override { during_ = total_; }
+  void memory(MemoryPart part, int64_t bytes) override {
+    now_[static_cast<size_t>(part)] += bytes;
+    total_ += bytes;
+    during_ = std::max(during_, total_);
+    if (total_ > peak_) risen();
+  }
+  void kernel(Op, const Instr&) override {}
+  void transfer(Resource, Op, const Instr&) override {}
+  void mark(TransferSlot) override {}
+  void wait(TransferSlot) override {}
+  void end() override {}
+
+  void begin_step() {
+    peak_ = std::numeric_limits<int64_t>::min();
+    risen();
+  }
+  int64_t peak() const { return peak_; }
+
+ protected:
+  void risen() {
+    peak_ = total_;
+    at_peak_ = now_;
+  }
+
+  std::array<int64_t, kMemoryPartCount> now_{}, at_peak_{};
+  int64_t total_ = 0;
+  int64_t during_ = 0;  // since the instruction began
+  int64_t peak_ = 0;    // since the step began
+};
+
+class Timeline final : public Levels {
+ public:
+  Timeline(const StepProgram& program, const StepMachine& machine) : Levels(machine) {
+    for (size_t s = 0; s < program.sections.size(); ++s) {
+      starts_.push_back(out_.points.size());
+      for (size_t i = 0; i < program.sections[s].instrs.size(); ++i) {
+        out_.points.push_back({static_cast<uint32_t>(s), static_cast<uint32_t>(i), {}, {}});
+      }
+    }
+  }
+
+  void begin_step() {
+    Levels::begin_step();
+    for (MemoryAt& point : out_.points) point.during = point.after = Bytes{};
+    const MemoryParts parts = named(now_);
+    out_.base = parts.weights + parts.masters + parts.moments;
+    out_.peak_point = 0;
+    recorded_peak_ = peak_;
+  }
+
+  void begin(size_t section, size_t instr, int64_t micro_batch) override {
+    Levels::begin(section, instr, micro_batch);
+    at_ = starts_[section] + instr;
+  }
+
+  void end() override {
+    MemoryAt& point = out_.points[at_];
+    point.during = std::max(point.during, Bytes{during_});
+    point.after = std::max(point.after, Bytes{total_});
+    if (peak_ > recorded_peak_ && during_ == peak_) out_.peak_point = at_;
+    recorded_peak_ = peak_;
+  }
+
+  MemoryTimeline finish() {
+    out_.peak = Bytes{peak_};
+    out_.at_peak = named(at_peak_);
     return std::move(out_);
   }
 
  private:
-  void steady_state() {
-    out_.points.clear();
-    // Micro batches before the last have left their sums; a step before has not.
-    now_.gradients = {};
-    for (size_t i = 0; i < summed_.size(); ++i) {
-      summed_[i] = program_.accumulation > 1 && reduced_somewhere_.contains(i);
-      if (summed_[i]) now_.gradients += footprints_[i].gradient;
-    }
-    out_.peak = now_.total();
-    out_.peak_point = 0;
-    out_.at_peak = now_;
+  static MemoryParts named(const std::array<int64_t, kMemoryPartCount>& bytes) {
+    const auto of = [&](MemoryPart part) { return Bytes{bytes[static_cast<size_t>(part)]}; };
+    MemoryParts parts;
+    parts.weights = of(MemoryPart::kWeights);
+    parts.masters = of(MemoryPart::kMasters);
+    parts.moments = of(MemoryPart::kMoments);
+    parts.gathered = of(MemoryPart::kGathered);
+    parts.reductions = of(MemoryPart::kReductions);
+    parts.gradients = of(MemoryPart::kGradients);
+    parts.values = of(MemoryPart::kValues);
+    parts.workspace = of(MemoryPart::kWorkspace);
+    return parts;
   }
 
-  void walk() {
-    for (size_t s = 0; s < program_.sections.size(); ++s) {
-      const Section& section = program_.sections[s];
-      for (ValueId id : section.inputs) make(id);
-      for (size_t i = 0; i < section.instrs.size(); ++i) {
-        const MemoryParts during = begin(section.instrs[i]);
-        finish(section.instrs[i]);
-        for (ValueId id : liveness_.sections[s].frees[i]) free(id);
-        record(s, i, during);
-      }
-      hand_over(s);
-    }
-  }
-
-  // What the instruction adds, workspace included.
-  MemoryParts begin(const Instr& instr) {
-    Bytes workspace;
-    if (instr.op == Op::kRun) {
-      const Region& region = program_.region(*instr.region);
-      for (ValueId id : region.outputs) make(id);
-      workspace = region.workspace;
-    } else if (instr.op == Op::kGather) {
-      hold(*instr.param, true);
-    } else if (instr.op == Op::kReduce) {
-      now_.reductions += reduction(*instr.param);
-    } else if (instr.op == Op::kAccumulate && program_.accumulation > 1) {
-      sum(*instr.param, true);
-    }
-    MemoryParts during = now_;
-    during.workspace = workspace;
-    return during;
-  }
-
-  // What it gives back.
-  void finish(const Instr& instr) {
-    if (instr.op == Op::kRelease) hold(*instr.param, false);
-    if (instr.op == Op::kUpdate) sum(*instr.param, false);
-    if (instr.op != Op::kAccumulate) return;
-    now_.reductions -= reduction(*instr.param);
-    sum(*instr.param, true);  // one micro batch: the result stays, as the gradient
-    reduced_somewhere_.insert(index(*instr.param));
-  }
-
-  void record(size_t section, size_t instr, const MemoryParts& during) {
-    const Bytes total = during.total();
-    if (total > out_.peak) {
-      out_.peak = total;
-      out_.peak_point = out_.points.size();
-      out_.at_peak = during;
-    }
-    out_.points.push_back(
-        {static_cast<uint32_t>(section), static_cast<uint32_t>(instr), total, now_.total()});
-  }
-
-  Bytes reduction(ParamId id) const {
-    const ParamFootprint& of = footprints_[index(id)];
-    return of.reduction_input + of.reduction_result;
-  }
-  void hold(ParamId id, bool on) {
-    if (held_[index(id)] == on) return;
-    held_[index(id)] = on;
-    const Bytes bytes = footprints_[index(id)].gathered;
-    on ? now_.gathered += bytes : now_.gathered -= bytes;
-  }
-  void sum(ParamId id, bool on) {
-    if (summed_[index(id)] == on) return;
-    summed_[index(id)] = on;
-    const Bytes bytes = footprints_[index(id)].gradient;
-    on ? now_.gradients += bytes : now_.gradients -= bytes;
-  }
-  void make(ValueId id) {
-    if (alive_[index(id)]) return;
-    alive_[index(id)] = true;
-    now_.values += program_.value(id).bytes;
-  }
-  void free(ValueId id) {
-    if (!alive_[index(id)]) return;
-    alive_[index(id)] = false;
-    now_.values -= program_.value(id).bytes;
-  }
-
-  // The section's outputs go to the caller. He keeps a forward's until its
-  // backward is over, the others no longer than the section.
-  void hand_over(size_t at) {
-    const Section& section = program_.sections[at];
-    const auto has = [](const std::vector<ValueId>& ids, ValueId id) {
-      return std::find(ids.begin(), ids.end(), id) != ids.end();
-    };
-    // Inputs that no instruction could free, because there is none.
-    for (ValueId id : section.inputs) {
-      if (!has(section.outputs, id) && !has(liveness_.sections[at].saved, id)) free(id);
-    }
-    const bool waits = section.kind == SectionKind::kForward &&
-                       program_.find_section(SectionKind::kBackward, section.graph);
-    if (waits) return;
-    for (ValueId id : section.outputs) free(id);
-    if (section.kind != SectionKind::kBackward) return;
-    const auto forward = program_.find_section(SectionKind::kForward, section.graph);
-    for (ValueId id : program_.sections[index(*forward)].outputs) free(id);
-  }
-
-  const StepProgram& program_;
-  Liveness liveness_;
-  std::vector<ParamFootprint> footprints_;
-  std::vector<bool> held_;    // by parameter: gathered
-  std::vector<bool> summed_;  // by parameter: has a gradient
-  std::vector<bool> alive_;   // by value
-  std::unordered_set<size_t> reduced_somewhere_;
-  MemoryParts now_;
+  std::vector<size_t> starts_;  // by section: its first point
+  size_t at_ = 0;
+  int64_t recorded_peak_ = 0;
   MemoryTimeline out_;
 };
+
+// Steps until one ends as it began; that one is left in `levels`.
+template <typename L>
+void run_until_settled(const StepProgram& program, StepMachine& machine, L& levels) {
+  const int64_t micro_batches = std::min(program.accumulation, kDifferentMicroBatches);
+  for (int step = 0; step < kMostSteps; ++step) {
+    levels.begin_step();
+    machine.run(levels, micro_batches);
+    if (machine.settled()) return;
+  }
+}
 
 }  // namespace
 
 MemoryTimeline memory_timeline(const StepProgram& program) {
-  return Timeline(program).measure();
+  StepMachine machine(program);
+  Timeline timeline(program, machine);
+  run_until_settled(program, machine, timeline);
+  return timeline.finish();
+}
+
+Bytes memory_peak(const StepProgram& program) {
+  StepMachine machine(program);
+  Levels levels(machine);
+  run_until_settled(program, machine, levels);
+  return Bytes{levels.peak()};
 }
 
 }  // namespace deepcompile

@@ -29,7 +29,9 @@ NextUse::NextUse(const StepProgram& program)
         }
         compute += region.time.value_or(Nanos{});
       }
-      for (ValueId id : instr.values) add(&value_uses_[index(id)]);
+      if (instr.op == Op::kReduce) {
+        for (ValueId id : instr.values) add(&value_uses_[index(id)]);
+      }
       ++position;
     }
   }

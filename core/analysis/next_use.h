@@ -27,7 +27,7 @@ class NextUse {
 
   // The first instruction after (section, instr), in this step, that reads
   // `what`: a run of a region it is an input of, or a reduce. Members of a
-  // parameter count as the parameter.
+  // parameter count as the parameter; copies to the host and back don't count.
   std::optional<Use> after(size_t section, size_t instr, ParamId what) const;
   std::optional<Use> after(size_t section, size_t instr, ValueId what) const;
 

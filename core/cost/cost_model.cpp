@@ -75,6 +75,16 @@ Nanos collective_time(const Machine& machine, Collective kind, int64_t world, By
   return time + from_seconds(seconds);
 }
 
+Bytes norm_bytes(const StepProgram& program) {
+  Bytes bytes;
+  for (size_t i = 0; i < program.params.size(); ++i) {
+    const Bytes gradient = footprint(program, ParamId{static_cast<uint32_t>(i)}).gradient;
+    const bool whole = program.params[i].placement == Placement::kReplicated;
+    bytes += whole ? Bytes{gradient.value / program.world} : gradient;
+  }
+  return bytes;
+}
+
 double MachineCosts::compute_slowdown(const StepProgram& program) const {
   const Layout ranks = layout(machine_, program.world);
   if (program.world == 1) return 1;
@@ -107,23 +117,23 @@ Nanos MachineCosts::reduce_time(const StepProgram& program, ParamId id) const {
   return time;
 }
 
-// Without accumulation the reduction's buffer becomes the gradient and is only
-// scaled to the mean; with it, result and sum are read and the sum is written.
+// With one reduction a step its buffer becomes the gradient and is only scaled
+// to the mean; with more, result and sum are read and the sum is written.
 Nanos MachineCosts::accumulate_time(const StepProgram& program, ParamId id) const {
   const ParamFootprint of = footprint(program, id);
   const Bytes sum = of.reduction_result + of.gradient * 2;
-  return memory_time(to_double(program.accumulation == 1 ? of.reduction_result * 2 : sum));
+  const bool one_reduction = program.accumulation == 1 || program.boundary;
+  return memory_time(to_double(one_reduction ? of.reduction_result * 2 : sum));
+}
+
+Nanos MachineCosts::local_sum(const StepProgram& program, ParamId id) const {
+  const ParamFootprint of = footprint(program, id);
+  return memory_time(to_double(of.reduction_input + of.local_sum * 2));
 }
 
 // Reads this rank's piece of every gradient; one small all-reduce.
 Nanos MachineCosts::norm_time(const StepProgram& program) const {
-  Bytes bytes;
-  for (size_t i = 0; i < program.params.size(); ++i) {
-    const Bytes gradient = footprint(program, ParamId{static_cast<uint32_t>(i)}).gradient;
-    const bool whole = program.params[i].placement == Placement::kReplicated;
-    bytes += whole ? Bytes{gradient.value / program.world} : gradient;
-  }
-  Nanos time = memory_time(to_double(bytes));
+  Nanos time = memory_time(to_double(norm_bytes(program)));
   const Bytes sum{element_size(DType::kF32)};
   for (Collective kind : {Collective::kReduceScatter, Collective::kAllGather}) {
     time += collective_time(machine_, kind, program.world, sum);
@@ -139,6 +149,24 @@ Nanos MachineCosts::update_time(const StepProgram& program, ParamId id) const {
   const Bytes weights = all ? of.weights : program.shard_bytes(id);
   const Bytes values = of.master.value > 0 ? of.master * 2 + weights : weights * 2;
   return memory_time(to_double(of.gradient + of.moments * 2 + values));
+}
+
+Nanos MachineCosts::host_time(bool to_host, Bytes bytes, int64_t tensors) const {
+  const HostLink& host = machine_.host;
+  const double bandwidth = to_host ? host.to_host_bandwidth : host.to_device_bandwidth;
+  return from_seconds(to_double(bytes) / bandwidth) + machine_.device.launch_overhead * tensors;
+}
+
+// Both moments, and the master copy if there is one.
+Nanos MachineCosts::states_time(const StepProgram& program, const Instr& instr) const {
+  const ParamFootprint of = footprint(program, *instr.param);
+  return host_time(instr.op == Op::kOffloadStates, of.states(), of.master.value > 0 ? 3 : 2);
+}
+
+Nanos MachineCosts::values_time(const StepProgram& program, const Instr& instr) const {
+  Bytes bytes;
+  for (ValueId id : instr.values) bytes += program.value(id).bytes;
+  return host_time(instr.op == Op::kOffload, bytes, static_cast<int64_t>(instr.values.size()));
 }
 
 Nanos MachineCosts::duration(const StepProgram& program, const Instr& instr) const {
@@ -158,8 +186,19 @@ Nanos MachineCosts::duration(const StepProgram& program, const Instr& instr) con
       return norm_time(program);
     case Op::kUpdate:
       return update_time(program, *instr.param);
+    case Op::kOffloadStates:
+    case Op::kReloadStates:
+      return states_time(program, instr);
+    case Op::kOffload:
+    case Op::kReload:
+      return values_time(program, instr);
     case Op::kWait:
     case Op::kRelease:
+    case Op::kDefer:
+    case Op::kEvictStates:
+    case Op::kAwaitStates:
+    case Op::kEvict:
+    case Op::kAwait:
       return {0};
   }
   DC_CHECK(false, "an instruction without a cost");

@@ -10,8 +10,13 @@
 //   reduce      the same with elements of reduce_dtype; a replicated parameter
 //               pays a reduce-scatter and an all-gather
 //   accumulate, norm, update   device memory traffic over bandwidth, plus a launch
-// wait and release are free.
+//   offload_states, reload_states, offload, reload   bytes over the host link's
+//               bandwidth in that direction, plus a launch a tensor
+// What only waits or gives memory back is free. MeasuredCosts (measured_costs.h)
+// puts measurements in the place of these where there are any.
 #pragma once
+
+#include <optional>
 
 #include "base/units.h"
 #include "cost/machine.h"
@@ -26,17 +31,25 @@ class Estimator {
   // Undisturbed duration of one instruction of `program`.
   virtual Nanos duration(const StepProgram& program, const Instr& instr) const = 0;
 
+  // Adding a rank's own gradients to its full-size sum of them, where a step
+  // reduces once for all micro batches (StepProgram::boundary). If nothing
+  // better is known: what an accumulate takes.
+  virtual Nanos local_sum(const StepProgram& program, ParamId id) const {
+    return duration(program, {Op::kAccumulate, id, std::nullopt, {}});
+  }
+
   // Kernels take this many times as long while the link is busy; at least 1.
   virtual double compute_slowdown(const StepProgram& program) const = 0;
 };
 
-class MachineCosts final : public Estimator {
+class MachineCosts : public Estimator {
  public:
   // Keeps its own copy of the machine.
   explicit MachineCosts(Machine machine) : machine_(std::move(machine)) {}
 
-  // Both throw UserError if the program's world does not fit on the machine.
+  // All throw UserError if the program's world does not fit on the machine.
   Nanos duration(const StepProgram& program, const Instr& instr) const override;
+  Nanos local_sum(const StepProgram& program, ParamId id) const override;
   double compute_slowdown(const StepProgram& program) const override;
 
   // Time of a region without its measured time.
@@ -50,9 +63,15 @@ class MachineCosts final : public Estimator {
   Nanos accumulate_time(const StepProgram& program, ParamId id) const;
   Nanos norm_time(const StepProgram& program) const;
   Nanos update_time(const StepProgram& program, ParamId id) const;
+  Nanos states_time(const StepProgram& program, const Instr& instr) const;
+  Nanos values_time(const StepProgram& program, const Instr& instr) const;
+  Nanos host_time(bool to_host, Bytes bytes, int64_t tensors) const;
 
   Machine machine_;
 };
+
+// Bytes of this rank's gradient shards: what the norm reads.
+Bytes norm_bytes(const StepProgram& program);
 
 enum class Collective : uint8_t { kAllGather, kReduceScatter };
 

@@ -19,6 +19,7 @@ class Merger {
     out_.world = first.world;
     out_.accumulation = first.accumulation;
     out_.clip = first.clip;
+    out_.boundary = first.boundary;
     out_.reduce_dtype = first.reduce_dtype;
   }
 
@@ -103,6 +104,7 @@ class Merger {
     check(from.world == out_.world, "world size");
     check(from.accumulation == out_.accumulation, "number of accumulation steps");
     check(from.clip == out_.clip, "setting of clip");
+    check(from.boundary == out_.boundary, "setting of boundary");
     check(from.reduce_dtype == out_.reduce_dtype, "reduce type");
   }
 

@@ -18,6 +18,15 @@ constexpr OpTraits kTraits[kOpCount] = {
     {"accumulate", true, false, false, false, Resource::kCompute},
     {"norm", false, false, false, true, Resource::kCompute},
     {"update", true, false, false, false, Resource::kCompute},
+    {"defer", true, false, false, false, Resource::kNone},
+    {"offload_states", true, false, false, false, Resource::kToHost},
+    {"evict_states", true, false, false, false, Resource::kNone},
+    {"reload_states", true, false, false, false, Resource::kToDevice},
+    {"await_states", true, false, false, false, Resource::kNone},
+    {"offload", false, false, true, false, Resource::kToHost},
+    {"evict", false, false, true, false, Resource::kNone},
+    {"reload", false, false, true, false, Resource::kToDevice},
+    {"await", false, false, true, false, Resource::kNone},
 };
 
 }  // namespace

@@ -231,14 +231,14 @@ class Parser {
     program_.name = word_or_string("the step's name");
     while (!at(TokenKind::kEnd)) {
       const Token key = expect_word("a header word");
-      if (key.text == "clip") {
-        program_.clip = true;
+      if (key.text == "clip" || key.text == "boundary") {
+        (key.text == "clip" ? program_.clip : program_.boundary) = true;
         continue;
       }
       if (key.text != "world" && key.text != "accumulation" && key.text != "reduce") {
         fail(key, "unknown header word '" + std::string(key.text) +
                       "'. Use world=, accumulation=, "
-                      "clip or reduce=.");
+                      "clip, boundary or reduce=.");
       }
       expect(TokenKind::kEquals, "'='");
       const Token setting = expect_word("a setting");
@@ -319,12 +319,16 @@ class Parser {
 
   void region_attribute(Region* region) {
     const Token key = take();
+    if (key.text == "once" || key.text == "checkpoint") {
+      (key.text == "once" ? region->once : region->checkpoint) = true;
+      return;
+    }
     const bool known = key.text == "code" || key.text == "workspace" || key.text == "moved" ||
                        key.text == "flops" || key.text == "time";
     if (!known) {
       fail(key, "unknown attribute '" + std::string(key.text) +
                     "' of a region. Use code=, "
-                    "workspace=, moved=, flops= or time=.");
+                    "workspace=, moved=, flops=, time=, once or checkpoint.");
     }
     expect(TokenKind::kEquals, "'='");
     const Token setting = expect_word("a setting");

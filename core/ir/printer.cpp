@@ -34,6 +34,7 @@ void append_header(std::string* out, const StepProgram& program) {
   *out += "step " + word(program.name) + " world=" + std::to_string(program.world) +
           " accumulation=" + std::to_string(program.accumulation);
   if (program.clip) *out += " clip";
+  if (program.boundary) *out += " boundary";
   *out += " reduce=";
   *out += to_string(program.reduce_dtype);
   *out += '\n';
@@ -67,6 +68,8 @@ void append_region(std::string* out, const StepProgram& program, const Region& r
   if (region.moved.value != 0) *out += " moved=" + to_string(region.moved);
   if (region.flops != 0) *out += " flops=" + std::to_string(region.flops);
   if (region.time) *out += " time=" + to_string(*region.time);
+  if (region.once) *out += " once";
+  if (region.checkpoint) *out += " checkpoint";
   *out += ' ';
   append_list(out, region.inputs, [&](const Operand& each) { return print(program, each); });
   *out += " -> ";

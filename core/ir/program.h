@@ -76,13 +76,15 @@ struct Region {
   Bytes moved;      // device memory traffic: inputs read plus outputs written
   int64_t flops = 0;
   std::optional<Nanos> time;  // measured; absent until it has run
+  bool once = false;          // draws random numbers or writes to what it reads: never run again
+  bool checkpoint = false;    // the user marked it for recomputation: a hint, not an order
 };
 
 struct Instr {
   Op op = Op::kRun;
   std::optional<ParamId> param;
   std::optional<RegionId> region;
-  std::vector<ValueId> values;  // gradients, for reduce
+  std::vector<ValueId> values;  // gradients, for reduce; what moves, for offload and its like
 
   bool operator==(const Instr&) const = default;
 };
@@ -107,9 +109,11 @@ struct Reason {
 class StepProgram {
  public:
   std::string name = "step";
-  int64_t world = 1;                 // ranks that share the parameters
-  int64_t accumulation = 1;          // forward/backward repeats before the update
-  bool clip = false;                 // the update needs the global norm first
+  int64_t world = 1;         // ranks that share the parameters
+  int64_t accumulation = 1;  // forward/backward repeats before the update
+  bool clip = false;         // the update needs the global norm first
+  bool boundary = false;     // gradients are summed on their rank, whole, and reduced in the last
+                             // micro batch alone (ZeRO-1); otherwise in each
   DType reduce_dtype = DType::kF32;  // element type on the wire of a reduction
 
   std::vector<Param> params;

@@ -13,8 +13,13 @@
 //     whatever ran before it; a gather of what is whole already costs nothing;
 //   - each gradient is reduced once in the backward that makes it, by the one
 //     reduce that names its parameter, and each reduction is accumulated after;
-//   - with an update section: every trainable parameter is updated once, after
-//     the norm if the step clips, and gathered again if it is kept whole.
+//   - with an update section: every trainable parameter is updated or deferred
+//     in it once, after the norm if the step clips, and gathered again if it is
+//     kept whole; a deferred one is gathered in every section that uses it;
+//   - an update in a forward stands before the uses of its parameter, one in a
+//     backward after its accumulation and after the step's last use;
+//   - what is copied to the host or back is used, updated or moved again only
+//     when that is over, and every copy that starts is waited for.
 #pragma once
 
 #include <optional>
@@ -28,6 +33,7 @@ namespace deepcompile {
 // All throw UserError: "[ir] <program>: <section> <n> (<instruction>): ...".
 void verify_structure(const StepProgram& program);
 void verify_plan(const StepProgram& program);
+void verify_residency(const StepProgram& program);  // a part of verify_plan
 // verify_plan if any instruction other than `run` is there, else verify_structure.
 void verify(const StepProgram& program);
 

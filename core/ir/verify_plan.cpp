@@ -13,7 +13,17 @@ enum class Buffer : uint8_t { kUnknown, kInFlight, kWhole, kReleased, kStale };
 // One section at a time: no section leans on what another left whole.
 class PlanVerifier {
  public:
-  explicit PlanVerifier(const StepProgram& program) : program_(program) {}
+  explicit PlanVerifier(const StepProgram& program)
+      : program_(program),
+        deferred_(program.params.size()),
+        applied_(program.params.size()),
+        early_(program.params.size()) {
+    for (const Section& section : program.sections) {
+      for (const Instr& instr : section.instrs) {
+        if (instr.op == Op::kDefer) deferred_[index(*instr.param)] = true;
+      }
+    }
+  }
 
   void verify() {
     for (const Section& section : program_.sections) {
@@ -28,14 +38,20 @@ class PlanVerifier {
     Buffer buffer = Buffer::kUnknown;
     bool reduced = false;
     bool in_flight_reduction = false;
-    bool updated = false;
+    bool accumulated = false;
+    bool used = false;     // by a run
+    bool updated = false;  // or deferred
   };
 
   void begin(const Section& section) {
     states_.assign(program_.params.size(), State{});
     for (size_t i = 0; i < states_.size(); ++i) {
-      if (program_.params[i].placement != Placement::kSharded) states_[i].buffer = Buffer::kWhole;
+      if (program_.params[i].placement == Placement::kSharded) continue;
+      // What the step before deferred, a gather here applies: nothing may go round it.
+      const bool late = deferred_[i] && section.kind != SectionKind::kUpdate;
+      states_[i].buffer = late ? Buffer::kStale : Buffer::kWhole;
     }
+    kind_ = section.kind;
     reduced_.assign(program_.values.size(), false);
     made_ = section.inputs;
     norm_ = false;
@@ -64,6 +80,10 @@ class PlanVerifier {
         return norm(fail);
       case Op::kUpdate:
         return update(*instr.param, fail);
+      case Op::kDefer:
+        return settle(*instr.param, fail);
+      default:
+        return;  // verify_residency's
     }
   }
 
@@ -71,6 +91,7 @@ class PlanVerifier {
   const std::string& name(ParamId id) const { return program_.param(id).name; }
 
   void gather(ParamId id) {
+    applied_[index(id)] = true;
     Buffer& buffer = state(id).buffer;
     if (buffer != Buffer::kWhole) buffer = Buffer::kInFlight;
   }
@@ -108,6 +129,10 @@ class PlanVerifier {
       const auto* ref = std::get_if<ParamRef>(&operand);
       if (ref == nullptr) continue;
       const std::string& p = name(ref->param);
+      if (early_[index(ref->param)]) {
+        fail("uses " + p + " after its update in this step's backward. Update it later.");
+      }
+      state(ref->param).used = true;
       switch (state(ref->param).buffer) {
         case Buffer::kWhole:
           break;
@@ -156,7 +181,14 @@ class PlanVerifier {
       fail("no reduction of " + name(id) + " is under way. Put it after `reduce " + name(id) +
            "`, once.");
     }
+    if (deferred_[index(id)] && !applied_[index(id)]) {
+      fail("the last step's update of " + name(id) +
+           " is deferred, and nothing before this applies it: two steps' gradients would be "
+           "added. Put `update " +
+           name(id) + "` into the forward, or do not defer it.");
+    }
     state(id).in_flight_reduction = false;
+    state(id).accumulated = true;
   }
 
   template <typename Fail>
@@ -167,21 +199,43 @@ class PlanVerifier {
     norm_ = true;
   }
 
+  // Each trainable parameter has one `update` or `defer` in the update section.
   template <typename Fail>
-  void update(ParamId id, Fail fail) {
+  void settle(ParamId id, Fail fail) {
     State& s = state(id);
     if (!program_.param(id).trainable) fail(name(id) + " is frozen. Remove the update.");
     if (s.updated) fail(name(id) + " is updated already. Remove one of the updates.");
-    if (program_.clip && !norm_) {
+    if (program_.clip && !norm_ && kind_ == SectionKind::kUpdate) {
       fail("the step clips and has no norm before this. Put `norm` before all updates.");
+    }
+    s.updated = true;
+    any_update_ = true;
+  }
+
+  template <typename Fail>
+  void update(ParamId id, Fail fail) {
+    settle(id, fail);
+    applied_[index(id)] = true;
+    State& s = state(id);
+    if (kind_ == SectionKind::kForward && s.used) {
+      fail("stands after a use of " + name(id) + ". Put it before.");
+    }
+    if (kind_ == SectionKind::kBackward) {
+      if (program_.clip) fail("the step clips, and the norm comes after. Leave it to the update.");
+      if (!s.accumulated) {
+        fail("the gradient of " + name(id) + " is not complete. Put `accumulate " + name(id) +
+             "` before it.");
+      }
+      early_[index(id)] = true;
     }
     if (s.buffer == Buffer::kInFlight) {
       fail("the gather of " + name(id) + " may still be reading the shard. Put `wait " + name(id) +
            "` before it.");
     }
-    s.updated = true;
-    any_update_ = true;
-    if (program_.param(id).placement == Placement::kReplicated) return;
+    if (program_.param(id).placement == Placement::kReplicated) {
+      s.buffer = Buffer::kWhole;
+      return;
+    }
     if (s.buffer == Buffer::kWhole) s.buffer = Buffer::kStale;
   }
 
@@ -204,7 +258,8 @@ class PlanVerifier {
         fail(param.name + " is never updated. Put `update " + param.name + "` into it, or mark " +
              param.name + " frozen.");
       }
-      if (param.placement == Placement::kWhole && states_[i].buffer != Buffer::kWhole) {
+      const bool kept = param.placement == Placement::kWhole && !deferred_[i];
+      if (kept && states_[i].buffer != Buffer::kWhole) {
         fail(param.name +
              " is kept whole and is not gathered again after its update. Put `gather " +
              param.name + "` and `wait " + param.name + "` after it.");
@@ -216,6 +271,10 @@ class PlanVerifier {
   std::vector<State> states_;
   std::vector<bool> reduced_;  // by value
   std::vector<ValueId> made_;  // in this section
+  SectionKind kind_ = SectionKind::kForward;
+  std::vector<bool> deferred_;  // by parameter: by the update section
+  std::vector<bool> applied_;   // by parameter: a deferred update is over by now
+  std::vector<bool> early_;     // by parameter: updated in a backward so far
   bool norm_ = false;
   bool any_update_ = false;
 };
@@ -225,6 +284,7 @@ class PlanVerifier {
 void verify_plan(const StepProgram& program) {
   verify_structure(program);
   PlanVerifier(program).verify();
+  verify_residency(program);
 }
 
 void verify(const StepProgram& program) {

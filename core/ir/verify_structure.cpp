@@ -202,20 +202,33 @@ class StructureVerifier {
       case Op::kGather:
       case Op::kWait:
       case Op::kRelease:
+      case Op::kOffloadStates:
+      case Op::kEvictStates:
+      case Op::kReloadStates:
+      case Op::kAwaitStates:
         return true;
       case Op::kRun:
         return kind != SectionKind::kUpdate;
       case Op::kReduce:
       case Op::kAccumulate:
         return kind == SectionKind::kBackward;
-      case Op::kNorm:
       case Op::kUpdate:
+        return kind != SectionKind::kInference;
+      case Op::kNorm:
+      case Op::kDefer:
         return kind == SectionKind::kUpdate;
+      case Op::kOffload:
+      case Op::kEvict:
+      case Op::kReload:
+      case Op::kAwait:
+        return kind == SectionKind::kForward || kind == SectionKind::kBackward;
     }
     return false;
   }
   static std::string home(Op op) {
     if (op == Op::kRun) return "a forward, backward or inference";
+    if (op == Op::kUpdate) return "a forward, a backward or the update";
+    if (traits(op).takes_values && op != Op::kReduce) return "a forward or backward";
     return op == Op::kReduce || op == Op::kAccumulate ? "a backward" : "the update";
   }
   static std::string article(SectionKind kind) {
@@ -234,8 +247,13 @@ class StructureVerifier {
                  "belongs to graph " + std::to_string(ran.graph) +
                      ", which ran it before. Give each graph its own regions.");
     }
-    ran = {static_cast<int64_t>(section_at), section.graph};
     const Region& region = program_.region(id);
+    if (ran.section >= 0 && region.once) {
+      fail_instr(program_, section, at,
+                 "ran before, and draws random numbers or writes to its inputs: again would not "
+                 "be the same. Keep its outputs.");
+    }
+    ran = {static_cast<int64_t>(section_at), section.graph};
     for (const Operand& operand : region.inputs) {
       if (const auto* value = std::get_if<ValueId>(&operand)) use(section, at, *value);
     }

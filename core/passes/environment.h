@@ -25,12 +25,20 @@ struct PassEnvironment {
   std::optional<Bytes> memory_budget;                        // most bytes of one rank
   const Estimator* estimator = nullptr;                      // not owned; outlives the run
   std::function<SimSummary(const StepProgram&)> simulate{};  // of programs that pass verify
+  // Whether a backward may update: nothing reads the gradients after it, and no
+  // step is skipped once its last backward has begun.
+  bool early_updates = false;
+  bool reasons = true;  // off for trials whose reasons nobody will read
 };
 
 // The program's memory timeline. Throws UserError, in the name of `pass` and
 // with the numbers, if its peak is above the budget already.
 MemoryTimeline timeline_within(const StepProgram& program, std::optional<Bytes> budget,
                                std::string_view pass);
+
+// The peak of the program's memory timeline, or that of the simulated step if
+// there is a simulator and it is larger.
+Bytes peak_of(const StepProgram& program, const PassEnvironment& environment);
 
 // "run fwd.3 in forward 0": an instruction by its point of the timeline.
 std::string point_name(const StepProgram& program, const MemoryAt& at);

@@ -63,6 +63,18 @@ void check_compute_only(const StepProgram& program, std::string_view pass) {
   }
 }
 
+size_t place_reductions(const StepProgram& program, Section* backward) {
+  ReductionPlacer reductions(program, backward->instrs);
+  std::vector<Instr> out;
+  for (Instr& run : backward->instrs) {
+    out.push_back(run);
+    reductions.after_run(run, &out);
+  }
+  reductions.at_end(&out);
+  backward->instrs = std::move(out);
+  return reductions.count();
+}
+
 std::vector<Instr> place_updates(const StepProgram& program) {
   std::vector<Instr> out;
   if (program.clip) out.push_back({Op::kNorm, std::nullopt, std::nullopt, {}});

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What zero0_compile and zero3_compile do alike: reductions in a backward,
-// and the update.
+// What zero0_compile, zero1_compile and zero3_compile do alike: reductions in a
+// backward, and the update.
 #pragma once
 
 #include <string_view>
@@ -40,6 +40,9 @@ class ReductionPlacer {
 
 // Throws UserError in the name of `pass` if the program holds anything but runs.
 void check_compute_only(const StepProgram& program, std::string_view pass);
+
+// A backward of runs alone, with its reductions. Returns how many there are.
+size_t place_reductions(const StepProgram& program, Section* backward);
 
 // norm (if the step clips), then each trainable parameter in id order.
 std::vector<Instr> place_updates(const StepProgram& program);

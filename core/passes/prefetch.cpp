@@ -27,13 +27,14 @@ using Slots = std::vector<size_t>;
 class SectionGathers {
  public:
   SectionGathers(const StepProgram& program, const Section& section, const MemoryAt* points,
-                 std::optional<Bytes> budget)
-      : section_(section), points_(points), budget_(budget) {
+                 std::optional<Bytes> budget, bool any_order)
+      : section_(section), points_(points), budget_(budget), any_order_(any_order) {
     std::vector<size_t> after(program.params.size(), 0);  // by parameter: the earliest slot
     for (size_t i = 0; i < section.instrs.size(); ++i) {
       const Instr& instr = section.instrs[i];
       const bool buffer = instr.op == Op::kGather || instr.op == Op::kWait ||
-                          instr.op == Op::kRelease || instr.op == Op::kUpdate;
+                          instr.op == Op::kRelease || instr.op == Op::kUpdate ||
+                          instr.op == Op::kDefer;
       if (!buffer) continue;
       size_t& earliest = after[index(*instr.param)];
       if (instr.op == Op::kGather) {
@@ -67,7 +68,8 @@ class SectionGathers {
       const size_t reach = first == 0 ? 0 : gathers_[first - 1].at + 1;
       wanted = std::min(each.at, std::max({reach, each.earliest, wanted}));
       const size_t slot = first_fit(each, std::max(wanted, previous), &use);
-      if (slot > std::min(each.at, latest_[wanted])) return std::nullopt;
+      const size_t last = any_order_ ? each.at : std::min(each.at, latest_[wanted]);
+      if (slot > last) return std::nullopt;
       out.push_back(previous = slot);
     }
     return out;
@@ -134,6 +136,7 @@ class SectionGathers {
   const Section& section_;
   const MemoryAt* points_;  // one an instruction of the section
   std::optional<Bytes> budget_;
+  bool any_order_;
   std::vector<Gather> gathers_;
   std::vector<size_t> latest_;  // by slot: the last before the next reduction or norm
   Bytes total_;
@@ -143,15 +146,18 @@ using Limits = std::vector<Bytes>;  // one a section
 
 class Planner {
  public:
-  Planner(const StepProgram& program, const PassContext& context, const PrefetchOptions& options)
+  Planner(const StepProgram& program, const PassEnvironment& environment,
+          const PrefetchOptions& options)
       : program_(program),
-        environment_(context.environment()),
+        environment_(environment),
         options_(options),
-        timeline_(timeline_within(program, environment_.memory_budget, context.pass())) {
+        timeline_(timeline_within(program, environment_.memory_budget, "prefetch")) {
+    DC_CHECK(options.most.empty() || options.most.size() == program.sections.size(),
+             "prefetch takes one limit a section");
     size_t at = 0;
     for (const Section& section : program_.sections) {
       sections_.emplace_back(program_, section, timeline_.points.data() + at,
-                             environment_.memory_budget);
+                             environment_.memory_budget, options.any_order);
       at += section.instrs.size();
     }
   }
@@ -160,12 +166,15 @@ class Planner {
   std::optional<Nanos> before() const { return before_; }
   std::optional<Nanos> best() const { return best_; }
 
-  Limits choose() {
+  Limits choose() { return environment_.simulate ? fastest(largest()) : largest(); }
+
+  Limits largest() const {
     Limits limits;
-    for (const SectionGathers& each : sections_) {
-      limits.push_back(each.largest(options_.ahead));
+    for (size_t s = 0; s < sections_.size(); ++s) {
+      const Bytes ahead = options_.most.empty() ? options_.ahead : options_.most[s];
+      limits.push_back(ahead < Bytes{0} ? kUnmoved : sections_[s].largest(ahead));
     }
-    return environment_.simulate ? fastest(limits) : limits;
+    return limits;
   }
 
   // `agreed`, checked against the program and the budget.
@@ -185,10 +194,10 @@ class Planner {
     return options_.agreed;
   }
 
-  StepProgram apply(const Limits& limits) const {
-    StepProgram out = program_;
+  std::vector<std::vector<Instr>> apply(const Limits& limits) const {
+    std::vector<std::vector<Instr>> out;
     for (size_t s = 0; s < sections_.size(); ++s) {
-      out.sections[s].instrs = sections_[s].moved(*sections_[s].slots(limits[s]));
+      out.push_back(sections_[s].moved(*sections_[s].slots(limits[s])));
     }
     return out;
   }
@@ -204,7 +213,10 @@ class Planner {
   void attempt(Limits* best, const Limits& limits, bool prefer) {
     if (simulated_ >= options_.simulations) return;
     ++simulated_;
-    const Nanos time = environment_.simulate(apply(limits)).time;
+    if (!trial_) trial_ = program_;
+    std::vector<std::vector<Instr>> instrs = apply(limits);
+    for (size_t s = 0; s < instrs.size(); ++s) trial_->sections[s].instrs = std::move(instrs[s]);
+    const Nanos time = environment_.simulate(*trial_).time;
     if (best_ && (time > *best_ || (time == *best_ && !prefer))) return;
     best_ = time;
     *best = limits;
@@ -236,6 +248,7 @@ class Planner {
   const PrefetchOptions& options_;
   MemoryTimeline timeline_;
   std::vector<SectionGathers> sections_;
+  std::optional<StepProgram> trial_;  // a copy to try limits on
   int simulated_ = 0;
   std::optional<Nanos> before_, best_;
 };
@@ -311,16 +324,15 @@ Contract Prefetch::contract() const {
 }
 
 void Prefetch::run(StepProgram& program, PassContext& context) const {
-  Planner planner(program, context, options_);
+  Planner planner(program, context.environment(), options_);
   const Limits limits = options_.agreed.empty() ? planner.choose() : planner.agreed();
-  StepProgram result = planner.apply(limits);
-  for (size_t s = 0; s < limits.size(); ++s) {
+  std::vector<std::vector<Instr>> result = planner.apply(limits);
+  const bool explained = context.environment().reasons;
+  for (size_t s = 0; explained && s < limits.size(); ++s) {
     explain_section(program, s, planner.section(s), limits[s], context);
   }
-  explain_step(planner, result, context);
-  for (size_t s = 0; s < limits.size(); ++s) {
-    program.sections[s].instrs = std::move(result.sections[s].instrs);
-  }
+  for (size_t s = 0; s < limits.size(); ++s) program.sections[s].instrs = std::move(result[s]);
+  if (explained) explain_step(planner, program, context);
 }
 
 }  // namespace deepcompile

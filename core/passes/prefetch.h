@@ -39,6 +39,12 @@ struct PrefetchOptions {
   Bytes ahead{int64_t{4} << 30};
   // Most steps simulated while choosing.
   int simulations = 16;
+  // Not empty: `ahead`, section by section. A negative one leaves its section as it is.
+  std::vector<Bytes> most = {};
+  // Lets a gather that does not fit yet wait until it does, also behind
+  // reductions: more hides, but the order then depends on sizes and on the
+  // budget. For plans that one rank makes for all.
+  bool any_order = false;
   // Not empty: use exactly these limits, one a section, instead of choosing.
   // A negative one leaves its section as it is.
   std::vector<Bytes> agreed = {};

@@ -4,9 +4,16 @@
 #include <utility>
 
 #include "base/error.h"
+#include "passes/auto_plan.h"
+#include "passes/offload_activation.h"
+#include "passes/offload_adam_states.h"
+#include "passes/order_link.h"
+#include "passes/place_optimizer.h"
 #include "passes/prefetch.h"
+#include "passes/rematerialize.h"
 #include "passes/selective_gather.h"
 #include "passes/zero0_compile.h"
+#include "passes/zero1_compile.h"
 #include "passes/zero3_compile.h"
 
 namespace deepcompile {
@@ -46,9 +53,17 @@ std::unique_ptr<Pass> make_pass(std::string name, Contract contract, PassFunctio
 PassRegistry PassRegistry::with_builtins() {
   PassRegistry registry;
   registry.add(std::make_unique<Zero0Compile>());
+  registry.add(std::make_unique<Zero1Compile>());
   registry.add(std::make_unique<Zero3Compile>());
+  registry.add(std::make_unique<Rematerialize>());
+  registry.add(std::make_unique<OffloadActivation>());
+  registry.add(std::make_unique<OffloadAdamStates>());
+  registry.add(std::make_unique<OffloadAdamStates>(OffloadAdamStatesOptions{.synchronous = true}));
   registry.add(std::make_unique<Prefetch>());
   registry.add(std::make_unique<SelectiveGather>());
+  registry.add(std::make_unique<PlaceOptimizer>());
+  registry.add(std::make_unique<OrderLink>());
+  registry.add(std::make_unique<AutoPlan>());
   return registry;
 }
 

@@ -4,146 +4,56 @@
 #include <algorithm>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
-#include "analysis/footprint.h"
 #include "base/error.h"
 #include "ir/text.h"
+#include "passes/gaps.h"
+#include "passes/memory_use.h"
 
 namespace deepcompile {
 namespace {
 
-// A point of the step: section and instruction, and their place in the
-// timeline, which counts over all sections.
-struct Point {
-  size_t section = 0, instr = 0, at = 0;
-};
-
-// From a release to the next gather of the same parameter.
-struct Gap {
-  ParamId param{};
-  Point release, gather;
-  bool wraps = false;  // into the next micro batch or step
-  Bytes bytes;         // held for its length if it is closed
-  Nanos saved;         // of the link's time, a step
-  bool closed = false;
-
-  // The points strictly inside: [first, last) pairs.
-  std::vector<std::pair<size_t, size_t>> inside(size_t points) const {
-    if (!wraps) return {{release.at + 1, gather.at}};
-    return {{0, gather.at}, {release.at + 1, points}};
-  }
-  size_t length(size_t points) const { return gather.at - release.at - 1 + (wraps ? points : 0); }
-};
-
-// All gaps whose gather would be saved, in the order of parameters and time.
-class GapFinder {
- public:
-  GapFinder(const StepProgram& program, const Estimator& estimator)
-      : program_(program), estimator_(estimator), events_(program.params.size()) {
-    size_t at = 0;
-    for (size_t s = 0; s < program.sections.size(); ++s) {
-      const auto& instrs = program.sections[s].instrs;
-      for (size_t i = 0; i < instrs.size(); ++i, ++at) {
-        if (instrs[i].op != Op::kGather && instrs[i].op != Op::kRelease) continue;
-        events_[index(*instrs[i].param)].push_back({{s, i, at}, instrs[i].op});
-      }
-    }
-  }
-
-  std::vector<Gap> find() const {
-    std::vector<Gap> gaps;
-    for (size_t p = 0; p < events_.size(); ++p) {
-      const ParamId id{static_cast<uint32_t>(p)};
-      // A sharded parameter gathered in the update is gathered for that: leave it.
-      if (program_.params[p].placement != Placement::kSharded || in_update(events_[p])) continue;
-      for (size_t i = 0; i < events_[p].size(); ++i) {
-        if (events_[p][i].op == Op::kRelease) add(id, i, &gaps);
-      }
-    }
-    return gaps;
-  }
-
- private:
-  struct Event {
-    Point point;
-    Op op;
-  };
-
-  bool in_update(const std::vector<Event>& events) const {
-    return std::any_of(events.begin(), events.end(), [&](const Event& event) {
-      return program_.sections[event.point.section].kind == SectionKind::kUpdate;
-    });
-  }
-
-  void add(ParamId id, size_t release, std::vector<Gap>* gaps) const {
-    const std::vector<Event>& events = events_[index(id)];
-    const auto is_gather = [](const Event& event) { return event.op == Op::kGather; };
-    const auto from = events.begin() + static_cast<std::ptrdiff_t>(release);
-    auto to = std::find_if(from, events.end(), is_gather);
-    const bool wraps = to == events.end();
-    if (wraps) to = std::find_if(events.begin(), events.end(), is_gather);
-    const Instr& gather = program_.sections[to->point.section].instrs[to->point.instr];
-    // How often a step passes the gap. After the last micro batch comes the
-    // update, which makes trainable parameters stale.
-    const bool stale = wraps && program_.param(id).trainable;
-    const int64_t times = program_.accumulation - (stale ? 1 : 0);
-    gaps->push_back({id, from->point, to->point, wraps, footprint(program_, id).gathered,
-                     estimator_.duration(program_, gather) * times});
-  }
-
-  const StepProgram& program_;
-  const Estimator& estimator_;
-  std::vector<std::vector<Event>> events_;  // by parameter, in order
-};
-
-// The order in which gaps are tried: most time a byte, then the shortest, then
-// parameters in order.
-std::vector<Gap*> by_worth(std::vector<Gap>& gaps, size_t points) {
-  const auto key = [&](const Gap& gap) {
-    const double worth =
-        static_cast<double>(gap.saved.value) / static_cast<double>(gap.bytes.value);
-    return std::tuple(-worth, gap.length(points), gap.param, gap.release.at);
-  };
-  std::vector<Gap*> order;
-  for (Gap& gap : gaps) order.push_back(&gap);
-  std::sort(order.begin(), order.end(),
-            [&](const Gap* a, const Gap* b) { return key(*a) < key(*b); });
-  return order;
-}
-
 // The step's memory, rising as gaps are closed.
 class Budget {
  public:
-  Budget(const MemoryTimeline& timeline, Bytes limit) : timeline_(timeline), limit_(limit) {
-    for (const MemoryAt& point : timeline.points) use_.push_back(point.during);
-  }
+  // A step without instructions has one point, which is never asked for.
+  Budget(const MemoryTimeline& timeline, Bytes limit)
+      : timeline_(timeline), limit_(limit), use_(bytes_during(timeline)) {}
 
-  // The fullest point inside of the gap; none if nothing is inside.
+  // The first of the fullest points inside of the gap; none if nothing is inside.
   std::optional<size_t> fullest(const Gap& gap) const {
     std::optional<size_t> out;
-    for (const auto& [first, last] : gap.inside(use_.size())) {
-      for (size_t i = first; i < last; ++i) {
-        if (!out || use_[i] > use_[*out]) out = i;
-      }
+    Bytes most;
+    for (const auto& [first, last] : gap.inside(points())) {
+      if (first >= last) continue;
+      const Bytes here = use_.max(first, last);
+      if (out && here <= most) continue;
+      out = use_.first_above(first, last, here - Bytes{1});
+      most = here;
     }
     return out;
   }
-  Bytes free_at(size_t point) const { return limit_ - use_[point]; }
+  Bytes free_at(size_t point) const { return limit_ - use_.at(point); }
   const MemoryAt& point(size_t at) const { return timeline_.points[at]; }
+  size_t points() const { return timeline_.points.size(); }
 
   void take(const Gap& gap) {
-    for (const auto& [first, last] : gap.inside(use_.size())) {
-      for (size_t i = first; i < last; ++i) use_[i] += gap.bytes;
-    }
+    for (const auto& [first, last] : gap.inside(points())) use_.add(first, last, gap.bytes);
   }
 
  private:
+  static std::vector<Bytes> bytes_during(const MemoryTimeline& timeline) {
+    std::vector<Bytes> out;
+    for (const MemoryAt& point : timeline.points) out.push_back(point.during);
+    if (out.empty()) out.emplace_back();
+    return out;
+  }
+
   const MemoryTimeline& timeline_;
   Bytes limit_;
-  std::vector<Bytes> use_;  // by point
+  MemoryUse use_;  // by point
 };
 
 std::string place_of(const StepProgram& program, const Gap& gap) {
@@ -158,50 +68,27 @@ using Reasons = std::vector<std::pair<ParamId, std::string>>;
 
 // Closes what is worth it and fits. The reasons, one a gap.
 Reasons close_gaps(const StepProgram& program, std::vector<Gap>& gaps, Nanos least, Budget& budget,
-                   size_t points) {
+                   bool explained) {
   Reasons reasons;
-  for (Gap* gap : by_worth(gaps, points)) {
+  for (size_t at : by_worth(gaps, budget.points())) {
+    Gap* gap = &gaps[at];
     if (gap->saved <= least) continue;
     const auto fullest = budget.fullest(*gap);
-    const std::string numbers = pretty(gap->saved) + " of gathers a step for " + pretty(gap->bytes);
     gap->closed = !fullest || gap->bytes <= budget.free_at(*fullest);
+    if (gap->closed) budget.take(*gap);
+    if (!explained) continue;
+    const std::string numbers = pretty(gap->saved) + " of gathers a step for " + pretty(gap->bytes);
     if (gap->closed) {
-      budget.take(*gap);
-      reasons.emplace_back(gap->param,
+      reasons.emplace_back(gap->id.param,
                            "kept whole " + place_of(program, *gap) + ": saves " + numbers);
     } else {
       reasons.emplace_back(
-          gap->param, "not kept whole " + place_of(program, *gap) + ": would save " + numbers +
-                          ", but only " + pretty(std::max(Bytes{0}, budget.free_at(*fullest))) +
-                          " are free at " + point_name(program, budget.point(*fullest)));
+          gap->id.param, "not kept whole " + place_of(program, *gap) + ": would save " + numbers +
+                             ", but only " + pretty(std::max(Bytes{0}, budget.free_at(*fullest))) +
+                             " are free at " + point_name(program, budget.point(*fullest)));
     }
   }
   return reasons;
-}
-
-// Without the closed gaps' releases, and without their gathers and waits if
-// they are in the release's own section.
-StepProgram without_gaps(const StepProgram& program, const std::vector<Gap>& gaps) {
-  StepProgram out = program;
-  std::vector<std::vector<bool>> drop;
-  for (const Section& section : program.sections) drop.emplace_back(section.instrs.size(), false);
-  for (const Gap& gap : gaps) {
-    if (!gap.closed) continue;
-    drop[gap.release.section][gap.release.instr] = true;
-    if (gap.wraps || gap.gather.section != gap.release.section) continue;
-    const auto& instrs = program.sections[gap.gather.section].instrs;
-    drop[gap.gather.section][gap.gather.instr] = true;
-    for (size_t i = gap.gather.instr; i < instrs.size(); ++i) {
-      if (instrs[i].op != Op::kWait || instrs[i].param != gap.param) continue;
-      drop[gap.gather.section][i] = true;
-      break;
-    }
-  }
-  for (size_t s = 0; s < out.sections.size(); ++s) {
-    size_t i = 0;
-    std::erase_if(out.sections[s].instrs, [&](const Instr&) { return drop[s][i++]; });
-  }
-  return out;
 }
 
 void explain_step(const std::vector<Gap>& gaps, const StepProgram& result, Bytes budget,
@@ -221,7 +108,37 @@ void explain_step(const std::vector<Gap>& gaps, const StepProgram& result, Bytes
                   pretty(budget) + step);
 }
 
+// Closes exactly the gaps that are named; names of gaps that are not there
+// count for nothing.
+void keep_these(StepProgram& program, std::vector<Gap>& gaps, std::vector<GapId> keep,
+                PassContext& context) {
+  std::sort(keep.begin(), keep.end());
+  for (Gap& gap : gaps) {
+    gap.closed = std::binary_search(keep.begin(), keep.end(), gap.id);
+    if (!gap.closed || !context.environment().reasons) continue;
+    context.because(gap.id.param, "kept whole " + place_of(program, gap) + ": saves " +
+                                      pretty(gap.saved) + " of gathers a step for " +
+                                      pretty(gap.bytes));
+  }
+  close_in(program, gaps);
+}
+
 }  // namespace
+
+std::vector<GapId> gaps_worth_closing(const StepProgram& program,
+                                      const PassEnvironment& environment,
+                                      const SelectiveGatherOptions& options) {
+  const MemoryTimeline timeline =
+      timeline_within(program, environment.memory_budget, "selective_gather");
+  std::vector<Gap> gaps = find_gaps(program, *environment.estimator);
+  Budget budget(timeline, *environment.memory_budget - options.reserve);
+  close_gaps(program, gaps, options.least_saving, budget, false);
+  std::vector<GapId> out;
+  for (const Gap& gap : gaps) {
+    if (gap.closed) out.push_back(gap.id);
+  }
+  return out;
+}
 
 Contract SelectiveGather::contract() const {
   return {.needs = {Fact::kGathersPlaced}};
@@ -236,12 +153,14 @@ void SelectiveGather::run(StepProgram& program, PassContext& context) const {
         std::string(environment.estimator == nullptr ? "machine" : "memory budget") +
         ". Give it one.");
   }
+  std::vector<Gap> gaps = find_gaps(program, *environment.estimator);
+  if (options_.keep) return keep_these(program, gaps, *options_.keep, context);
   const MemoryTimeline timeline = timeline_within(program, environment.memory_budget, name());
-  std::vector<Gap> gaps = GapFinder(program, *environment.estimator).find();
   Budget budget(timeline, *environment.memory_budget - options_.reserve);
-  Reasons reasons =
-      close_gaps(program, gaps, options_.least_saving, budget, timeline.points.size());
-  const StepProgram result = without_gaps(program, gaps);
+  Reasons reasons = close_gaps(program, gaps, options_.least_saving, budget, environment.reasons);
+  if (!environment.simulate && !environment.reasons) return close_in(program, gaps);
+  StepProgram result = program;
+  close_in(result, gaps);
   std::string step;
   if (environment.simulate) {
     const Nanos before = environment.simulate(program).time;
@@ -256,7 +175,7 @@ void SelectiveGather::run(StepProgram& program, PassContext& context) const {
   for (auto& [param, text] : reasons) context.because(param, std::move(text));
   explain_step(gaps, result, *environment.memory_budget, step, context);
   for (size_t s = 0; s < result.sections.size(); ++s) {
-    program.sections[s].instrs = result.sections[s].instrs;
+    program.sections[s].instrs = std::move(result.sections[s].instrs);
   }
 }
 

@@ -26,6 +26,11 @@
 // gaps, so one rank's program is run by all.
 #pragma once
 
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "passes/gaps.h"
 #include "passes/pass.h"
 
 namespace deepcompile {
@@ -35,11 +40,19 @@ struct SelectiveGatherOptions {
   Bytes reserve{0};
   // Gaps that save no more than this a step stay open.
   Nanos least_saving{0};
+  // Set: close exactly these gaps, whatever the budget, instead of choosing.
+  std::optional<std::vector<GapId>> keep = std::nullopt;
 };
+
+// The gaps that the pass would close if it did not simulate, sorted. Throws
+// UserError if the program is above the environment's budget.
+std::vector<GapId> gaps_worth_closing(const StepProgram& program,
+                                      const PassEnvironment& environment,
+                                      const SelectiveGatherOptions& options);
 
 class SelectiveGather final : public Pass {
  public:
-  explicit SelectiveGather(SelectiveGatherOptions options = {}) : options_(options) {}
+  explicit SelectiveGather(SelectiveGatherOptions options = {}) : options_(std::move(options)) {}
 
   std::string_view name() const override { return "selective_gather"; }
   std::string_view summary() const override {

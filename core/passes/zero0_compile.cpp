@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "passes/zero0_compile.h"
 
-#include <utility>
+#include <string>
 
 #include "base/error.h"
 #include "passes/placement.h"
@@ -27,15 +27,7 @@ void Zero0Compile::run(StepProgram& program, PassContext& context) const {
   for (Section& section : program.sections) {
     if (section.kind == SectionKind::kUpdate) section.instrs = place_updates(program);
     if (section.kind != SectionKind::kBackward) continue;
-    ReductionPlacer reductions_of(program, section.instrs);
-    std::vector<Instr> out;
-    for (Instr& run : section.instrs) {
-      out.push_back(run);
-      reductions_of.after_run(run, &out);
-    }
-    reductions_of.at_end(&out);
-    section.instrs = std::move(out);
-    reductions += reductions_of.count();
+    reductions += place_reductions(program, &section);
   }
   if (reductions > 0) {
     context.because("every parameter is on every rank: no gathers, " + std::to_string(reductions) +

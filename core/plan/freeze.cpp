@@ -20,7 +20,7 @@ std::vector<int32_t> slots(const std::vector<ValueId>& ids) {
 }
 
 PlanRegion freeze_region(const Region& region) {
-  PlanRegion frozen{region.name, region.code, {}, slots(region.outputs)};
+  PlanRegion frozen{region.name, region.code, region.once, {}, slots(region.outputs)};
   for (const Operand& operand : region.inputs) {
     if (const auto* ref = std::get_if<ParamRef>(&operand)) {
       frozen.inputs.push_back({true, slot(ref->param), static_cast<int32_t>(ref->member)});
@@ -37,9 +37,10 @@ PlanInstr freeze_instr(const StepProgram& program, const Instr& instr) {
   if (instr.param) frozen.param = slot(*instr.param);
   if (instr.region) frozen.region = slot(*instr.region);
   for (ValueId id : instr.values) {
+    frozen.values.push_back(slot(id));
+    if (instr.op != Op::kReduce) continue;
     const auto& grad_of = program.value(id).grad_of;
     DC_CHECK(grad_of.has_value(), "verified programs reduce gradients only");
-    frozen.values.push_back(slot(id));
     frozen.members.push_back(static_cast<int32_t>(grad_of->member));
   }
   return frozen;
@@ -67,6 +68,7 @@ Plan freeze(const StepProgram& program) {
   plan.world = program.world;
   plan.accumulation = program.accumulation;
   plan.clip = program.clip;
+  plan.boundary = program.boundary;
   plan.reduce_dtype = program.reduce_dtype;
   for (const Param& param : program.params) plan.params.push_back(param.name);
   for (const Value& value : program.values) plan.values.push_back(value.name);

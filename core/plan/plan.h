@@ -34,8 +34,8 @@ struct PlanInstr {
   Op op = Op::kRun;
   int32_t param = -1;            // into Plan::params, or -1
   int32_t region = -1;           // into Plan::regions, or -1
-  std::vector<int32_t> values;   // into Plan::values: the gradients of a reduce
-  std::vector<int32_t> members;  // beside `values`: which member each is the gradient of
+  std::vector<int32_t> values;   // into Plan::values: the gradients of a reduce, or what moves
+  std::vector<int32_t> members;  // of a reduce, beside `values`: which member each belongs to
   std::vector<int32_t> frees;    // value slots that nothing reads after this instruction
 
   bool operator==(const PlanInstr&) const = default;
@@ -44,6 +44,7 @@ struct PlanInstr {
 struct PlanRegion {
   std::string name;
   uint32_t code = 0;  // which compiled function runs it
+  bool once = false;  // as Region::once
   std::vector<PlanOperand> inputs;
   std::vector<int32_t> outputs;
 
@@ -65,6 +66,7 @@ struct Plan {
   int64_t world = 1;
   int64_t accumulation = 1;
   bool clip = false;
+  bool boundary = false;
   DType reduce_dtype = DType::kF32;
   std::vector<std::string> params;
   std::vector<std::string> values;

@@ -15,7 +15,7 @@ namespace {
 
 using nlohmann::ordered_json;
 
-constexpr int kVersion = 1;
+constexpr int kVersion = 2;
 constexpr const char* kWhere = "[plan] plan text";
 
 ordered_json to_json(const PlanRegion& region) {
@@ -27,10 +27,11 @@ ordered_json to_json(const PlanRegion& region) {
       inputs.push_back(input.index);
     }
   }
-  return {{"name", region.name},
-          {"code", region.code},
-          {"inputs", std::move(inputs)},
-          {"outputs", region.outputs}};
+  ordered_json json = {{"name", region.name}, {"code", region.code}};
+  if (region.once) json["once"] = true;
+  json["inputs"] = std::move(inputs);
+  json["outputs"] = region.outputs;
+  return json;
 }
 
 ordered_json to_json(const PlanInstr& instr) {
@@ -39,7 +40,7 @@ ordered_json to_json(const PlanInstr& instr) {
   if (instr.region >= 0) json["region"] = instr.region;
   if (!instr.values.empty()) {
     json["values"] = instr.values;
-    json["members"] = instr.members;
+    if (!instr.members.empty()) json["members"] = instr.members;
   }
   if (!instr.frees.empty()) json["frees"] = instr.frees;
   return json;
@@ -75,6 +76,7 @@ std::string text_without_hash(const Plan& plan) {
   field("world", plan.world);
   field("accumulation", plan.accumulation);
   field("clip", plan.clip);
+  field("boundary", plan.boundary);
   field("reduce_dtype", to_string(plan.reduce_dtype));
   field("params", plan.params);
   field("values", plan.values);
@@ -89,8 +91,8 @@ std::string text_without_hash(const Plan& plan) {
 class Parser {
  public:
   Plan parse(const JsonReader& root) {
-    root.only({"hash", "version", "name", "world", "accumulation", "clip", "reduce_dtype", "params",
-               "values", "regions", "sections"});
+    root.only({"hash", "version", "name", "world", "accumulation", "clip", "boundary",
+               "reduce_dtype", "params", "values", "regions", "sections"});
     const int64_t version = root.at("version").integer(0, INT64_MAX);
     if (version != kVersion) {
       root.at("version").fail("this build reads version " + std::to_string(kVersion) + ", not " +
@@ -100,6 +102,7 @@ class Parser {
     plan_.world = root.at("world").integer(1, INT64_MAX);
     plan_.accumulation = root.at("accumulation").integer(1, INT64_MAX);
     plan_.clip = root.at("clip").boolean();
+    plan_.boundary = root.at("boundary").boolean();
     if (!parse_dtype(root.at("reduce_dtype").string(), &plan_.reduce_dtype)) {
       root.at("reduce_dtype").fail("unknown element type. Known: f32, f16, bf16, f64.");
     }
@@ -146,10 +149,11 @@ class Parser {
   }
 
   void parse_region(const JsonReader& reader) {
-    reader.only({"name", "code", "inputs", "outputs"});
+    reader.only({"name", "code", "once", "inputs", "outputs"});
     PlanRegion region;
     region.name = reader.at("name").string();
     region.code = static_cast<uint32_t>(reader.at("code").integer(0, UINT32_MAX));
+    if (const auto once = reader.find("once")) region.once = once->boolean();
     for (const JsonReader& input : reader.at("inputs").elements()) {
       region.inputs.push_back(operand(input));
     }
@@ -173,6 +177,8 @@ class Parser {
     }
     if (wants.takes_values) {
       instr.values = value_list(reader.at("values"));
+    }
+    if (*op == Op::kReduce) {
       for (const JsonReader& member : reader.at("members").elements()) {
         instr.members.push_back(static_cast<int32_t>(member.integer(0, INT32_MAX)));
       }

@@ -25,6 +25,10 @@ struct Sum {
   Nanos mean() const { return {time.value / count}; }
 };
 
+bool same_execution(const SimItem& a, const SimItem& b) {
+  return a.section == b.section && a.instr == b.instr && a.micro_step == b.micro_step;
+}
+
 }  // namespace
 
 std::optional<double> CompareRow::ratio() const {
@@ -36,11 +40,15 @@ std::vector<CompareRow> compare(const StepProgram& program, const SimResult& pre
                                 const PlanPrograms& plans, const std::vector<Record>& records) {
   std::map<Key, Sum> predictions, measurements;
   std::map<Key, std::string> labels;
+  const SimItem* last = nullptr;
   for (const SimItem& item : predicted.items) {
     const Section& section = program.sections.at(item.section);
+    Sum& sum = predictions[{section_name(section), item.instr}];
     const bool timed = item.resource != Resource::kNone;
-    predictions[{section_name(section), item.instr}].add(timed ? item.end - item.start
-                                                               : item.stall);
+    // All that one execution did is one sample.
+    sum.time += timed ? item.end - item.start : item.stall;
+    if (last == nullptr || !same_execution(*last, item)) ++sum.count;
+    last = &item;
   }
   const RecordNames names(plans);
   for (const Record& record : records) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "report/explain.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <utility>
 #include <vector>
@@ -23,6 +24,13 @@ std::string counted(int64_t n, const std::string& noun) {
   return std::to_string(n) + " " + noun + (n == 1 ? "" : "s");
 }
 
+// The host link, where a plan uses it.
+std::string host_text(const SimResult& result) {
+  if (result.to_host_busy == Nanos{0} && result.to_device_busy == Nanos{0}) return "";
+  return ", copies to the host " + percent(result.to_host_busy, result.time) + " and back " +
+         percent(result.to_device_busy, result.time);
+}
+
 std::string headline(const StepProgram& program, const SimResult& result) {
   std::string text = "step " + program.name + ": " + counted(program.world, "rank") + ", " +
                      counted(program.accumulation, "micro-step") + ", gradients reduced in " +
@@ -31,8 +39,8 @@ std::string headline(const StepProgram& program, const SimResult& result) {
   text += "predicted: " + pretty(result.time) + " a step, peak " + pretty(result.peak) +
           " a rank (" + pretty(result.resident) + " between steps), compute busy " +
           percent(result.compute_busy, result.time) + ", link busy " +
-          percent(result.link_busy, result.time) + ", compute stalled " + pretty(result.stall) +
-          "\n";
+          percent(result.link_busy, result.time) + host_text(result) + ", compute stalled " +
+          pretty(result.stall) + "\n";
   return text;
 }
 
@@ -58,12 +66,14 @@ std::string placement_text(const StepProgram& program, ParamId id) {
 }
 
 // What happened to a parameter in one instruction, with its time.
-std::string event_text(const Instr& instr, const SimItem& item) {
-  std::string text = std::string(traits(instr.op).name) + " #" + std::to_string(item.instr);
+std::string event_text(const SimItem& item) {
+  std::string text = std::string(traits(item.op).name) + " #" + std::to_string(item.instr);
   const bool timed = item.resource != Resource::kNone;
   if (timed) text += " " + pretty(item.end - item.start);
-  if (timed && item.resource == Resource::kLink && item.start > item.issue) {
-    text += " after " + pretty(item.start - item.issue) + " for the link";
+  if (timed && item.resource != Resource::kCompute && item.start > item.issue) {
+    const bool ranks = item.resource == Resource::kLink;
+    text +=
+        " after " + pretty(item.start - item.issue) + " for the " + (ranks ? "link" : "host link");
   }
   if (item.stall > Nanos{0}) text += " (compute stalled " + pretty(item.stall) + ")";
   return text;
@@ -84,14 +94,42 @@ std::vector<std::string> histories(const StepProgram& program, const SimResult& 
     } else {
       lines[param] += ", ";
     }
-    lines[param] += event_text(instr, item);
+    lines[param] += event_text(item);
   }
   return lines;
 }
 
+// The alternatives of one parameter; "else" marks them.
+std::string told(const std::vector<Alternative>& alternatives, const std::string& object) {
+  std::string text;
+  for (const Alternative& each : alternatives) {
+    const auto& objects = each.objects;
+    if (std::find(objects.begin(), objects.end(), object) == objects.end()) continue;
+    text += "  else: " + print(each) + "\n";
+  }
+  return text;
+}
+
+// The alternatives of regions, one line for all that are alike, and of the step.
+std::string other_choices(const StepProgram& program,
+                          const std::vector<Alternative>& alternatives) {
+  std::string text;
+  for (const Alternative& each : alternatives) {
+    if (!each.objects.empty() && !program.find_region(each.objects.front())) continue;
+    text += text.empty() ? "\nelse" : "else";
+    if (!each.objects.empty()) text += " " + each.objects.front();
+    if (each.objects.size() > 1) {
+      text += " (and " + std::to_string(each.objects.size() - 1) + " like it)";
+    }
+    text += ": " + print(each) + "\n";
+  }
+  return text;
+}
+
 }  // namespace
 
-std::string explain(const StepProgram& program, const SimResult& result) {
+std::string explain(const StepProgram& program, const SimResult& result,
+                    const std::vector<Alternative>& alternatives) {
   std::string text = headline(program, result);
   const std::vector<std::string> lines = histories(program, result);
   for (size_t i = 0; i < program.params.size(); ++i) {
@@ -103,6 +141,7 @@ std::string explain(const StepProgram& program, const SimResult& result) {
         text += "  why: " + reason.text + " [" + reason.pass + "]\n";
       }
     }
+    text += told(alternatives, program.param(id).name);
   }
   bool opened = false;
   for (const Reason& reason : program.reasons) {
@@ -111,7 +150,7 @@ std::string explain(const StepProgram& program, const SimResult& result) {
     text += "why" + (reason.object.empty() ? "" : " " + reason.object) + ": " + reason.text + " [" +
             reason.pass + "]\n";
   }
-  return text;
+  return text + other_choices(program, alternatives);
 }
 
 }  // namespace deepcompile

@@ -4,14 +4,18 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "ir/program.h"
+#include "report/next_best.h"
 #include "sim/simulator.h"
 
 namespace deepcompile {
 
 // `result` is the simulation of `program`. Reasons that concern no parameter
-// come at the end.
-std::string explain(const StepProgram& program, const SimResult& result);
+// come at the end. `alternatives` (see next_best.h) are told with the objects
+// that they are about.
+std::string explain(const StepProgram& program, const SimResult& result,
+                    const std::vector<Alternative>& alternatives = {});
 
 }  // namespace deepcompile

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <optional>
 
+#include "analysis/footprint.h"
 #include "ir/text.h"
 
 namespace deepcompile {
@@ -18,6 +20,10 @@ int thread_of(Resource resource) {
       return 1;
     case Resource::kLink:
       return 2;
+    case Resource::kToHost:
+      return 4;
+    case Resource::kToDevice:
+      return 5;
     case Resource::kNone:
       return 3;
   }
@@ -26,6 +32,19 @@ int thread_of(Resource resource) {
 
 double micros(Nanos time) {
   return static_cast<double>(time.value) / 1000.0;
+}
+
+// What the instruction is about: a whole parameter, its states, or values.
+std::optional<Bytes> bytes_of(const StepProgram& program, const Instr& instr) {
+  if (instr.param) {
+    const Resource resource = traits(instr.op).resource;
+    const bool states = resource == Resource::kToHost || resource == Resource::kToDevice;
+    return states ? footprint(program, *instr.param).states() : program.full_bytes(*instr.param);
+  }
+  if (instr.values.empty()) return std::nullopt;
+  Bytes bytes;
+  for (ValueId id : instr.values) bytes += program.value(id).bytes;
+  return bytes;
 }
 
 std::string dump(const ordered_json& json) {
@@ -38,8 +57,11 @@ void TraceWriter::begin_process(const std::string& name) {
   ++process_;
   events_.push_back(
       dump({{"name", "process_name"}, {"ph", "M"}, {"pid", process_}, {"args", {{"name", name}}}}));
-  const std::pair<Resource, const char*> threads[] = {
-      {Resource::kCompute, "compute"}, {Resource::kLink, "link"}, {Resource::kNone, "waits"}};
+  const std::pair<Resource, const char*> threads[] = {{Resource::kCompute, "compute"},
+                                                      {Resource::kLink, "link"},
+                                                      {Resource::kNone, "waits"},
+                                                      {Resource::kToHost, "to host"},
+                                                      {Resource::kToDevice, "to device"}};
   for (const auto& [resource, thread] : threads) {
     events_.push_back(dump({{"name", "thread_name"},
                             {"ph", "M"},
@@ -53,7 +75,7 @@ void TraceWriter::event(const StepProgram& program, const Instr& instr, const st
                         Resource resource, Nanos start, Nanos end) {
   if (end <= start) return;
   ordered_json args = {{"section", section}};
-  if (instr.param) args["bytes"] = program.full_bytes(*instr.param).value;
+  if (const auto bytes = bytes_of(program, instr)) args["bytes"] = bytes->value;
   if (instr.region) {
     const Region& region = program.region(*instr.region);
     args["code"] = region.code;
@@ -85,12 +107,13 @@ void TraceWriter::add_simulated(const std::string& name, const StepProgram& prog
   begin_process(name);
   for (const SimItem& item : result.items) {
     const Section& section = program.sections.at(item.section);
-    const Instr& instr = section.instrs.at(item.instr);
+    Instr instr = section.instrs.at(item.instr);
     const std::string where = section_name(section);
     if (item.stall > Nanos{0}) {
       event(program, instr, where, Resource::kNone, item.issue, item.issue + item.stall);
     }
     if (item.resource != Resource::kNone) {
+      instr.op = item.op;  // e.g. the update that a gather applied
       event(program, instr, where, item.resource, item.start, item.end);
     }
   }

@@ -2,7 +2,8 @@
 // Timelines in the Chrome trace format, for https://ui.perfetto.dev.
 //
 // One process per source (prediction, each rank), with one thread for compute,
-// one for the link, one for waits, and a counter of allocated memory.
+// one for the link between ranks, one for each direction of the host link, one
+// for waits, and a counter of allocated memory.
 #pragma once
 
 #include <string>

@@ -7,22 +7,23 @@
 
 namespace deepcompile {
 
-MemoryCurve::Result MemoryCurve::finish() && {
-  std::stable_sort(changes_.begin(), changes_.end(),
-                   [](const Change& a, const Change& b) { return a.time < b.time; });
-  Result result{resident_, {{Nanos{0}, resident_}}};
-  Bytes now = resident_;
-  for (const Change& change : changes_) {
-    now += Bytes{change.bytes};
-    DC_CHECK(now.value >= 0, "more bytes freed than allocated");
-    result.peak = std::max(result.peak, now);
-    if (result.points.back().time == change.time) {
-      result.points.back().bytes = now;
-    } else {
-      result.points.push_back({change.time, now});
-    }
+void MemoryCurve::begin(Nanos origin) {
+  origin_ = origin;
+  start_ = peak_ = now_;
+  points_.assign(keeps_points_ ? 1 : 0, {Nanos{0}, now_});
+}
+
+void MemoryCurve::change(Nanos time, int64_t bytes) {
+  now_ += Bytes{bytes};
+  DC_CHECK(now_.value >= 0, "more bytes freed than allocated");
+  peak_ = std::max(peak_, now_);
+  if (!keeps_points_ || bytes == 0) return;
+  const Nanos at = time - origin_;
+  if (points_.back().time == at) {
+    points_.back().bytes = now_;
+  } else {
+    points_.push_back({at, now_});
   }
-  return result;
 }
 
 }  // namespace deepcompile

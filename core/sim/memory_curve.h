@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Adds up allocations that come in issue order, not in time order, into a
-// curve of bytes over simulated time. Used by the simulator.
+// Adds up allocations into a curve of bytes over simulated time and its
+// highest point. Used by the simulator. Buffers come and go when compute
+// reaches them, so times never fall.
 #pragma once
 
 #include <vector>
@@ -12,31 +13,25 @@ namespace deepcompile {
 
 class MemoryCurve {
  public:
-  explicit MemoryCurve(Bytes resident) : resident_(resident) {}
+  // With `points`, keeps the curve; otherwise the peak alone.
+  MemoryCurve(Bytes resident, bool points) : now_(resident), keeps_points_(points) {}
 
-  void allocate(Nanos time, Bytes bytes) { change(time, bytes.value); }
-  void free(Nanos time, Bytes bytes) { change(time, -bytes.value); }
+  // A new curve from here on, with times relative to `origin`.
+  void begin(Nanos origin);
 
-  // The curve, and its highest point. Changes at one time take effect in the
-  // order in which they were made, so a peak between two of them counts.
-  struct Result {
-    Bytes peak;
-    std::vector<MemoryPoint> points;
-  };
-  Result finish() &&;
+  void change(Nanos time, int64_t bytes);
+
+  Bytes now() const { return now_; }
+  Bytes start() const { return start_; }
+  // Between two changes at one time counts.
+  Bytes peak() const { return peak_; }
+  std::vector<MemoryPoint> take_points() { return std::move(points_); }
 
  private:
-  struct Change {
-    Nanos time;
-    int64_t bytes;
-  };
-
-  void change(Nanos time, int64_t bytes) {
-    if (bytes != 0) changes_.push_back({time, bytes});
-  }
-
-  Bytes resident_;
-  std::vector<Change> changes_;
+  Bytes now_, start_, peak_;
+  bool keeps_points_;
+  Nanos origin_;
+  std::vector<MemoryPoint> points_;
 };
 
 }  // namespace deepcompile

@@ -1,22 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // Discrete-event run of a step program: time, peak bytes, stalls.
 //
-// It follows the runtime's rules. One compute queue runs a section's
-// instructions in order; one link carries one transfer at a time, in issue
-// order. A gather or a reduce starts when compute has reached it and the link
-// is free, and compute goes on at once. A wait stops compute until the
-// parameter is whole, an accumulate until the reduction is done. Kernels slow
-// down by the estimator's factor for as long as a transfer runs beside them.
+// It follows the runtime's rules (StepMachine). One compute queue runs a
+// section's instructions in order. Each transfer queue (the link between
+// ranks, to the host, to the device) carries one transfer at a time, in issue
+// order: a transfer starts when compute has reached it and its queue is free,
+// and compute goes on at once. A wait stops compute until the parameter is
+// whole, an accumulate until the reduction is done, an evict or an await until
+// the copy is. Kernels slow down by the estimator's factor for as long as a
+// transfer between ranks runs beside them; copies to and from the host don't
+// slow them.
 //
 // The forward and backward sections run `accumulation` times in their order,
-// then the update once. At the start, parameters that are whole or replicated
-// are valid and sharded ones are not. The step ends when both queues are idle.
+// then the update once. What is reported is a step of the steady state: it
+// starts with what the step before left whole, deferred, on the host or still
+// in flight, and its time is that from its start to the next step's, with all
+// queues' work paid for. (Almost every program is there after one step; one
+// that is not after a few is reported as it is then.)
 //
 // Callers: the planner (is an edit worth it?), the command line, the report.
 // Deterministic: the same program and estimator give the same result.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -24,16 +29,19 @@
 #include "base/units.h"
 #include "cost/cost_model.h"
 #include "ir/program.h"
+#include "passes/environment.h"
 
 namespace deepcompile {
 
-// What one instruction did, each time it ran.
+// One piece of work of one execution of an instruction. Most have one; a
+// gather that applies a deferred update has several, one after the other.
 struct SimItem {
   uint32_t section = 0;
   uint32_t instr = 0;
   uint32_t micro_step = 0;  // which of the `accumulation` repeats; 0 in the update
+  Op op = Op::kRun;         // what was done: the instruction's own, or e.g. a deferred update
   Resource resource = Resource::kNone;
-  Nanos issue;  // when compute reached it
+  Nanos issue;  // when compute reached it; times are from the step's start
   Nanos start;  // when it began to use its resource; issue <= start <= end
   Nanos end;
   Nanos stall;  // how long compute stood still for it: waits and accumulates
@@ -47,11 +55,12 @@ struct MemoryPoint {
 };
 
 struct SimResult {
-  Nanos time;
+  Nanos time;  // from this step's start to the next one's
   Bytes peak;
-  Bytes resident;  // what is allocated at the start: shards, states, whole parameters
+  Bytes resident;  // what is there at the start: shards, states, whole parameters
   Nanos compute_busy;
   Nanos link_busy;
+  Nanos to_host_busy, to_device_busy;
   Nanos stall;                      // sum over items
   std::vector<SimItem> items;       // in issue order
   std::vector<MemoryPoint> memory;  // one point per time at which it changes; the first is at 0
@@ -60,7 +69,13 @@ struct SimResult {
 // Verifies the program first. Throws UserError if it is not valid.
 SimResult simulate(const StepProgram& program, const Estimator& estimator);
 
-// "run fwd.0", "gather embed", "norm": how reports name an instruction.
+// Time and peak alone, several times as fast: for planners that try many
+// programs. Does not verify: `program` has passed verify.
+SimSummary simulate_summary(const StepProgram& program, const Estimator& estimator);
+
+// "run fwd.0", "gather embed", "offload h.3 and 2 more": how reports name an instruction.
 std::string instr_label(const StepProgram& program, const Instr& instr);
+// The same for what one item did, e.g. "update embed" for a gather's.
+std::string item_label(const StepProgram& program, const SimItem& item);
 
 }  // namespace deepcompile

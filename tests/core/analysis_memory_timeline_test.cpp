@@ -48,11 +48,19 @@ param wide f64 1000
   EXPECT_EQ(of("wide").moments, Bytes{512 * 16});
   program.accumulation = 2;  // sums are kept in fp32
   EXPECT_EQ(of("sharded").gradient, Bytes{512 * 4});
+  EXPECT_EQ(of("sharded").local_sum, Bytes{0});
+  program.boundary = true;  // one reduction a step, of a full-size sum in fp32
+  EXPECT_EQ(of("sharded").gradient, Bytes{512 * 2});
+  EXPECT_EQ(of("sharded").local_sum, Bytes{1024 * 4});
+  EXPECT_EQ(of("frozen").local_sum, Bytes{0});
+  program.accumulation = 1;
+  EXPECT_EQ(of("sharded").local_sum, Bytes{0});
 }
 
 // Shards of a and b 256 B each, norms whole 512: 1024 B of weights. Moments 512
 // for each of the three: 1536. Base 2560. A gather takes 512, a reduction 512
-// to send and 256 to receive, a gradient 256.
+// to send and 256 to receive, a gradient 256. A single gradient of the right size
+// is sent from where it is; those of norms are copied together first.
 TEST(MemoryTimeline, AddsUpByHand) {
   const StepProgram program = two_layers_zero3();
   const MemoryTimeline timeline = memory_timeline(program);
@@ -69,12 +77,12 @@ backward 0: gather b: 6408 6408
 backward 0: wait b: 6408 6408
 backward 0: run b.b: 8372 4996
 backward 0: release b: 4996 4484
-backward 0: reduce b (g.b): 5252 4740
+backward 0: reduce b (g.b): 4740 4740
 backward 0: gather a: 5252 5252
 backward 0: wait a: 5252 5252
 backward 0: run b.a: 6292 4612
 backward 0: release a: 4612 4100
-backward 0: reduce a (g.a): 4868 4356
+backward 0: reduce a (g.a): 4356 4356
 backward 0: accumulate b: 4356 3844
 backward 0: reduce norms (g.n1, g.n0): 4612 4356
 backward 0: accumulate a: 4356 3844

@@ -139,8 +139,8 @@ const BadText kBad[] = {
     {"param w f32 4\nvalue v 4B grad=w[1]",
      "[ir] t:3:17: w has 1 members and none is number 1. Members are counted from 0."},
     {"region r speed=4 () -> ()",
-     "[ir] t:2:10: unknown attribute 'speed' of a region. Use code=, workspace=, moved=, flops= or "
-     "time=."},
+     "[ir] t:2:10: unknown attribute 'speed' of a region. Use code=, workspace=, moved=, flops=, "
+     "time=, once or checkpoint."},
     {"region r (x) -> ()",
      "[ir] t:2:11: no value or parameter is named 'x'. Define it above, or correct the name."},
     {"region r () ()", "[ir] t:2:13: found '(' where '->' belongs. Replace it."},
@@ -178,9 +178,10 @@ TEST(Text, SaysWhatIsWrongWithTheHeader) {
             "'param'. Add that line.");
   EXPECT_EQ(error_of([] { parse_program("step s world=0"); }),
             "[ir] program:1:14: world is 0. Give at least 1.");
-  EXPECT_EQ(error_of([] { parse_program("step s phase=2"); }),
-            "[ir] program:1:8: unknown header word 'phase'. Use world=, accumulation=, clip or "
-            "reduce=.");
+  EXPECT_EQ(
+      error_of([] { parse_program("step s phase=2"); }),
+      "[ir] program:1:8: unknown header word 'phase'. Use world=, accumulation=, clip, boundary "
+      "or reduce=.");
   EXPECT_EQ(error_of([] { parse_program("step s world=99999999999999999999"); }),
             "[ir] program:1:14: '99999999999999999999' is not a whole number that fits 63 bits. "
             "Write digits only.");

@@ -100,8 +100,8 @@ TEST(Verifier, ChecksStructure) {
        {"update\nend", "update\n  run b.a\nend",
         "update, instruction 1 (run b.a): does not belong in an update section. Move it to a "
         "forward, backward or inference."},
-       {"  run b.b\n", "  update a\n  run b.b\n",
-        "backward 0, instruction 1 (update a): does not belong in a backward section. Move it to "
+       {"  run b.b\n", "  defer a\n  run b.b\n",
+        "backward 0, instruction 1 (defer a): does not belong in a backward section. Move it to "
         "the update."},
        {"update\nend\n", "inference 1 (t.loss) -> ()\nend\n",
         "inference 1: input t.loss is made already, as an input of backward 0. One value has one "

@@ -102,5 +102,32 @@ TEST(LargeStep, IsReplannedInMilliseconds) {
   for (const PassRecord& each : log) EXPECT_LT(*each.time, Nanos{1'000'000'000}) << each.pass;
 }
 
+// At budgets from generous to tight: the plan is there at once, and fits.
+TEST(LargeStep, IsPlannedByAutoAtOnce) {
+  const StepProgram plain = parse_program(large_step());
+  StepProgram classical = plain;
+  run_pipeline(classical, PassRegistry::with_builtins(), {"zero3_compile"});
+  const MachineCosts costs(
+      load_machine(DEEPCOMPILE_SOURCE_DIR "/python/deepcompile/machines/4xh200.json"));
+  const SimResult before = simulate(classical, costs);
+  for (const int64_t percent : {130, 100, 60, 40}) {
+    const Bytes budget{before.peak.value / 100 * percent};
+    PipelineOptions options = planned_for(costs, budget);
+    options.clock = [] { return Nanos{std::clock() * (1'000'000'000 / CLOCKS_PER_SEC)}; };
+    StepProgram program = plain;
+    const auto log = run_pipeline(program, PassRegistry::with_builtins(), {"auto"}, options);
+    std::cout << percent << "% of the plain peak: " << print(log) << "  " << program.reasons[0].text
+              << "\n";
+    EXPECT_LE(memory_timeline(program).peak, budget);
+    const SimResult after = simulate(program, costs);
+    EXPECT_LE(after.peak, budget);
+    if (percent >= 100) {
+      EXPECT_LE(after.time, before.time);
+    }
+    // Below 100 ms when optimised; the limit leaves room for sanitizers.
+    EXPECT_LT(*log[0].time, Nanos{3'000'000'000});
+  }
+}
+
 }  // namespace
 }  // namespace deepcompile

@@ -56,8 +56,10 @@ TEST(Pipeline, ChecksContractsBeforeAnythingRuns) {
   EXPECT_EQ(error_of([&] {
               run_pipeline(program, registry, {"first", "zero4"});
             }),
-            "[passes] zero4: there is no such pass. Known passes: zero0_compile, zero3_compile, "
-            "prefetch, selective_gather, first, early.");
+            "[passes] zero4: there is no such pass. Known passes: zero0_compile, zero1_compile, "
+            "zero3_compile, rematerialize, offload_activation, offload_adam_states, "
+            "offload_adam_states_sync, prefetch, selective_gather, place_optimizer, order_link, "
+            "auto, first, early.");
   EXPECT_FALSE(ran);
   EXPECT_EQ(print(program), kTwoLayers);
 }
@@ -105,8 +107,11 @@ TEST(Registry, KeepsNamesApart) {
   EXPECT_EQ(add("my pass"),
             "[passes] 'my pass' is not a pass name. Use letters, digits and _ . : / -, and begin "
             "with a letter, a digit or _.");
-  EXPECT_EQ(registry.names(), (std::vector<std::string>{"zero0_compile", "zero3_compile",
-                                                        "prefetch", "selective_gather", "mine"}));
+  EXPECT_EQ(registry.names(),
+            (std::vector<std::string>{"zero0_compile", "zero1_compile", "zero3_compile",
+                                      "rematerialize", "offload_activation", "offload_adam_states",
+                                      "offload_adam_states_sync", "prefetch", "selective_gather",
+                                      "place_optimizer", "order_link", "auto", "mine"}));
   EXPECT_EQ(registry.get("mine").summary(), "user-defined");
   // Another engine's registry does not know it.
   EXPECT_EQ(PassRegistry::with_builtins().find("mine"), nullptr);

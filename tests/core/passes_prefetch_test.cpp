@@ -309,6 +309,28 @@ TEST(RandomPrefetch, IsNeverSlowerNorAboveTheBudget) {
 }
 
 // What one rank agreed on gives the others its order, whatever their sizes.
+TEST(Prefetch, TakesALimitASection) {
+  const UnitCost costs;
+  const StepProgram one = prefetched(kSerial, {}, {.most = {Bytes{512}}});
+  EXPECT_EQ(sections_text(one), kPrefetched);
+  const StepProgram unmoved = prefetched(kSerial, {}, {.most = {Bytes{-1}}});
+  EXPECT_EQ(sections_text(unmoved), sections_text(parse_program(kSerial)));
+  // Unlike `agreed`, a limit that does not fit the budget is lowered.
+  const StepProgram tight =
+      prefetched(kSerial, planned_for(costs, Bytes{1875}), {.most = {Bytes{512}}});
+  EXPECT_EQ(sections_text(tight), sections_text(parse_program(kSerial)));
+}
+
+// A gather applies what was deferred, so it stays behind the update or defer.
+TEST(Prefetch, GathersStayBehindTheirUpdate) {
+  const std::string text =
+      replaced(replaced(kSerial, "128 frozen", "128"), "  gather b\n", "  update b\n  gather b\n");
+  const std::string forward = replaced(replaced(text, "inference 0", "forward 0"), "release b\nend",
+                                       "release b\nend\nupdate\n  update a\n  defer b\nend");
+  const std::string out = sections_text(prefetched(forward, {}));
+  EXPECT_LT(out.find("update b"), out.find("gather b")) << out;
+}
+
 TEST(RandomPrefetch, KeepsTheOrderWhateverTimesSizesAndBudgets) {
   for (uint32_t seed = 0; seed < 200; ++seed) {
     const StepProgram plain = random_zero3(seed);

@@ -4,6 +4,8 @@
 // accumulation 10. Each parameter of kTwoLayers is 512 B when whole.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "analysis/memory_timeline.h"
 #include "ir/verifier.h"
 #include "passes/selective_gather.h"
@@ -178,6 +180,38 @@ TEST(SelectiveGather, PrefersTimeSavedPerByte) {
   const StepProgram reserved =
       kept(before, planned_for(costs, room + Bytes{4096}), {.reserve = Bytes{4096}});
   EXPECT_EQ(sections_text(reserved), text);
+}
+
+TEST(SelectiveGather, KeepsWhatIsNamed) {
+  const UnitCost costs;
+  const StepProgram plain = two_layers_zero3();
+  const std::vector<Gap> gaps = find_gaps(plain, costs);
+  ASSERT_EQ(gaps.size(), 4u);  // of a and b: from forward to backward, and over the update
+  EXPECT_EQ(gaps[0].saved, Nanos{512});
+  EXPECT_EQ(gaps[1].saved, Nanos{0});
+  // Whatever the budget; names of gaps that are not there count for nothing.
+  const StepProgram program = kept(plain, planned_for(costs, Bytes{1}),
+                                   {.keep = std::vector<GapId>{gaps[0].id, {ParamId{1}, 7}}});
+  EXPECT_EQ(releases(program), 3u);
+  EXPECT_EQ(reasons_for(program, "selective_gather", "a"),
+            std::vector<std::string>{"kept whole from forward 0 to backward 0: saves 512 ns of "
+                                     "gathers a step for 512 B"});
+}
+
+// Between a forward's release and the next section's gather, an update makes
+// the buffer stale: the gather stays, and only other micro batches save it.
+TEST(SelectiveGather, AnUpdateInTheGapMakesItStale) {
+  const UnitCost costs;
+  std::string text = print(two_layers_zero3());
+  text =
+      replaced(text, "  run f.b\n", "  run f.b\n  release b\n  update b\n  gather b\n  wait b\n");
+  text = replaced(text, "  update b\n  update norms", "  defer b\n  update norms");
+  // Not a valid place for an update, but gaps do not depend on that.
+  const auto gaps = find_gaps(parse_program(text), costs);
+  const auto stale =
+      std::find_if(gaps.begin(), gaps.end(), [](const Gap& gap) { return gap.updated; });
+  ASSERT_NE(stale, gaps.end());
+  EXPECT_EQ(stale->saved, Nanos{0});
 }
 
 TEST(SelectiveGather, SaysWhatItLacks) {

@@ -150,7 +150,7 @@ TEST(Plan, ParserNamesTheDefect) {
                "sections[2].instrs[0].op: unknown instruction \"morn\"");
   expect_error(edited("\"param\":1", "\"param\":9", text), "index 9 is outside the table");
   expect_error(edited("\"kind\": \"update\"", "\"kind\": \"upside\"", text), "unknown kind");
-  expect_error(edited("\"version\": 1", "\"version\": 2", text), "reads version 1, not 2");
+  expect_error(edited("\"version\": 2", "\"version\": 3", text), "reads version 2, not 3");
   // A change that is well formed is found by the hash.
   expect_error(edited("\"clip\": true", "\"clip\": false", text), "hash: is ");
 }

@@ -20,8 +20,7 @@ inline PipelineOptions planned_for(const Estimator& costs,
   options.environment.memory_budget = budget;
   options.environment.estimator = &costs;
   options.environment.simulate = [&costs](const StepProgram& program) {
-    const SimResult result = simulate(program, costs);
-    return SimSummary{result.time, result.peak};
+    return simulate_summary(program, costs);
   };
   return options;
 }

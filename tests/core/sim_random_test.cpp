@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <map>
+#include <optional>
 #include <set>
+#include <utility>
 
 #include "analysis/critical_path.h"
+#include "analysis/liveness.h"
 #include "analysis/memory_timeline.h"
 #include "passes/pipeline.h"
 #include "plan/plan.h"
@@ -29,9 +32,135 @@ StepProgram planned(uint32_t seed) {
   return program;
 }
 
-TEST(RandomSimulations, ResourcesDoOneThingAtATime) {
+// The plan with some updates deferred, some states and saved values moved to
+// the host and back, gradients summed locally or not: all that a step may hold.
+class Decorator {
+ public:
+  explicit Decorator(uint32_t seed) : random_(seed), program_(planned(seed)) {
+    program_.boundary = chance(3);
+    const Liveness liveness = analyze_liveness(program_);
+    for (size_t s = 0; s < program_.sections.size(); ++s) {
+      Section& section = program_.sections[s];
+      if (section.kind == SectionKind::kUpdate) decorate_update(section);
+      if (section.kind == SectionKind::kForward) {
+        offload(section, program_.find_section(SectionKind::kBackward, section.graph),
+                liveness.sections[s].saved);
+      }
+    }
+  }
+
+  StepProgram take() { return std::move(program_); }
+
+ private:
+  bool chance(int64_t n) { return pick(random_, 1, n) == 1; }
+
+  void decorate_update(Section& section) {
+    std::vector<Instr> out;
+    for (Instr instr : section.instrs) {
+      if (instr.op != Op::kUpdate) {
+        out.push_back(instr);
+        continue;
+      }
+      const auto states = [&](Op op) { out.push_back({op, instr.param, std::nullopt, {}}); };
+      const bool moves = chance(2), late = chance(2);
+      if (can_defer(*instr.param) && chance(2)) instr.op = Op::kDefer;
+      if (moves && late) states(Op::kReloadStates);
+      if (moves && late) states(Op::kAwaitStates);
+      out.push_back(instr);
+      if (moves) states(Op::kOffloadStates);
+      if (moves) states(Op::kEvictStates);
+    }
+    section.instrs = std::move(out);
+  }
+
+  // Only if the next step gathers it before it has another gradient.
+  bool can_defer(ParamId id) const {
+    if (program_.param(id).placement != Placement::kSharded) return false;
+    for (const Section& section : program_.sections) {
+      if (section.kind == SectionKind::kUpdate) continue;
+      for (const Instr& instr : section.instrs) {
+        if (instr.param != id) continue;
+        if (instr.op == Op::kGather || instr.op == Op::kReduce) return instr.op == Op::kGather;
+      }
+    }
+    return false;
+  }
+
+  void offload(Section& section, std::optional<SectionId> backward,
+               const std::vector<ValueId>& saved) {
+    Instr instr{Op::kOffload, std::nullopt, std::nullopt, {}};
+    for (ValueId id : saved) {
+      if (chance(2) && !is_callers(id)) instr.values.push_back(id);
+    }
+    if (instr.values.empty()) return;
+    const auto with = [&](Op op) {
+      instr.op = op;
+      return instr;
+    };
+    section.instrs.push_back(with(Op::kOffload));
+    section.instrs.push_back(with(Op::kEvict));
+    auto& instrs = program_.sections[index(*backward)].instrs;
+    instrs.insert(instrs.begin(), {with(Op::kReload), with(Op::kAwait)});
+  }
+
+  bool is_callers(ValueId id) const {
+    const auto has = [&](const std::vector<ValueId>& ids) {
+      return std::find(ids.begin(), ids.end(), id) != ids.end();
+    };
+    return std::any_of(program_.sections.begin(), program_.sections.end(),
+                       [&](const Section& each) { return has(each.inputs) || has(each.outputs); });
+  }
+
+  std::mt19937 random_;
+  StepProgram program_;
+};
+
+StepProgram decorated(uint32_t seed) {
+  return Decorator(seed).take();
+}
+
+TEST(RandomSimulations, AgreeWithTheTimelineWhateverAPlanDoes) {
+  int deferred = 0, copied = 0;
   for (uint32_t seed = 0; seed < kSeeds; ++seed) {
-    const StepProgram program = planned(seed);
+    const StepProgram program = decorated(seed);
+    UnitCost costs;
+    costs.slowdown = 1 + 0.25 * (seed % 4);
+    const SimResult result = simulate(program, costs);
+    const MemoryTimeline timeline = memory_timeline(program);
+    ASSERT_EQ(result.peak, timeline.peak) << seed;
+    ASSERT_EQ(timeline.at_peak.total(), timeline.peak) << seed;
+    ASSERT_EQ(memory_peak(program), timeline.peak) << seed;
+    ASSERT_EQ(result.memory.back().bytes, result.resident) << seed;
+    ASSERT_EQ(result.memory.front().time, Nanos{0}) << seed;
+    for (const MemoryAt& point : timeline.points) {
+      ASSERT_LE(point.after, point.during) << seed;
+      ASSERT_LE(point.during, timeline.peak) << seed;
+    }
+    const SimSummary summary = simulate_summary(program, costs);
+    ASSERT_EQ(summary.time, result.time) << seed;
+    ASSERT_EQ(summary.peak, result.peak) << seed;
+    for (Nanos busy : {result.compute_busy + result.stall, result.link_busy, result.to_host_busy,
+                       result.to_device_busy}) {
+      ASSERT_LE(busy, result.time) << seed;
+    }
+    copied += result.to_host_busy > Nanos{0} ? 1 : 0;
+    for (const SimItem& item : result.items) {
+      const Op op = program.sections[item.section].instrs[item.instr].op;
+      deferred += op == Op::kGather && item.op == Op::kUpdate ? 1 : 0;
+    }
+    StepProgram once = program;
+    once.accumulation = 1;
+    const CriticalPath path = critical_path(
+        once, [&](const Section&, const Instr& instr) { return costs.duration(once, instr); });
+    ASSERT_LE(path.length, simulate(once, costs).time) << seed;
+  }
+  EXPECT_GT(deferred, 50);
+  EXPECT_GT(copied, 50);
+}
+
+TEST(RandomSimulations, ResourcesDoOneThingAtATime) {
+  for (uint32_t seed = 0; seed < 2 * kSeeds; ++seed) {
+    const StepProgram program = seed < kSeeds ? planned(seed) : decorated(seed);
     UnitCost costs;
     costs.slowdown = 1 + 0.25 * (seed % 4);
     const SimResult result = simulate(program, costs);
@@ -49,6 +178,8 @@ TEST(RandomSimulations, ResourcesDoOneThingAtATime) {
     }
     ASSERT_EQ(busy[Resource::kCompute], result.compute_busy) << seed;
     ASSERT_EQ(busy[Resource::kLink], result.link_busy) << seed;
+    ASSERT_EQ(busy[Resource::kToHost], result.to_host_busy) << seed;
+    ASSERT_EQ(busy[Resource::kToDevice], result.to_device_busy) << seed;
     // Compute either works or stands still; then the link may go on.
     ASSERT_EQ(stall, result.stall) << seed;
     const Nanos compute = result.compute_busy + result.stall;

@@ -100,6 +100,8 @@ TEST(Simulator, GatheringWhatIsWholeCostsNothing) {
   gather b
   wait b
   run fb
+  release a
+  release b
 )"),
                                     UnitCost());
   EXPECT_EQ(result.link_busy, Nanos{1024});
@@ -219,21 +221,6 @@ end
   EXPECT_EQ(item_of(program, result, "accumulate b").stall, Nanos{212});
   EXPECT_EQ(item_of(program, result, "accumulate a").stall, Nanos{502});
   EXPECT_EQ(result.time, Nanos{1534});
-}
-
-TEST(Simulator, AStepEndsWhenTheLinkIsIdle) {
-  const StepProgram program = parse_program(R"(
-step t world=2
-param a f32 128 frozen
-value x 8B
-value y 8B
-region f time=100ns (x) -> (y)
-inference 0 (x) -> (y)
-  gather a
-  run f
-end
-)");
-  EXPECT_EQ(simulate(program, UnitCost()).time, Nanos{512});
 }
 
 TEST(Simulator, ComputeAloneNeedsNoTransfers) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // A machine on which expected times can be worked out by hand: the link moves
-// 1 byte a ns whatever the number of ranks, regions take their stated time,
-// and the rest has fixed costs.
+// 1 byte a ns whatever the number of ranks, as does each direction of the host
+// link, regions take their stated time, and the rest has fixed costs.
 #pragma once
 
 #include "analysis/footprint.h"
@@ -14,7 +14,9 @@ class UnitCost final : public Estimator {
   Nanos accumulate{10};
   Nanos norm{20};
   Nanos update{50};
+  Nanos sum{15};  // of a rank's own gradients
   double slowdown = 1;
+  int64_t host_rate = 1;  // bytes a ns, to the host and back
 
   Nanos duration(const StepProgram& program, const Instr& instr) const override {
     switch (instr.op) {
@@ -30,10 +32,20 @@ class UnitCost final : public Estimator {
         return norm;
       case Op::kUpdate:
         return update;
+      case Op::kOffloadStates:
+      case Op::kReloadStates:
+        return {footprint(program, *instr.param).states().value / host_rate};
+      case Op::kOffload:
+      case Op::kReload: {
+        Nanos time;
+        for (ValueId id : instr.values) time += Nanos{program.value(id).bytes.value};
+        return {time.value / host_rate};
+      }
       default:
         return {0};
     }
   }
+  Nanos local_sum(const StepProgram&, ParamId) const override { return sum; }
   double compute_slowdown(const StepProgram&) const override { return slowdown; }
 };
 

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cost/measured_costs.h"
+
+#include "analysis/footprint.h"
+#include "base/error.h"
+
+namespace deepcompile {
+
+void MeasuredCosts::check(const StepProgram& program) const {
+  if (program.world == table_.world) return;
+  throw UserError("[cost] cost table: was measured with " + std::to_string(table_.world) +
+                  " ranks, the program is for " + std::to_string(program.world) +
+                  ". Measure with as many, or use the machine description alone.");
+}
+
+Nanos MeasuredCosts::duration(const StepProgram& program, const Instr& instr) const {
+  check(program);
+  const std::optional<Nanos> time = measured(program, instr);
+  return time ? *time : MachineCosts::duration(program, instr);
+}
+
+double MeasuredCosts::compute_slowdown(const StepProgram& program) const {
+  check(program);
+  if (program.world > 1 && table_.compute_slowdown) return *table_.compute_slowdown;
+  return MachineCosts::compute_slowdown(program);
+}
+
+std::optional<Nanos> MeasuredCosts::measured(const StepProgram& program, const Instr& instr) const {
+  switch (instr.op) {
+    case Op::kRun:
+      return run_time(program.region(*instr.region));
+    case Op::kGather:
+      if (program.world == 1) return std::nullopt;
+      return at(CurveKind::kGather, program.full_bytes(*instr.param));
+    case Op::kReduce:
+      return reduce_time(program, *instr.param);
+    case Op::kAccumulate:
+      return at(CurveKind::kAccumulate, footprint(program, *instr.param).reduction_result);
+    case Op::kNorm:
+      return at(CurveKind::kNorm, norm_bytes(program));
+    case Op::kUpdate: {
+      const bool all = program.param(*instr.param).placement == Placement::kReplicated;
+      return at(CurveKind::kUpdate,
+                all ? program.full_bytes(*instr.param) : program.shard_bytes(*instr.param));
+    }
+    case Op::kOffloadStates:
+      return states_time(CurveKind::kToHost, program, *instr.param);
+    case Op::kReloadStates:
+      return states_time(CurveKind::kToDevice, program, *instr.param);
+    case Op::kOffload:
+      return values_time(CurveKind::kToHost, program, instr);
+    case Op::kReload:
+      return values_time(CurveKind::kToDevice, program, instr);
+    default:
+      return std::nullopt;
+  }
+}
+
+std::optional<Nanos> MeasuredCosts::run_time(const Region& region) const {
+  if (!region.time) return std::nullopt;
+  return *region.time + table_.run_overhead.value_or(Nanos{0});
+}
+
+// A replicated parameter's gradient comes back whole: a gather after it.
+std::optional<Nanos> MeasuredCosts::reduce_time(const StepProgram& program, ParamId id) const {
+  if (program.world == 1) return std::nullopt;
+  const Bytes whole = footprint(program, id).reduction_input;
+  const std::optional<Nanos> scatter = at(CurveKind::kReduce, whole);
+  if (program.param(id).placement != Placement::kReplicated) return scatter;
+  const std::optional<Nanos> gather = at(CurveKind::kGather, whole);
+  if (!scatter || !gather) return std::nullopt;
+  return *scatter + *gather;
+}
+
+// Both moments, and the master copy if there is one, each a tensor.
+std::optional<Nanos> MeasuredCosts::states_time(CurveKind kind, const StepProgram& program,
+                                                ParamId id) const {
+  const ParamFootprint of = footprint(program, id);
+  std::optional<Nanos> time = at(kind, Bytes{of.moments.value / 2});
+  if (!time) return std::nullopt;
+  *time = *time * 2;
+  if (of.master.value > 0) *time += *at(kind, of.master);
+  return time;
+}
+
+std::optional<Nanos> MeasuredCosts::values_time(CurveKind kind, const StepProgram& program,
+                                                const Instr& instr) const {
+  if (table_.curve(kind).empty()) return std::nullopt;
+  Nanos time;
+  for (ValueId id : instr.values) time += table_.curve(kind).at(program.value(id).bytes);
+  return time;
+}
+
+std::optional<Nanos> MeasuredCosts::at(CurveKind kind, Bytes bytes) const {
+  const Curve& curve = table_.curve(kind);
+  if (curve.empty()) return std::nullopt;
+  return curve.at(bytes);
+}
+
+}  // namespace deepcompile

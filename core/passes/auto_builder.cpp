@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "passes/auto_builder.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "base/error.h"
+#include "passes/offload_activation.h"
+#include "passes/offload_adam_states.h"
+#include "passes/order_link.h"
+#include "passes/prefetch.h"
+#include "passes/rematerialize.h"
+#include "passes/selective_gather.h"
+#include "passes/zero0_compile.h"
+#include "passes/zero1_compile.h"
+#include "passes/zero3_compile.h"
+
+namespace deepcompile {
+namespace {
+
+// More than any machine has; far enough from overflow.
+constexpr Bytes kNoBudget{std::numeric_limits<int64_t>::max() / 4};
+
+void run_pass(const Pass& pass, StepProgram& program, const PassEnvironment& environment) {
+  PassContext context(program, std::string(pass.name()), environment);
+  pass.run(program, context);
+}
+
+bool placed(const StepProgram& program, Placement placement) {
+  return std::any_of(program.params.begin(), program.params.end(),
+                     [&](const Param& param) { return param.placement == placement; });
+}
+
+void run_classical(StepProgram& program, const PassEnvironment& environment) {
+  const std::string name = classical_pass(program);
+  if (name == "zero0_compile") {
+    run_pass(Zero0Compile(), program, environment);
+  } else if (name == "zero1_compile") {
+    run_pass(Zero1Compile(), program, environment);
+  } else {
+    run_pass(Zero3Compile(), program, environment);
+  }
+}
+
+// Trials build the recomputation without the pass's measurements.
+void recompute_quickly(const std::vector<RecomputableGraph>& graphs,
+                       const std::vector<RegionId>& regions, StepProgram& program) {
+  std::vector<bool> named(program.regions.size(), false);
+  for (RegionId id : regions) named[index(id)] = true;
+  std::vector<Recomputation> plans;
+  for (const RecomputableGraph& graph : graphs) {
+    std::vector<bool> chosen;
+    for (size_t run = 0; run < graph.runs.size(); ++run) {
+      chosen.push_back(named[index(graph.runs[run])] && graph.allowed[run]);
+    }
+    plans.push_back(plan_recomputation(program, graph, chosen));
+  }
+  for (size_t g = 0; g < graphs.size(); ++g) {
+    place_recomputation(graphs[g], plans[g], true, &program);
+  }
+}
+
+void run_recompute(const AutoChoice& choice, StepProgram& program, PassEnvironment environment) {
+  if (choice.recompute.empty()) return;
+  environment.memory_budget = std::nullopt;  // as in trials, whatever it comes to
+  run_pass(Rematerialize({.recompute = choice.recompute}), program, environment);
+}
+
+// Copies come in as early as the budget allows: here, a part of it.
+PassEnvironment with_spare(const AutoChoice& choice, PassEnvironment environment) {
+  *environment.memory_budget -= choice.spare;
+  return environment;
+}
+
+void run_offload_values(const AutoChoice& choice, StepProgram& program,
+                        const PassEnvironment& environment) {
+  if (!choice.offload_values.empty()) {
+    run_pass(OffloadActivation({.values = choice.offload_values}), program,
+             with_spare(choice, environment));
+  }
+}
+
+void run_place(const AutoChoice& choice, StepProgram& program, const PassEnvironment& environment) {
+  if (choice.place == Place::kStep) return;
+  run_pass(PlaceOptimizer({.place = choice.place, .ahead = choice.ahead}), program, environment);
+}
+
+// After place_optimizer: the moves stand around the updates, wherever those are.
+void run_offload_states(const AutoChoice& choice, StepProgram& program,
+                        const PassEnvironment& environment) {
+  if (choice.offload_states.empty()) return;
+  run_pass(OffloadAdamStates({.params = choice.offload_states}), program,
+           with_spare(choice, environment));
+}
+
+bool keeps(const AutoChoice& choice) {
+  return !choice.keep || !choice.keep->empty();
+}
+
+void run_keep(const AutoChoice& choice, StepProgram& program, const PassEnvironment& environment) {
+  if (!keeps(choice)) return;
+  run_pass(SelectiveGather({.reserve = choice.reserve, .keep = choice.keep}), program, environment);
+}
+
+void run_prefetch(const AutoChoice& choice, StepProgram& program,
+                  const PassEnvironment& environment) {
+  if (!choice.limits.empty()) {
+    run_pass(Prefetch({.most = choice.limits, .any_order = true}), program, environment);
+  } else if (choice.prefetch) {
+    run_pass(Prefetch({.ahead = *choice.prefetch, .any_order = true}), program, environment);
+  }
+}
+
+bool same_memory(const AutoChoice& a, const AutoChoice& b) {
+  return a.recompute == b.recompute && a.offload_values == b.offload_values &&
+         a.offload_states == b.offload_states && a.place == b.place && a.ahead == b.ahead &&
+         a.spare == b.spare;
+}
+
+SectionInstrs instrs_of(const StepProgram& program) {
+  SectionInstrs out;
+  for (const Section& section : program.sections) out.push_back(section.instrs);
+  return out;
+}
+
+}  // namespace
+
+std::string classical_pass(const StepProgram& program) {
+  if (placed(program, Placement::kSharded)) return "zero3_compile";
+  return placed(program, Placement::kWhole) ? "zero1_compile" : "zero0_compile";
+}
+
+AutoBuilder::AutoBuilder(const StepProgram& plain, PassEnvironment environment)
+    : environment_(std::move(environment)), classical_(plain) {
+  DC_CHECK(environment_.estimator != nullptr && environment_.simulate, "auto needs a machine");
+  trial_environment_ = environment_;
+  trial_environment_.simulate = nullptr;
+  trial_environment_.reasons = false;
+  if (!trial_environment_.memory_budget) trial_environment_.memory_budget = kNoBudget;
+  run_classical(classical_, trial_environment_);
+  scratch_ = classical_;
+  graphs_ = recomputable_graphs(classical_);
+  classical_instrs_ = memory_instrs_ = instrs_of(classical_);
+}
+
+void AutoBuilder::restore(const SectionInstrs& instrs) {
+  for (size_t s = 0; s < instrs.size(); ++s) scratch_.sections[s].instrs = instrs[s];
+}
+
+void AutoBuilder::memory_stage(const AutoChoice& choice) {
+  if (same_memory(choice, memory_choice_)) return restore(memory_instrs_);
+  restore(classical_instrs_);
+  if (!choice.recompute.empty()) recompute_quickly(graphs_, choice.recompute, scratch_);
+  run_offload_values(choice, scratch_, trial_environment_);
+  run_place(choice, scratch_, trial_environment_);
+  run_offload_states(choice, scratch_, trial_environment_);
+  memory_instrs_ = instrs_of(scratch_);
+  memory_choice_ = choice;
+}
+
+Trial AutoBuilder::measure(const AutoChoice& choice) {
+  Trial trial;
+  try {
+    memory_stage(choice);
+  } catch (const UserError&) {
+    trial.peak = kNoBudget;
+    trial.time = Nanos{std::numeric_limits<int64_t>::max()};
+    return trial;
+  }
+  bool fits = true;
+  try {  // these refuse programs above the budget, and leave them as they are
+    run_keep(choice, scratch_, trial_environment_);
+    run_prefetch(choice, scratch_, trial_environment_);
+    if (choice.order_simulations > 0) {
+      PassEnvironment environment = trial_environment_;
+      environment.simulate = environment_.simulate;
+      run_pass(OrderLink({.simulations = choice.order_simulations}), scratch_, environment);
+    }
+  } catch (const UserError&) {
+    fits = false;
+  }
+  ++simulations_;
+  const SimSummary summary = environment_.simulate(scratch_);
+  trial.time = summary.time;
+  trial.peak = summary.peak;
+  if (fits && summary.peak <= budget()) {
+    trial.peak = std::max(trial.peak, memory_timeline(scratch_).peak);
+    trial.fits = trial.peak <= budget();
+  } else if (!fits) {
+    trial.peak = std::max(trial.peak, budget() + Bytes{1});
+  }
+  return trial;
+}
+
+Bytes AutoBuilder::peak_of_memory_choices(const AutoChoice& choice) {
+  try {
+    memory_stage(choice);
+  } catch (const UserError&) {
+    return kNoBudget;
+  }
+  return memory_timeline(scratch_).peak;
+}
+
+AutoChoice AutoBuilder::spelled_out(const AutoChoice& choice) {
+  AutoChoice out = choice;
+  if (choice.limits.empty()) {
+    out.limits.assign(classical_.sections.size(), choice.prefetch.value_or(Bytes{-1}));
+    out.prefetch = std::nullopt;
+  }
+  if (choice.keep) return out;
+  try {
+    memory_stage(choice);
+    out.keep = gaps_worth_closing(scratch_, trial_environment_, {.reserve = choice.reserve});
+  } catch (const UserError&) {
+    out.keep = std::vector<GapId>{};  // above the budget: nothing is kept
+  }
+  out.reserve = {};
+  return out;
+}
+
+std::vector<Gap> AutoBuilder::gaps(const AutoChoice& choice) {
+  try {
+    memory_stage(choice);
+  } catch (const UserError&) {
+    return {};
+  }
+  return find_gaps(scratch_, *environment_.estimator);
+}
+
+void AutoBuilder::apply(const AutoChoice& choice, StepProgram& program) const {
+  PassEnvironment environment = environment_;
+  environment.simulate = nullptr;
+  environment.memory_budget = budget();
+  run_classical(program, environment);
+  run_recompute(choice, program, environment);
+  run_offload_values(choice, program, environment);
+  run_place(choice, program, environment);
+  run_offload_states(choice, program, environment);
+  run_keep(choice, program, environment);
+  run_prefetch(choice, program, environment);
+  if (choice.order_simulations == 0) return;
+  environment.simulate = environment_.simulate;
+  run_pass(OrderLink({.simulations = choice.order_simulations}), program, environment);
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// Makes plans of choices: runs the passes, with explicit options, on a copy of
+// the program, and asks the simulator. `auto` and next_best try choices by it.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "passes/auto_choice.h"
+#include "passes/optimizer_placement.h"
+#include "passes/pass.h"
+#include "passes/recomputation.h"
+
+namespace deepcompile {
+
+class AutoBuilder {
+ public:
+  // `plain` is compute-only and timed, and outlives this; the environment has an
+  // estimator and a simulator. Runs the classical pass of the placements:
+  // zero0_compile, zero1_compile or zero3_compile.
+  AutoBuilder(const StepProgram& plain, PassEnvironment environment);
+
+  const StepProgram& classical() const { return classical_; }
+  Bytes budget() const { return *trial_environment_.memory_budget; }
+  const PassEnvironment& environment() const { return environment_; }
+  int simulations() const { return simulations_; }  // so far
+  bool early_updates() const { return environment_.early_updates && !classical_.clip; }
+
+  // Never throws for a choice that does not work or fit: the trial says so.
+  Trial measure(const AutoChoice& choice);
+  // Only what recomputation and offload leave, without keeping or prefetch;
+  // not simulated. For finding how much must go.
+  Bytes peak_of_memory_choices(const AutoChoice& choice);
+
+  // The choice with its gaps and limits spelled out, as measure takes them.
+  AutoChoice spelled_out(const AutoChoice& choice);
+  // The gaps that a choice's program has before any is closed.
+  std::vector<Gap> gaps(const AutoChoice& choice);
+
+  // The program of the last question, as far as that built it.
+  const StepProgram& last() const { return scratch_; }
+
+  // Makes `program`, a copy of `plain`, the plan, with the passes' reasons.
+  void apply(const AutoChoice& choice, StepProgram& program) const;
+
+ private:
+  void restore(const SectionInstrs& instrs);
+  void memory_stage(const AutoChoice& choice);
+
+  PassEnvironment environment_;        // the caller's
+  PassEnvironment trial_environment_;  // without simulator and reasons
+  StepProgram classical_;
+  StepProgram scratch_;
+  SectionInstrs classical_instrs_;
+  std::vector<RecomputableGraph> graphs_;  // of the classical program
+  // The last memory stage: trials in a row mostly share it.
+  AutoChoice memory_choice_;
+  SectionInstrs memory_instrs_;
+  int simulations_ = 0;
+};
+
+// The classical pass for the program's placements, by name.
+std::string classical_pass(const StepProgram& program);
+
+}  // namespace deepcompile

@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "passes/auto_choice.h"
+
+#include <sstream>
+#include <tuple>
+
+namespace deepcompile {
+namespace {
+
+std::string counted(size_t count, const std::string& what) {
+  return std::to_string(count) + " " + what + (count == 1 ? "" : "s");
+}
+
+}  // namespace
+
+bool better(const Trial& a, const Trial& b) {
+  if (a.fits != b.fits) return a.fits;
+  if (!a.fits) return std::tuple(a.peak, a.time) < std::tuple(b.peak, b.time);
+  return std::tuple(a.time, a.peak) < std::tuple(b.time, b.peak);
+}
+
+std::string describe(const AutoChoice& choice) {
+  std::string text = counted(choice.recompute.size(), "region") + " recomputed, " +
+                     counted(choice.offload_values.size(), "activation") + " and the states of " +
+                     counted(choice.offload_states.size(), "parameter") +
+                     " offloaded, updates in " + std::string(to_string(choice.place));
+  if (choice.place == Place::kNextForward) text += " " + counted(choice.ahead, "run") + " ahead";
+  text += choice.keep ? ", " + counted(choice.keep->size(), "gap") + " closed"
+                      : ", gaps closed up to the budget less " + pretty(choice.reserve);
+  if (choice.prefetch) text += ", gathers up to " + pretty(*choice.prefetch) + " ahead";
+  for (size_t s = 0; s < choice.limits.size(); ++s) {
+    text += (s == 0 ? ", gathers ahead by section " : " ");
+    text += choice.limits[s] < Bytes{0} ? "-" : to_string(choice.limits[s]);
+  }
+  return text;
+}
+
+std::string print_levels(const AutoChoice& choice) {
+  const auto text_of = [](Bytes limit) {
+    return limit < Bytes{0} ? std::string("-") : to_string(limit);
+  };
+  std::string text = "levels: spare=" + to_string(choice.spare) +
+                     " ahead=" + std::to_string(choice.ahead) +
+                     " order=" + std::to_string(choice.order_simulations);
+  if (choice.prefetch) text += " prefetch=" + text_of(*choice.prefetch);
+  for (size_t s = 0; s < choice.limits.size(); ++s) {
+    text += (s == 0 ? " limits=" : ",") + text_of(choice.limits[s]);
+  }
+  return text;
+}
+
+void read_levels(const std::string& text, AutoChoice* choice) {
+  if (!text.starts_with("levels: ")) return;
+  choice->limits.clear();
+  std::istringstream words(text.substr(8));
+  for (std::string word; words >> word;) {
+    const size_t equals = word.find('=');
+    const std::string key = word.substr(0, equals), value = word.substr(equals + 1);
+    if (key == "spare") choice->spare = parse_bytes(value);
+    if (key == "ahead") choice->ahead = std::stoi(value);
+    if (key == "order") choice->order_simulations = std::stoi(value);
+    if (key == "prefetch") choice->prefetch = parse_bytes(value);
+    if (key != "limits") continue;
+    std::istringstream limits(value);
+    for (std::string each; std::getline(limits, each, ',');) {
+      choice->limits.push_back(each == "-" ? Bytes{-1} : parse_bytes(each));
+    }
+  }
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "passes/auto_plan.h"
+
+#include <algorithm>
+#include <string>
+#include <utility>
+
+#include "base/error.h"
+#include "passes/auto_search.h"
+#include "passes/placement.h"
+
+namespace deepcompile {
+namespace {
+
+// Programs with no more forward runs, and no more instructions, are searched
+// region by region.
+constexpr size_t kSmallRuns = 12;
+constexpr size_t kSmallInstrs = 400;
+// Simulations of order_link: for small programs, and for others.
+constexpr int kOrderSmall = 16, kOrderLarge = 4;
+
+size_t count_instrs(const StepProgram& program) {
+  size_t count = 0;
+  for (const Section& section : program.sections) count += section.instrs.size();
+  return count;
+}
+
+size_t count_forward_runs(const StepProgram& plain) {
+  size_t count = 0;
+  for (const Section& section : plain.sections) {
+    if (section.kind == SectionKind::kForward) count += section.instrs.size();
+  }
+  return count;
+}
+
+void check(const StepProgram& program, const PassEnvironment& environment) {
+  check_compute_only(program, "auto");
+  if (environment.estimator == nullptr || !environment.simulate) {
+    throw UserError(
+        "[passes] auto: plans by simulated time, and has no machine to simulate. Give it one.");
+  }
+}
+
+[[noreturn]] void fail_budget(const Found& classical, const Found& smallest, Bytes budget) {
+  throw UserError(
+      "[passes] auto: no plan fits the memory budget of " + pretty(budget) +
+      ": the plain plan needs " + pretty(classical.trial.peak) +
+      ", and the smallest peak found is " + pretty(smallest.trial.peak) + " (" +
+      describe(smallest.choice) + "), " + pretty(smallest.trial.peak - budget) +
+      " too much. Raise memory_budget, shard over more ranks, or use a smaller batch or sequence.");
+}
+
+Found search(AutoBuilder& builder, const StepProgram& plain, int simulations, Found* classical) {
+  const MemoryMenu menu(builder.classical(), *builder.environment().estimator);
+  LevelSearch levels(builder, menu, simulations);
+  Found best = levels.run();
+  *classical = levels.classical();
+  const bool small =
+      count_forward_runs(plain) <= kSmallRuns && count_instrs(builder.classical()) <= kSmallInstrs;
+  if (small) {
+    best = toggle_search(builder, menu, {best, *classical}, simulations - builder.simulations());
+  }
+  if (!best.trial.fits) return best;
+  AutoChoice ordered = best.choice;
+  ordered.order_simulations = small ? kOrderSmall : kOrderLarge;
+  const Trial trial = builder.measure(ordered);
+  if (better(trial, best.trial)) best = {std::move(ordered), trial};
+  return best;
+}
+
+// Plans that are not faster than the classical one are not worth their memory.
+void prefer_classical(const Found& classical, Found* best) {
+  if (!classical.trial.fits || classical.trial.time > best->trial.time) return;
+  *best = classical;
+}
+
+void explain(const AutoBuilder& builder, const Found& classical, const Found& best,
+             PassContext& context) {
+  const auto& budget = context.environment().memory_budget;
+  std::string text = "step " + pretty(classical.trial.time) + " -> " + pretty(best.trial.time) +
+                     ", peak " + pretty(classical.trial.peak) + " -> " + pretty(best.trial.peak);
+  if (budget) text += " of " + pretty(*budget);
+  if (!classical.trial.fits) text += "; the plain plan does not fit the budget";
+  context.because(text + "; " + std::to_string(builder.simulations()) + " plans simulated");
+  context.because("chosen: " + classical_pass(builder.classical()) + ", " + describe(best.choice));
+  context.because(print_levels(best.choice));
+}
+
+}  // namespace
+
+Contract AutoPlan::contract() const {
+  return {.needs = {},
+          .provides = {Fact::kGathersPlaced, Fact::kReductionsPlaced, Fact::kUpdatesPlaced},
+          .conflicts = {Fact::kGathersPlaced, Fact::kReductionsPlaced, Fact::kUpdatesPlaced}};
+}
+
+void AutoPlan::run(StepProgram& program, PassContext& context) const {
+  check(program, context.environment());
+  AutoBuilder builder(program, context.environment());
+  const int simulations =
+      options_.simulations > 0 ? options_.simulations : simulations_for(builder.classical());
+  Found classical;
+  Found best = search(builder, program, simulations, &classical);
+  if (!best.trial.fits) fail_budget(classical, best, builder.budget());
+  prefer_classical(classical, &best);
+  explain(builder, classical, best, context);
+  builder.apply(best.choice, program);
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "passes/auto_search.h"
+
+#include <algorithm>
+#include <type_traits>
+#include <utility>
+
+namespace deepcompile {
+namespace {
+
+// A search may cost about this many instructions simulated.
+constexpr size_t kWork = 200'000;
+constexpr size_t kFewest = 22, kMost = 6000;
+// With more simulations than this, all recipes are tried; else only so many,
+// unless none fits.
+constexpr int kPlenty = 100;
+constexpr size_t kRecipes = 3;
+constexpr int kTries = 3;
+constexpr double kRoom = 0.03;  // of the budget
+// Corrections of how much must go until the peak fits.
+constexpr int kFitSteps = 5;
+// Bytes gathered ahead of use.
+constexpr Bytes kAhead{int64_t{4} << 30};
+constexpr int kRunsAhead[] = {4, 1, 16};
+// Parts of the budget: left free by keeping, for gathers ahead; freed by the
+// memory choices beyond what the step needs, for keeping.
+constexpr double kReserve[] = {0.03, 0, 0.1};
+constexpr double kMore[] = {0.1, 0.03, 0.25};
+
+Bytes part_of(Bytes bytes, double part) {
+  return {static_cast<int64_t>(static_cast<double>(bytes.value) * part)};
+}
+
+template <typename Id>
+void sort_ids(std::vector<Id>* ids) {
+  std::sort(ids->begin(), ids->end());
+}
+
+}  // namespace
+
+int simulations_for(const StepProgram& classical) {
+  size_t instrs = 1;
+  for (const Section& section : classical.sections) {
+    const bool repeats = section.kind != SectionKind::kUpdate;
+    instrs += section.instrs.size() * (repeats ? static_cast<size_t>(classical.accumulation) : 1);
+  }
+  return static_cast<int>(std::clamp(kWork / instrs, kFewest, kMost));
+}
+
+// Takes the choice if it is better than the best so far.
+bool LevelSearch::attempt(const AutoChoice& choice) {
+  if (left_ <= 0) return false;
+  --left_;
+  const Trial trial = builder_.measure(choice);
+  if (!better(trial, best_.trial)) return false;
+  best_ = {choice, trial};
+  return true;
+}
+
+// A reserve above what is free keeps nothing; without one, keeping may leave no
+// room for what only a simulation sees in flight. Tries once more with room.
+bool LevelSearch::attempt_keeping(const AutoChoice& choice) {
+  if (left_ <= 0) return false;
+  --left_;
+  Trial trial = builder_.measure(choice);
+  AutoChoice tried = choice;
+  if (!trial.fits && trial.peak - builder_.budget() < part_of(builder_.budget(), 0.2) &&
+      left_ > 0) {
+    --left_;
+    tried.reserve += trial.peak - builder_.budget() + part_of(builder_.budget(), 0.002);
+    trial = builder_.measure(tried);
+  }
+  if (!better(trial, best_.trial)) return false;
+  best_ = {std::move(tried), trial};
+  return true;
+}
+
+// Adds to the choice until `need` is freed, by the menu's estimates; returns
+// what is still missing.
+Bytes LevelSearch::add(const Part& part, Bytes need, AutoChoice* choice) const {
+  Nanos room{part.hidden ? 0 : INT64_MAX};
+  switch (part.kind) {
+    case Kind::kRecompute:
+      for (const RecomputeUnit& unit : menu_.recompute()) {
+        if (need <= Bytes{0}) break;
+        choice->recompute.insert(choice->recompute.end(), unit.regions.begin(), unit.regions.end());
+        need -= unit.saved;
+      }
+      return need;
+    case Kind::kValues:
+      if (part.hidden) room = {menu_.forward_compute().value * 2 / 3};
+      choice->offload_values.clear();  // what is there is part of the rest's menu too
+      for (const Movable& each : menu_.values(choice->recompute)) {
+        if (need <= Bytes{0} || each.transfer > room) break;
+        choice->offload_values.push_back(ValueId{each.id});
+        room -= each.transfer;
+        need -= each.bytes;
+      }
+      return need;
+    case Kind::kStates:
+      if (part.hidden) room = {menu_.compute().value * 2 / 3};
+      choice->offload_states.clear();
+      for (const Movable& each : menu_.states()) {
+        if (need <= Bytes{0} || each.transfer > room) break;
+        choice->offload_states.push_back(ParamId{each.id});
+        room -= each.transfer;
+        need -= each.bytes;
+      }
+      return need;
+  }
+  return need;
+}
+
+AutoChoice LevelSearch::fill(const Recipe& recipe, Bytes need) const {
+  AutoChoice choice;
+  std::vector<Bytes> missing_before(3, Bytes{});
+  for (const Part& part : recipe) {
+    if (need <= Bytes{0}) break;
+    Bytes& before = missing_before[static_cast<size_t>(part.kind)];
+    need += before;  // a second, unhidden part of a kind starts over
+    const Bytes left = add(part, need, &choice);
+    before = need - left;
+    need = left;
+  }
+  // What runs again is not kept, nor moved.
+  std::vector<bool> made(builder_.classical().values.size(), false);
+  for (RegionId id : choice.recompute) {
+    for (ValueId value : builder_.classical().region(id).outputs) made[index(value)] = true;
+  }
+  std::erase_if(choice.offload_values, [&](ValueId id) { return made[index(id)]; });
+  sort_ids(&choice.recompute);
+  sort_ids(&choice.offload_values);
+  sort_ids(&choice.offload_states);
+  return choice;
+}
+
+// The smallest choice of the recipe whose peak is `target` or less, by a few
+// corrections; the largest if none is.
+AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target) {
+  const Bytes wanted = plain_peak_ - target;
+  Bytes& bias = bias_[recipe];  // of the estimates, as found before
+  Bytes need = wanted + bias;
+  Bytes spare = std::max(Bytes{}, builder_.budget() - target);
+  AutoChoice smallest, choice;
+  bool found = false;
+  for (int i = 0; i < kFitSteps && need > Bytes{0} && (i == 0 || left_ > 0); ++i) {
+    choice = fill(recipe, need);
+    choice.place = best_.choice.place;
+    choice.ahead = best_.choice.ahead;
+    choice.spare = spare;
+    --left_;
+    const Bytes over = builder_.peak_of_memory_choices(choice) - target;
+    if (over <= Bytes{0}) {
+      smallest = choice;
+      found = true;
+      bias = need - wanted;
+      if (-over.value * 33 < target.value) break;  // within 3%
+      need += part_of(over, 0.9);
+    } else {
+      if (found) break;
+      // A little is what copies take that come in early: leave them less room.
+      if (over.value * 50 < target.value) spare += over + over;
+      need += over;
+    }
+  }
+  return found ? smallest : choice;
+}
+
+std::vector<LevelSearch::Recipe> LevelSearch::recipes() const {
+  const Part states{Kind::kStates, true}, values{Kind::kValues, true};
+  const Part all_states{Kind::kStates, false}, all_values{Kind::kValues, false};
+  const Part recompute{Kind::kRecompute, false};
+  return {
+      {recompute, states, all_values, all_states},
+      {states, recompute, all_values, all_states},
+      {states, values, recompute, all_values, all_states},
+      {values, recompute, all_values, all_states},
+      {all_states, recompute, all_values},
+      {all_values, all_states, recompute},
+  };
+}
+
+// Recipes by what they are expected to cost, cheapest first; those that come
+// to the same are there once.
+std::vector<LevelSearch::Recipe> LevelSearch::by_cost(Bytes need) const {
+  std::vector<std::pair<Nanos, Recipe>> order;
+  std::vector<AutoChoice> seen;
+  for (const Recipe& recipe : recipes()) {
+    AutoChoice choice = fill(recipe, need);
+    if (std::find(seen.begin(), seen.end(), choice) != seen.end()) continue;
+    order.emplace_back(cost_of(choice), recipe);
+    seen.push_back(std::move(choice));
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  std::vector<Recipe> out;
+  for (auto& [cost, recipe] : order) out.push_back(std::move(recipe));
+  return out;
+}
+
+// Compute that is added, and copies that no compute hides.
+Nanos LevelSearch::cost_of(const AutoChoice& choice) const {
+  std::vector<bool> again(builder_.classical().regions.size(), false);
+  for (RegionId id : choice.recompute) again[index(id)] = true;
+  Nanos cost, values, states;
+  for (const RecomputeUnit& unit : menu_.recompute()) {
+    if (again[index(unit.regions.front())]) cost += unit.time;
+  }
+  const auto add_up = [](const std::vector<Movable>& menu, const auto& chosen, Nanos* sum) {
+    for (const Movable& each : menu) {
+      using Id = typename std::decay_t<decltype(chosen)>::value_type;
+      if (std::binary_search(chosen.begin(), chosen.end(), Id{each.id})) *sum += each.transfer;
+    }
+  };
+  add_up(menu_.values(choice.recompute), choice.offload_values, &values);
+  add_up(menu_.states(), choice.offload_states, &states);
+  cost += std::max(Nanos{}, values + states - menu_.forward_compute());
+  cost += std::max(Nanos{}, states - menu_.compute());
+  return cost;
+}
+
+// A choice of the recipe that fits in simulation too, if a few tries find one.
+void LevelSearch::try_recipe(const Recipe& recipe) {
+  // Some room for gathers ahead, and for what only a simulation has in flight.
+  Bytes target = builder_.budget() - part_of(builder_.budget(), kRoom);
+  for (int tries = 0; tries < kTries && left_ > 0; ++tries) {
+    AutoChoice choice = fit(recipe, target);
+    choice.keep = best_.choice.keep;
+    choice.reserve = best_.choice.reserve;
+    choice.prefetch = best_.choice.prefetch;
+    --left_;
+    const Trial trial = builder_.measure(choice);
+    if (better(trial, best_.trial)) {
+      best_ = {choice, trial};
+      recipe_ = recipe;
+    }
+    const Bytes over = trial.peak - builder_.budget();
+    if (trial.fits || over > part_of(builder_.budget(), 0.5)) return;
+    target = target - over - part_of(over, 0.3) - part_of(builder_.budget(), 0.002);
+  }
+}
+
+void LevelSearch::try_recipes() {
+  const std::vector<Recipe> order = by_cost(plain_peak_ - builder_.budget());
+  const size_t count = left_ > kPlenty ? order.size() : std::min(kRecipes, order.size());
+  for (size_t i = 0; i < order.size() && (i < count || !best_.trial.fits); ++i) {
+    try_recipe(order[i]);
+    if (i > 0) continue;
+    // Where the optimizer runs decides how well copies hide: settle it early.
+    AutoChoice forward = best_.choice;
+    forward.place = Place::kNextForward;
+    forward.ahead = kRunsAhead[0];
+    attempt(forward);
+  }
+  if (best_.trial.fits) return;
+  // Everything that helps, copied in as late as can be.
+  AutoChoice all = fill({{Kind::kStates, false}, {Kind::kRecompute, false}, {Kind::kValues, false}},
+                        Bytes{INT64_MAX / 2});
+  all.spare = part_of(builder_.budget(), 0.9);
+  left_ = std::max(left_, 1);
+  attempt(all);
+}
+
+void LevelSearch::try_places() {
+  for (const int ahead : kRunsAhead) {
+    AutoChoice choice = best_.choice;
+    choice.place = Place::kNextForward;
+    choice.ahead = ahead;
+    if (!attempt_keeping(choice)) break;
+  }
+  if (!builder_.early_updates()) return;
+  AutoChoice choice = best_.choice;
+  choice.place = Place::kBackward;
+  attempt_keeping(choice);
+}
+
+void LevelSearch::try_ahead() {
+  const Bytes now = best_.choice.prefetch.value_or(kAhead);
+  for (const int64_t part : {4, 16}) {
+    AutoChoice choice = best_.choice;
+    choice.prefetch = Bytes{now.value / part};
+    if (!attempt_keeping(choice)) break;
+  }
+}
+
+void LevelSearch::try_reserve() {
+  for (const double part : kReserve) {
+    AutoChoice choice = best_.choice;
+    choice.keep = std::nullopt;
+    choice.reserve = part_of(builder_.budget(), part);
+    if (choice == best_.choice) continue;
+    attempt_keeping(choice);
+  }
+  // And what is left over.
+  const Bytes over = part_of(builder_.budget() - best_.trial.peak, 0.9);
+  if (best_.choice.keep || best_.choice.reserve == Bytes{0} || over <= Bytes{0}) return;
+  AutoChoice choice = best_.choice;
+  choice.reserve = std::max(Bytes{0}, choice.reserve - over);
+  attempt(choice);
+}
+
+// Frees more than the step needs, to keep more whole.
+void LevelSearch::try_more_memory() {
+  if (!builder_.environment().memory_budget) return;  // there is enough of it
+  const Recipe hidden{{Kind::kStates, true}, {Kind::kRecompute, false}};
+  std::vector<Recipe> tried = {recipe_.empty() ? hidden : recipe_};
+  if (left_ > kPlenty / 2) tried = recipes();
+  const Bytes most = std::min(plain_peak_, builder_.budget());
+  for (const Recipe& recipe : tried) {
+    for (const double part : kMore) {
+      if (left_ <= 0) return;
+      AutoChoice choice = fit(recipe, most - part_of(builder_.budget(), part));
+      choice.keep = std::nullopt;
+      choice.reserve = best_.choice.reserve;
+      choice.prefetch = best_.choice.prefetch;
+      if (attempt_keeping(choice)) recipe_ = recipe;
+    }
+  }
+}
+
+Found LevelSearch::run() {
+  best_.trial = {Nanos{INT64_MAX}, Bytes{INT64_MAX}, false};
+  attempt({});
+  classical_ = best_;
+  plain_peak_ = builder_.peak_of_memory_choices({});
+  AutoChoice ahead = best_.choice;  // never worse than useful, and it is what all others build on
+  ahead.prefetch = kAhead;
+  if (best_.trial.fits) attempt(ahead);
+  best_.choice.prefetch = best_.trial.fits ? best_.choice.prefetch : ahead.prefetch;
+  if (!best_.trial.fits) try_recipes();
+  if (!best_.trial.fits) return best_;
+  AutoChoice keeping = best_.choice;
+  keeping.keep = std::nullopt;
+  attempt_keeping(keeping);
+  try_places();
+  for (Trial before{}; left_ > 0 && before != best_.trial;) {
+    before = best_.trial;
+    try_ahead();
+    try_reserve();
+    try_more_memory();
+  }
+  return best_;
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// The search of `auto`: choices in, the best one it finds out. First by levels
+// (how many bytes to free, in which way, and what to spend them on), for steps
+// of any size; then, for small ones, by single regions, values, parameters,
+// gaps and limits.
+//
+// The number of simulations, and of programs built to see their peak, depends on
+// the program's size alone.
+#pragma once
+
+#include <compare>
+#include <map>
+#include <vector>
+
+#include "passes/auto_builder.h"
+#include "passes/memory_menu.h"
+
+namespace deepcompile {
+
+struct Found {
+  AutoChoice choice;
+  Trial trial;
+};
+
+// How many of these a search of this program may make.
+int simulations_for(const StepProgram& classical);
+
+class LevelSearch {
+ public:
+  LevelSearch(AutoBuilder& builder, const MemoryMenu& menu, int simulations)
+      : builder_(builder), menu_(menu), left_(simulations) {}
+
+  // Starts from the classical plan; the result may be above the budget, and is
+  // then the one with the smallest peak.
+  Found run();
+  const Found& classical() const { return classical_; }
+
+ private:
+  enum class Kind : uint8_t { kRecompute, kValues, kStates };
+  struct Part {
+    Kind kind;
+    bool hidden;  // no more than the link moves beside compute
+
+    auto operator<=>(const Part&) const = default;
+  };
+  using Recipe = std::vector<Part>;
+
+  bool attempt(const AutoChoice& choice);
+  bool attempt_keeping(const AutoChoice& choice);
+  AutoChoice fill(const Recipe& recipe, Bytes need) const;
+  Bytes add(const Part& part, Bytes need, AutoChoice* choice) const;
+  AutoChoice fit(const Recipe& recipe, Bytes target);
+  std::vector<Recipe> recipes() const;
+  std::vector<Recipe> by_cost(Bytes need) const;
+  Nanos cost_of(const AutoChoice& choice) const;
+  void try_recipe(const Recipe& recipe);
+  void try_recipes();
+  void try_places();
+  void try_ahead();
+  void try_reserve();
+  void try_more_memory();
+
+  AutoBuilder& builder_;
+  const MemoryMenu& menu_;
+  int left_;
+  Bytes plain_peak_;
+  Found classical_, best_;
+  Recipe recipe_;  // of best_
+  std::map<Recipe, Bytes> bias_;
+};
+
+// Improves `start` one toggle, then two, at a time.
+Found toggle_search(AutoBuilder& builder, const MemoryMenu& menu, const std::vector<Found>& starts,
+                    int simulations);
+
+}  // namespace deepcompile

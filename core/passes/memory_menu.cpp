@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "passes/memory_menu.h"
+
+#include <algorithm>
+#include <map>
+#include <utility>
+#include <variant>
+
+#include "analysis/footprint.h"
+
+namespace deepcompile {
+namespace {
+
+// Up to this many forward regions, each is weighed by itself; above, equal
+// ones together.
+constexpr size_t kSmall = 16;
+// Up to this many groups, pairs are weighed too.
+constexpr size_t kPairs = 16;
+// Hints count this much more.
+constexpr double kHint = 1.1;
+
+}  // namespace
+
+MemoryMenu::MemoryMenu(const StepProgram& program, const Estimator& estimator)
+    : program_(program), estimator_(estimator), graphs_(recomputable_graphs(program)) {
+  add_up_compute();
+  group_runs();
+  find_units();
+  find_states();
+}
+
+void MemoryMenu::add_up_compute() {
+  for (const Section& section : program_.sections) {
+    const bool once = section.kind == SectionKind::kUpdate;
+    for (const Instr& instr : section.instrs) {
+      if (traits(instr.op).resource != Resource::kCompute) continue;
+      const Nanos time = estimator_.duration(program_, instr) * (once ? 1 : program_.accumulation);
+      compute_ += time;
+      if (section.kind == SectionKind::kForward) forward_compute_ += time;
+    }
+  }
+}
+
+void MemoryMenu::group_runs() {
+  for (size_t g = 0; g < graphs_.size(); ++g) {
+    for (size_t r = 0; r < graphs_[g].runs.size(); ++r) {
+      const Instr instr{Op::kRun, std::nullopt, graphs_[g].runs[r], {}};
+      runs_.push_back({g, r, 0, estimator_.duration(program_, instr) * program_.accumulation});
+    }
+  }
+  std::map<std::pair<uint32_t, bool>, size_t> by_code;
+  const bool small = runs_.size() <= kSmall;
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    const bool allowed = graphs_[runs_[i].graph].allowed[runs_[i].run];
+    size_t group = groups_.size();
+    const std::pair code(program_.region(region(runs_[i])).code, allowed);
+    if (!small) group = by_code.emplace(code, group).first->second;
+    if (group == groups_.size()) {
+      groups_.emplace_back();
+      eligible_.push_back(allowed);
+      group_time_.emplace_back();
+    }
+    runs_[i].group = group;
+    groups_[group].push_back(i);
+    group_time_[group] += runs_[i].time;
+  }
+}
+
+MemoryMenu::ByRun MemoryMenu::none() const {
+  ByRun out;
+  for (const RecomputableGraph& graph : graphs_) out.emplace_back(graph.runs.size(), false);
+  return out;
+}
+
+template <typename Visit>
+void MemoryMenu::for_each_waiting(const ByRun& again, Visit visit) const {
+  for (size_t g = 0; g < graphs_.size(); ++g) {
+    const RecomputableGraph& graph = graphs_[g];
+    const auto read_again = [&](const ValueUse& use) {
+      return std::any_of(use.users.begin(), use.users.end(),
+                         [&](size_t user) { return again[g][user]; });
+    };
+    for (size_t r = 0; r < graph.runs.size(); ++r) {
+      for (ValueId id : program_.region(graph.runs[r]).outputs) {
+        const ValueUse& use = graph.values[index(id)];
+        if (use.output || use.maker != r) continue;
+        const bool needed = use.first_backward != kNever || read_again(use);
+        if (needed && (!again[g][r] || is_pinned(graph, again[g], id))) visit(id);
+      }
+    }
+  }
+}
+
+Bytes MemoryMenu::waiting(const std::vector<bool>& groups) const {
+  Bytes total;
+  ByRun again = none();
+  for (const Run& each : runs_) again[each.graph][each.run] = groups[each.group];
+  for_each_waiting(again, [&](ValueId id) { total += program_.value(id).bytes; });
+  return total;
+}
+
+// The groups that free most a nanosecond if they join; none if nothing helps.
+std::vector<size_t> MemoryMenu::best_step(const std::vector<bool>& taken, Bytes now) const {
+  std::vector<size_t> open;
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    if (eligible_[g] && !taken[g]) open.push_back(g);
+  }
+  std::vector<size_t> best;
+  double best_worth = 0;
+  const auto weigh = [&](const std::vector<size_t>& step) {
+    std::vector<bool> with = taken;
+    Nanos time{1};
+    bool hinted = true;
+    for (size_t g : step) {
+      with[g] = true;
+      time += group_time_[g];
+      hinted = hinted && program_.region(region(runs_[groups_[g].front()])).checkpoint;
+    }
+    const Bytes gain = now - waiting(with);
+    const double worth =
+        static_cast<double>(gain.value) / static_cast<double>(time.value) * (hinted ? kHint : 1);
+    if (gain > Bytes{0} && worth > best_worth) {
+      best_worth = worth;
+      best = step;
+    }
+  };
+  for (size_t i = 0; i < open.size(); ++i) {
+    weigh({open[i]});
+    for (size_t j = i + 1; j < open.size() && groups_.size() <= kPairs; ++j) {
+      weigh({open[i], open[j]});
+    }
+  }
+  if (open.size() > 2) weigh(open);
+  return best;
+}
+
+void MemoryMenu::find_units() {
+  std::vector<bool> taken(groups_.size(), false);
+  Bytes now = waiting(taken);
+  while (true) {
+    const std::vector<size_t> step = best_step(taken, now);
+    if (step.empty()) return;
+    for (size_t g : step) taken[g] = true;
+    const Bytes then = waiting(taken);
+    add_units(step, now - then);
+    now = then;
+  }
+}
+
+// One unit an occurrence, if the groups occur equally often: a layer has one each.
+void MemoryMenu::add_units(const std::vector<size_t>& groups, Bytes saved) {
+  const size_t count = groups_[groups.front()].size();
+  const bool paired = std::all_of(groups.begin(), groups.end(),
+                                  [&](size_t g) { return groups_[g].size() == count; });
+  const size_t units = paired ? count : 1;
+  for (size_t u = 0; u < units; ++u) {
+    RecomputeUnit unit;
+    unit.saved = {saved.value / static_cast<int64_t>(units)};
+    for (size_t g : groups) {
+      for (size_t i = 0; i < groups_[g].size(); ++i) {
+        if (paired && i != u) continue;
+        unit.regions.push_back(region(runs_[groups_[g][i]]));
+        unit.time += runs_[groups_[g][i]].time;
+      }
+    }
+    recompute_.push_back(std::move(unit));
+  }
+}
+
+void MemoryMenu::find_states() {
+  std::vector<std::pair<size_t, uint32_t>> order;  // first use in a forward, parameter
+  std::vector<size_t> first(program_.params.size(), SIZE_MAX);
+  for (size_t i = 0; i < runs_.size(); ++i) {
+    for (const Operand& operand : program_.region(region(runs_[i])).inputs) {
+      const auto* ref = std::get_if<ParamRef>(&operand);
+      if (ref != nullptr && first[index(ref->param)] == SIZE_MAX) first[index(ref->param)] = i;
+    }
+  }
+  for (const Section& section : program_.sections) {
+    for (const Instr& instr : section.instrs) {
+      if (instr.op != Op::kUpdate) continue;
+      order.emplace_back(first[index(*instr.param)], static_cast<uint32_t>(index(*instr.param)));
+    }
+  }
+  std::sort(order.rbegin(), order.rend());
+  for (const auto& [at, param] : order) {
+    const ParamFootprint of = footprint(program_, ParamId{param});
+    const Instr move{Op::kReloadStates, ParamId{param}, std::nullopt, {}};
+    states_.push_back({param, of.master + of.moments, estimator_.duration(program_, move)});
+  }
+}
+
+std::vector<Movable> MemoryMenu::values(const std::vector<RegionId>& recompute) const {
+  std::vector<bool> named(program_.regions.size(), false);
+  for (RegionId id : recompute) named[index(id)] = true;
+  ByRun again = none();
+  for (const Run& each : runs_) again[each.graph][each.run] = named[index(region(each))];
+  std::vector<Movable> out;
+  Bytes total;
+  for_each_waiting(again, [&](ValueId id) {
+    const Bytes bytes = program_.value(id).bytes;
+    if (bytes == Bytes{0}) return;
+    const Instr move{Op::kReload, std::nullopt, std::nullopt, {id}};
+    total += bytes;
+    out.push_back({static_cast<uint32_t>(index(id)), bytes,
+                   estimator_.duration(program_, move) * program_.accumulation});
+  });
+  // Crumbs are not worth an instruction each.
+  std::erase_if(out, [&](const Movable& each) { return each.bytes.value * 2000 < total.value; });
+  return out;
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bytes in use by place of a step, while a pass weighs edits: ranges rise and
+// fall, and the fullest place is known at once. A tree of maxima: each call
+// takes the logarithm of the number of places.
+#pragma once
+
+#include <cstddef>
+#include <optional>
+#include <vector>
+
+#include "base/units.h"
+
+namespace deepcompile {
+
+class MemoryUse {
+ public:
+  // At least one place.
+  explicit MemoryUse(const std::vector<Bytes>& bytes);
+
+  size_t size() const { return size_; }
+
+  // Ranges are [first, last); an empty one is empty.
+  void add(size_t first, size_t last, Bytes bytes);
+  Bytes max() const { return max_[1]; }
+  Bytes max(size_t first, size_t last) const;  // the least number if the range is empty
+  Bytes at(size_t place) const { return max(place, place + 1); }
+  size_t fullest() const;  // the first of them
+
+  // The first and the last place of the range with more than `limit`.
+  std::optional<size_t> first_above(size_t first, size_t last, Bytes limit) const;
+  std::optional<size_t> last_above(size_t first, size_t last, Bytes limit) const;
+
+ private:
+  struct Node {
+    size_t at, first, last;
+  };
+  Node root() const { return {1, 0, leaves_}; }
+  static Node left(Node n) { return {2 * n.at, n.first, (n.first + n.last) / 2}; }
+  static Node right(Node n) { return {2 * n.at + 1, (n.first + n.last) / 2, n.last}; }
+
+  void add(Node node, size_t first, size_t last, Bytes bytes);
+  Bytes max(Node node, size_t first, size_t last) const;
+  std::optional<size_t> find(Node node, size_t first, size_t last, Bytes limit,
+                             bool from_left) const;
+
+  size_t size_;
+  size_t leaves_ = 1;        // a power of two, at least size_
+  std::vector<Bytes> max_;   // by node, additions to the node's own range included
+  std::vector<Bytes> rise_;  // by node: added to all of its range
+};
+
+}  // namespace deepcompile
