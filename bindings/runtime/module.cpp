@@ -139,19 +139,33 @@ py::list records(Runtime& runtime) {
   py::list list;
   for (const TraceRecord& record : found) {
     list.append(py::make_tuple(record.id.plan, record.id.section, record.id.instr, record.start_ns,
-                               record.stop_ns));
+                               record.stop_ns, record.workspace_bytes));
   }
   return list;
 }
 
+py::dict relieved(Runtime& runtime) {
+  const ReliefReport found = runtime.relieved();
+  py::dict report;
+  report["times"] = found.times;
+  report["states_bytes"] = found.states_bytes;
+  report["values_bytes"] = found.values_bytes;
+  return report;
+}
+
 // deepcompile._core owns the Python classes; this module throws the same ones.
-void register_errors() {
+void register_errors(py::module_& module) {
   const py::module_ core = py::module_::import("deepcompile._core");
   static PyObject* user_error = core.attr("UserError").cast<py::object>().release().ptr();
   static PyObject* internal_error = core.attr("InternalError").cast<py::object>().release().ptr();
+  static PyObject* out_of_memory =
+      PyErr_NewException("deepcompile._runtime.OutOfMemoryError", user_error, nullptr);
+  module.attr("OutOfMemoryError") = py::reinterpret_borrow<py::object>(out_of_memory);
   py::register_local_exception_translator([](std::exception_ptr error) {
     try {
       if (error) std::rethrow_exception(error);
+    } catch (const OutOfMemory& memory) {
+      PyErr_SetString(out_of_memory, memory.what());
     } catch (const UserError& user) {
       PyErr_SetString(user_error, user.what());
     } catch (const InternalError& internal) {
@@ -203,6 +217,8 @@ void bind_steps(py::class_<Runtime>& runtime) {
       .def("load_plan", &load_plan, py::arg("plan_json"), py::arg("codes"),
            "Check a frozen plan against this job and keep it; returns its id. codes[i] is the\n"
            "boxed callable of code i: f(list) -> sequence of outputs, emptying the list.")
+      .def("unload_plan", &Runtime::unload_plan, NoGil(), py::arg("plan_id"),
+           "Forget a plan, now or when its last open call is over.")
       .def("new_call", &Runtime::new_call, NoGil(), py::arg("plan_id"),
            "(call id, token). The call's saved values go with its backward or with the token.")
       .def("run", &run, py::arg("plan_id"), py::arg("section_index"), py::arg("call_id"),
@@ -216,10 +232,16 @@ void bind_steps(py::class_<Runtime>& runtime) {
            "device, None without clipping), and whether a gradient that is not finite made all\n"
            "ranks skip. That is checked if check_finite, by default if loss_scale_inv != 1.")
       .def("zero_grad", &Runtime::zero_grad, NoGil())
+      .def("set_last_micro_batch", &Runtime::set_last_micro_batch, NoGil(), py::arg("last"),
+           "Before each micro-batch's forward: whether its backward completes the gradients of\n"
+           "the step. True until set.")
+      .def("settle", &Runtime::settle, NoGil(),
+           "Apply deferred updates and make whole parameters whole again. Collective.")
       .def("pieces", &pieces,
            "This rank's part of each member: dicts of member, param_name, start, stop (elements\n"
            "of the flattened member), weight, master, exp_avg, exp_avg_sq (1-D views; None but\n"
-           "weight if frozen) and step.")
+           "weight if frozen) and step. Master and states are on the host where a plan left\n"
+           "them there. Applies deferred updates first.")
       .def("masters_changed", &Runtime::masters_changed, NoGil(),
            "Set the weights from the masters, on every rank, after writing into pieces().")
       .def("optimizer_steps", &Runtime::optimizer_steps, NoGil())
@@ -227,11 +249,34 @@ void bind_steps(py::class_<Runtime>& runtime) {
            "Set the number of updates done, by the optimizer and to every member.")
       .def("set_member_step", &Runtime::set_member_step, NoGil(), py::arg("member_name"),
            py::arg("n"), "Set the number of updates done to one member.")
-      .def("buffer_report", &Runtime::buffer_report, NoGil(), "Bytes held on this rank, by kind.")
       .def("trace", &Runtime::trace, NoGil(), py::arg("on"))
       .def("records", &records,
-           "[(plan id, section, instruction, start ns, end ns)] since trace(True). Transfers:\n"
-           "their time on the link.");
+           "[(plan id, section, instruction, start ns, end ns, workspace bytes)] since\n"
+           "trace(True). Transfers: their time on the link. Workspace: of runs, -1 if unknown.");
+}
+
+void bind_resources(py::class_<Runtime>& runtime) {
+  runtime
+      .def("buffer_report", &Runtime::buffer_report, NoGil(),
+           "Bytes held on this rank, by kind. host_states, host_values: on the host; host_pool:\n"
+           "host memory kept for the next values.")
+      .def("share", &Runtime::share, NoGil(), py::arg("flag"),
+           "Start the maximum of an integer over ranks. Collective; waits for nobody.")
+      .def("shared", &Runtime::shared, NoGil(), "Result of the last share but one; 0 before.")
+      .def("measure_links", &Runtime::measure_links, NoGil(), py::arg("bytes"),
+           py::arg("repeats") = 5,
+           "{gather, reduce, to_host, to_device: [(bytes, ns)]}: medians of the slowest rank, the\n"
+           "same on all ranks. Collective.")
+      .def("relieved", &relieved,
+           "{times, states_bytes, values_bytes} moved to the host because an instruction found no\n"
+           "memory, since the last call.")
+      .def("limit_bytes", &Runtime::limit_bytes, NoGil(), py::arg("bytes"),
+           "Behave as if the device had so many bytes for what the runtime holds; 0: as it is.")
+      .def(
+          "peak_bytes", &Runtime::peak_bytes, NoGil(),
+          "Most bytes of tensors on the device since reset_peak_bytes. On a CPU: inside sections,\n"
+          "from the first reset on.")
+      .def("reset_peak_bytes", &Runtime::reset_peak_bytes, NoGil());
 }
 
 }  // namespace
@@ -241,7 +286,7 @@ PYBIND11_MODULE(_runtime, m) {
   using namespace deepcompile;
   m.doc() = "Sharded training runtime: parameters, transports, optimizer and plan executor.";
   py::module_::import("torch");
-  register_errors();
+  register_errors(m);
   py::class_<Runtime> runtime(m, "Runtime");
   runtime.def(py::init(&make_runtime), py::arg("process_group"), py::arg("rank"), py::arg("world"),
               py::arg("device"), py::arg("reduce_dtype") = "f32", py::arg("clip") = 0.0,
@@ -249,4 +294,5 @@ PYBIND11_MODULE(_runtime, m) {
               "One engine's runtime on one rank. process_group may be None for one rank.");
   bind_params(runtime);
   bind_steps(runtime);
+  bind_resources(runtime);
 }

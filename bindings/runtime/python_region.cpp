@@ -1,12 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "python_region.h"
 
+#include <c10/util/Exception.h>
 #include <torch/csrc/utils/pybind.h>
+
+#include <string>
 
 #include "base/error.h"
 #include "values.h"
 
 namespace deepcompile {
+
+namespace {
+
+PyObject* out_of_memory_type() {
+  static PyObject* const type =
+      py::module_::import("torch").attr("OutOfMemoryError").cast<py::object>().release().ptr();
+  return type;
+}
+
+// torch's error of a device without memory becomes C++'s again, so that the
+// runtime can make room: clearing it lets go of the tensors in its traceback.
+[[noreturn]] void throw_python_error() {
+  if (!PyErr_ExceptionMatches(out_of_memory_type())) throw py::error_already_set();
+  std::string message;
+  {
+    const py::error_already_set error;
+    message = py::str(error.value()).cast<std::string>();
+  }
+  throw c10::OutOfMemoryError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, message);
+}
+
+}  // namespace
 
 PythonRegion::PythonRegion(PyObject* callable) : callable_(callable) {
   if (!PyCallable_Check(callable)) {
@@ -14,6 +39,7 @@ PythonRegion::PythonRegion(PyObject* callable) : callable_(callable) {
                     ", which cannot be called.");
   }
   Py_INCREF(callable_);
+  out_of_memory_type();  // imported now: not while an error is set
 }
 
 PythonRegion::~PythonRegion() {
@@ -28,7 +54,7 @@ std::vector<RuntimeValue> PythonRegion::run(std::vector<RuntimeValue> inputs) {
   inputs.clear();  // the list holds them now, and the code may let go of each
   const auto result =
       py::reinterpret_steal<py::object>(PyObject_CallOneArg(callable_, boxed.ptr()));
-  if (!result) throw py::error_already_set();
+  if (!result) throw_python_error();
   return list_from_python(result.ptr(), "an output of a region");
 }
 

@@ -7,17 +7,23 @@
 #pragma once
 
 #include <chrono>
-#include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "runtime/comm/flag_exchange.h"
+#include "runtime/comm/link_measure.h"
 #include "runtime/exec/call_table.h"
 #include "runtime/exec/executor.h"
 #include "runtime/exec/loaded_plan.h"
+#include "runtime/exec/relief.h"
+#include "runtime/memory/memory_meter.h"
 #include "runtime/memory/param_store.h"
+#include "runtime/offload/state_mover.h"
+#include "runtime/offload/value_mover.h"
 #include "runtime/optimizer/sharded_adam.h"
 #include "runtime/trace.h"
 
@@ -35,7 +41,8 @@ struct RuntimeOptions {
 };
 
 // This rank's part of one member, for checkpoints. Tensors are views: writing
-// into them and calling masters_changed() restores a state.
+// into them and calling masters_changed() restores a state. Master and states
+// are on the host where a plan left them there.
 struct Piece {
   std::string param;
   std::string member;
@@ -69,12 +76,19 @@ class Runtime {
   void barrier();
 
   int64_t load_plan(std::string_view text, std::vector<std::shared_ptr<RegionCode>> codes);
+  // Freed at once, or when its last open call is over.
+  void unload_plan(int64_t plan);
   std::pair<int64_t, at::Tensor> new_call(int64_t plan);
   // call < 0: nothing is kept for a backward.
   std::vector<RuntimeValue> run(int64_t plan, int64_t section, int64_t call,
                                 std::vector<RuntimeValue> inputs);
   StepResult step(int64_t plan, const StepOptions& options);
   void zero_grad();
+  // Before each micro batch: whether its backward completes the step's gradients.
+  void set_last_micro_batch(bool last);
+  // Applies deferred updates and makes parameters that are kept whole, whole
+  // again. Collective.
+  void settle();
 
   std::vector<Piece> pieces();
   void masters_changed();  // weights := masters, on every rank; collective
@@ -84,6 +98,17 @@ class Runtime {
   void set_step(int64_t step);
   void set_member_step(const std::string& member, int64_t step);
 
+  // The largest of all ranks' flags, read two shares later. `share` is collective.
+  void share(int64_t flag);
+  int64_t shared();
+  LinkTimes measure_links(const std::vector<int64_t>& bytes, int64_t repeats);  // collective
+
+  // What was moved to the host for want of memory, since the last call.
+  ReliefReport relieved();
+  // Behave as if the device had `bytes` (0: as it is).
+  void limit_bytes(int64_t bytes);
+  int64_t peak_bytes();
+  void reset_peak_bytes();
   BufferReport buffer_report();
   void trace(bool on);
   std::vector<TraceRecord> records();
@@ -93,7 +118,10 @@ class Runtime {
 
   template <typename Action>
   void eagerly(const char* what, const std::string& name, Action&& action);
-  LoadedPlan& plan_at(int64_t plan);
+  void settle_here();                // what needs no other rank
+  void put_back(ParamState& param);  // its states, to the host
+  // `call`: an open call keeps its plan after unload_plan; -1 for none.
+  std::shared_ptr<LoadedPlan> plan_at(int64_t plan, int64_t call = -1);
   const PlanSection& section_at(const LoadedPlan& loaded, int64_t section) const;
   std::shared_ptr<Call> call_for(const LoadedPlan& loaded, SectionKind kind, int64_t call);
   std::vector<RuntimeValue> run_section(LoadedPlan& loaded, size_t section, int64_t call,
@@ -102,13 +130,20 @@ class Runtime {
   std::recursive_mutex mutex_;
   const RuntimeOptions options_;
   std::unique_ptr<Transport> transport_;  // outlives every transfer below
+  HostLink link_;
+  FlagExchange flags_;
   ParamStore store_;
+  StateMover states_;
+  ValueMover values_;
   ShardedAdam optimizer_;
+  std::shared_ptr<CallTable> calls_ = std::make_shared<CallTable>();
+  Relief relief_;
+  MemoryMeter meter_;
   Tracer tracer_;
   Executor executor_;
-  std::vector<std::unique_ptr<LoadedPlan>> plans_;
-  std::shared_ptr<CallTable> calls_ = std::make_shared<CallTable>();
-  std::optional<c10::Stream> compute_;  // the last caller's; none on a CPU
+  int64_t next_plan_ = 0;
+  std::map<int64_t, std::shared_ptr<LoadedPlan>> plans_;  // by id
+  std::optional<c10::Stream> compute_;                    // the last caller's; none on a CPU
 };
 
 }  // namespace deepcompile

@@ -41,6 +41,11 @@ void Span::stop(const std::optional<c10::Stream>& stream) {
   }
 }
 
+int64_t Span::elapsed_ns() const {
+  if (start_event_ && stop_event_) return nanos_between(*start_event_, *stop_event_);
+  return stop_ns_ - start_ns_;
+}
+
 void Tracer::set(bool on, const std::optional<c10::Stream>& stream) {
   on_ = on;
   if (!on) return;
@@ -58,7 +63,7 @@ std::shared_ptr<Span> Tracer::open(SpanId id) {
 std::vector<TraceRecord> Tracer::records() const {
   std::vector<TraceRecord> records;
   for (const auto& span : spans_) {
-    TraceRecord record{span->id};
+    TraceRecord record{.id = span->id, .workspace_bytes = span->workspace_};
     if (zero_event_ && span->start_event_ && span->stop_event_) {
       record.start_ns = nanos_between(*zero_event_, *span->start_event_);
       record.stop_ns = nanos_between(*zero_event_, *span->stop_event_);

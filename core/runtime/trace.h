@@ -34,6 +34,9 @@ class Span {
   // With a stream: a timing event there; without: the steady clock, now.
   void start(const std::optional<c10::Stream>& stream);
   void stop(const std::optional<c10::Stream>& stream);
+  bool started() const { return start_event_.has_value() || start_ns_ >= 0; }
+  int64_t elapsed_ns() const;  // of a span that was stopped; on a device, waits for it
+  void set_workspace(int64_t bytes) { workspace_ = bytes; }
 
   const SpanId id;
 
@@ -43,12 +46,14 @@ class Span {
   std::atomic<int64_t> stop_ns_{-1};
   std::optional<c10::Event> start_event_;
   std::optional<c10::Event> stop_event_;
+  int64_t workspace_ = -1;
 };
 
 struct TraceRecord {
   SpanId id;
   int64_t start_ns = 0;  // since tracing began
   int64_t stop_ns = 0;
+  int64_t workspace_bytes = -1;  // most scratch of a `run`, in bytes; -1 if unknown
 };
 
 class Tracer {

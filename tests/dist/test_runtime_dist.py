@@ -252,7 +252,7 @@ def test_records_time_transfers_on_the_link():
     for records in run_ranks(traced, 2):
         # forward, backward and update of toy_step: every instruction once
         assert len({r[:3] for r in records}) == len(records) > 20
-        assert all(0 <= start <= stop for *_, start, stop in records)
+        assert all(0 <= start <= stop for *_, start, stop, _ in records)
 
 
 def wrong_group(rank, world):

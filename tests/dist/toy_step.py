@@ -20,8 +20,10 @@ PACK = "small"
 OFFSETS = {"bias": 0, "scale": 48}  # elements; members start at multiples of 16
 PACK_NUMEL = 48 + OUT
 
+PLACEMENTS = {0: "replicated", 1: "whole", 3: "sharded"}  # of the weights, by stage
+
 STEP = """
-step toy world={world} accumulation={accumulation} reduce={reduce}{clip}
+step toy world={world} accumulation={accumulation} reduce={reduce}{clip}{boundary}
 
 param w1 {dtype} {w1}{big}
 param w2 {dtype} {w2}{big}
@@ -117,27 +119,110 @@ SHORT = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16", tor
 
 
 def program_text(
-    world: int, stage: int, sections: str, *, accumulation=1, clip=False, reduce="f32", dtype="f32"
+    world: int,
+    stage: int,
+    sections: str,
+    *,
+    accumulation=1,
+    clip=False,
+    reduce="f32",
+    dtype="f32",
+    boundary=False,
 ) -> str:
     header = STEP.format(
         world=world,
         accumulation=accumulation,
         reduce=reduce,
         clip=" clip" if clip else "",
+        boundary=" boundary" if boundary else "",
         dtype=dtype,
         w1=HIDDEN * WIDTH,
         w2=OUT * HIDDEN,
         small=PACK_NUMEL,
-        big=" replicated" if stage == 0 else "",
-        pack="replicated" if stage == 0 else "whole",
+        big="" if stage == 3 else " " + PLACEMENTS[stage],
+        pack=PLACEMENTS[min(stage, 1)],
     )
     return header + sections
 
 
-def plan_text(world: int, stage: int, sections: str, **options: Any) -> str:
+def plan_text(
+    world: int, stage: int, sections: str, edits: tuple[tuple[str, str], ...] = (), **options: Any
+) -> str:
+    """``edits``: pieces of the compiled program's text and what stands in their place. Those that
+    do not occur are left out."""
     program = _core.StepProgram.parse(program_text(world, stage, sections, **options))
     _core.run_passes(program, ["zero0_compile" if stage == 0 else "zero3_compile"])
+    if edits:
+        text = str(program)
+        for old, new in edits:
+            text = text.replace(old, new)
+        program = _core.StepProgram.parse(text)
     return _core.freeze(program).serialize()
+
+
+def after(line: str, *lines: str) -> tuple[str, str]:
+    return f"  {line}\n", "".join(f"  {each}\n" for each in (line, *lines))
+
+
+def before(line: str, *lines: str) -> tuple[str, str]:
+    return f"  {line}\n", "".join(f"  {each}\n" for each in (*lines, line))
+
+
+def for_each(text: str, *lines: str) -> tuple[tuple[str, str], ...]:
+    """Lines put after TEXT PARAM, for each parameter; P in them is its name."""
+    return tuple(
+        after(f"{text} {p}", *(line.replace("P", p) for line in lines)) for p in ("w1", "w2", PACK)
+    )
+
+
+def instead(text: str, new: str) -> tuple[tuple[str, str], ...]:
+    return tuple((f"  {text} {p}\n", f"  {new} {p}\n") for p in ("w1", "w2", PACK))
+
+
+GATHER_AGAIN = (
+    "gather w1", "wait w1", f"gather {PACK}", f"wait {PACK}",
+)  # fmt: skip
+LATE_GRAPH = (before("run fwd.0", *GATHER_AGAIN), before("run fwd.1", "gather w2", "wait w2"))
+LATE_UPDATE = (
+    *instead("update", "defer"),
+    *((f"  {op} {p}\n", "") for op in ("gather", "wait") for p in ("w1", "w2", PACK)),
+)
+
+PLANS = {
+    "values": (
+        (
+            after("run fwd.0", "offload (h)"),
+            after("run fwd.1", "evict (h)"),
+            before("run bwd.1", "reload (h)", "await (h)"),
+        ),
+        (),
+    ),
+    "remade": ((before("run bwd.1", *GATHER_AGAIN, "run fwd.0"),), ()),
+    "states": (
+        (
+            before("run fwd.0", *(f"evict_states {p}" for p in ("w1", "w2", PACK))),
+            after("run bwd.0", *(f"reload_states {p}" for p in ("w1", "w2", PACK))),
+        ),
+        tuple(
+            (f"  update {p}\n", f"  await_states {p}\n  update {p}\n  offload_states {p}\n")
+            for p in ("w1", "w2", PACK)
+        ),
+    ),
+    "states brought in by the update": (
+        (),
+        for_each("update", "offload_states P", "evict_states P"),
+    ),
+    "deferred": (LATE_GRAPH, LATE_UPDATE),
+    "deferred, updated in the forward": (
+        (
+            before("run fwd.0", "update w1", f"update {PACK}", "update w2", *GATHER_AGAIN),
+            LATE_GRAPH[1],
+        ),
+        LATE_UPDATE,
+    ),
+    "early": (for_each("accumulate", "update P"), ()),
+}
+"""Edits of the graph's program and of the update's. None of them changes a bit."""
 
 
 class Toy:
@@ -159,12 +244,14 @@ class Toy:
         trainable: bool = True,
         codes: list | None = None,
         hyper: dict | None = None,
+        plan: str = "",
+        boundary: bool = False,
     ):
         self.model = Reference(dtype=dtype).to(device)
         self.runtime = _runtime.Runtime(
             group, rank, world, torch.device(device), reduce, clip, accumulation, timeout_s
         )
-        big, pack = ("replicated", "replicated") if stage == 0 else ("sharded", "whole")
+        big, pack = PLACEMENTS[stage], PLACEMENTS[min(stage, 1)]
         for name in ("w1", "w2"):
             tensor = getattr(self.model, name)
             members = [(name, tensor, 0)]
@@ -173,9 +260,12 @@ class Toy:
         self.runtime.add_param(PACK, members, PACK_NUMEL, pack, trainable)
         self.set_hyper(**(hyper or {}))
         options = dict(accumulation=accumulation, clip=clip > 0, reduce=reduce, dtype=SHORT[dtype])
+        options["boundary"] = boundary
+        self.accumulation = accumulation
         if trainable:
-            graph = plan_text(world, stage, GRAPH, **options)
-            update = plan_text(world, stage, UPDATE, **options)
+            graph_edits, update_edits = PLANS[plan] if plan else ((), ())
+            graph = plan_text(world, stage, GRAPH, graph_edits, **options)
+            update = plan_text(world, stage, UPDATE, update_edits, **options)
             self.graph = self.runtime.load_plan(graph, codes or CODES)
             self.update = self.runtime.load_plan(update, codes or CODES)
 
@@ -192,6 +282,26 @@ class Toy:
 
     def step(self, **options: Any) -> dict:
         return self.runtime.step(self.update, **options)
+
+    def train(self, steps: int, rank: int = 0, world: int = 1, **kind: Any) -> list[torch.Tensor]:
+        """Losses of whole steps, each rank on its own rows."""
+        losses = []
+        for step in range(steps):
+            for micro in range(self.accumulation):
+                self.runtime.set_last_micro_batch(micro == self.accumulation - 1)
+                seed = (step * self.accumulation + micro) * world + rank
+                losses.append(self.micro_step(*batch(seed, **kind), 1.0 / self.accumulation))
+            self.step()
+        return losses
+
+    def everything(self) -> dict[str, torch.Tensor]:
+        """This rank's states and the whole weights, on the CPU."""
+        found = {}
+        for piece in self.runtime.pieces():
+            for kind in ("weight", "master", "exp_avg", "exp_avg_sq"):
+                found[f"{kind}.{piece['member']}"] = piece[kind].detach().cpu().clone()
+            found[f"step.{piece['member']}"] = torch.tensor(piece["step"])
+        return found | {n: v.cpu() for n, v in self.full_values().items()}
 
     def full_values(self) -> dict[str, torch.Tensor]:
         names = ["w1", "w2", PACK]

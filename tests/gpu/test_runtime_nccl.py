@@ -4,8 +4,9 @@
 import pytest
 import torch
 import torch.distributed as dist
+import toy_step
 from ranks import run_ranks
-from toy_step import Reference, Toy, batch
+from toy_step import PLANS, Reference, Toy, batch
 
 from deepcompile import _runtime
 
@@ -159,9 +160,138 @@ def traced(rank, world):
         toy.micro_step(*batch(rank, device=f"cuda:{rank}"))
         toy.step()
     records = toy.runtime.records()
-    return len(records), all(0 <= start <= stop < 60e9 for *_, start, stop in records)
+    return len(records), all(0 <= start <= stop < 60e9 for *_, start, stop, _ in records)
 
 
 def test_records_on_a_device():
     for count, ordered in run_ranks(traced, WORLDS[-1], backend="nccl", timeout=120):
         assert count > 20 and ordered
+
+
+PLAN_JOBS = [
+    dict(stage=3),
+    dict(stage=3, accumulation=2, clip=0.5, dtype=torch.bfloat16, reduce="bf16"),
+    dict(stage=1, accumulation=2, boundary=True),
+]
+
+
+def run_plan(rank, world, plan, job):
+    device = f"cuda:{rank}"
+    toy = Toy(rank, world, device=device, group=dist.group.WORLD, plan=plan, **job)
+    kind = {"dtype": job["dtype"]} if "dtype" in job else {}
+    losses = toy.train(STEPS, rank, world, device=device, **kind)
+    return [loss.cpu() for loss in losses], toy.everything()
+
+
+def run_plans(rank, world):
+    wrong = []
+    for index, job in enumerate(PLAN_JOBS):
+        losses, values = run_plan(rank, world, "", job)
+        for plan in PLANS:
+            if plan == "early" and "clip" in job:
+                continue
+            other_losses, other = run_plan(rank, world, plan, job)
+            same = all(torch.equal(a, b) for a, b in zip(losses, other_losses, strict=True))
+            if not same or not all(torch.equal(other[name], values[name]) for name in values):
+                wrong.append((index, plan))
+    return wrong
+
+
+@pytest.mark.parametrize("world", WORLDS[-2:])
+def test_plans_that_move_and_delay_give_the_same_bits(world):
+    assert run_ranks(run_plans, world, backend="nccl", timeout=240) == [[]] * world
+
+
+BIG = 4096  # the values that move are 64 MiB, so that copies last longer than their launch
+
+
+def big_codes():
+    """The toy's step around a large activation: made, moved beside matmuls, read again."""
+
+    def first(args):
+        x, w1, bias = args
+        args.clear()
+        h = toy_step.first(x, w1, bias)
+        return [h.repeat(BIG * BIG // h.numel() + 1, 1)]
+
+    def second(args):
+        h, t, w2, scale = args
+        args.clear()
+        busy = torch.ones(BIG, BIG, device=h.device, dtype=torch.bfloat16)
+        for _ in range(8):
+            busy = (busy @ busy) * 1e-4
+        return [toy_step.second(h[: t.shape[0]], t, w2, scale) + 0 * busy.sum().float()]
+
+    def second_backward(args):
+        cotangent, h, t, w2, scale = args
+        args.clear()
+        rows = t.shape[0]
+        spread = h.view(-1, rows, h.shape[1])
+        assert torch.equal(spread, spread[:1].expand_as(spread))
+        return toy_step.grads_of(
+            toy_step.second, [h[:rows].clone(), t, w2, scale], [0, 2, 3], cotangent
+        )
+
+    return [first, second, second_backward, toy_step.CODES[3]]
+
+
+def big(rank, world, limit):
+    """Losses, states, and what was relieved while `limit` bytes of the GPU are free (0: all)."""
+    device = torch.device("cuda", rank)
+    results = []
+    for plan in ("", "values"):
+        toy = Toy(
+            rank, world, 3, device=str(device), group=dist.group.WORLD, plan=plan,
+            codes=big_codes(), accumulation=4,
+        )  # fmt: skip
+        toy.train(1, rank, world, device=str(device))
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        filler = None
+        if limit and plan == "":
+            free, _ = torch.cuda.mem_get_info(device)
+            filler = torch.empty(free - limit, dtype=torch.uint8, device=device)
+        losses, calls = [], []
+        for micro in range(4):  # four calls are open at once: 64 MiB each
+            calls.append(toy.runtime.new_call(toy.graph))
+            inputs = list(batch(micro * world + rank, device=str(device)))
+            losses += toy.runtime.run(toy.graph, 0, calls[-1][0], inputs)
+        for call, _ in reversed(calls):
+            toy.runtime.run(toy.graph, 1, call, [torch.ones((), device=device)])
+        toy.step()
+        relieved = toy.runtime.relieved()
+        del filler
+        torch.cuda.empty_cache()
+        results.append(([loss.cpu() for loss in losses], toy.everything(), relieved))
+        assert toy.runtime.peak_bytes() > 64 << 20
+    return results
+
+
+@pytest.mark.parametrize("limit", [0, 320 << 20])
+def test_large_values_move_and_come_back_beside_compute(limit):
+    world = WORLDS[min(1, len(WORLDS) - 1)]
+    for plain, moved in run_ranks(big, world, limit, backend="nccl", timeout=180):
+        assert all(torch.equal(a, b) for a, b in zip(plain[0], moved[0], strict=True))
+        assert all(torch.equal(plain[1][name], tensor) for name, tensor in moved[1].items())
+        assert (plain[2]["times"] > 0) == (limit > 0), plain[2]
+
+
+def links(rank, world):
+    device = torch.device("cuda", rank)
+    runtime = _runtime.Runtime(dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 60.0)
+    seen = []
+    for step in range(4):
+        runtime.share(10 * step + rank)
+        seen.append(runtime.shared())
+    return seen, runtime.measure_links([1 << 20, 1 << 26], 3)
+
+
+def test_flags_and_links_on_a_device():
+    world = WORLDS[-1]
+    results = run_ranks(links, world, backend="nccl", timeout=120)
+    for seen, times in results:
+        assert seen == [0, world - 1, 10 + world - 1, 20 + world - 1]
+        assert times == results[0][1]
+        for direction in ("to_host", "to_device") + (("gather", "reduce") if world > 1 else ()):
+            small, large = (ns for _, ns in times[direction])
+            assert 0 < small < large

@@ -434,7 +434,7 @@ def test_records_cover_every_instruction():
     records = toy.runtime.records()
     expected = sum(plan_text(1, 3, sections).count('{"op"') for sections in (GRAPH, UPDATE))
     assert len(records) == len({r[:3] for r in records}) == expected
-    assert all(0 <= start <= stop for *_, start, stop in records)
+    assert all(0 <= start <= stop for *_, start, stop, _ in records)
 
 
 def test_buffer_report_counts_bytes():

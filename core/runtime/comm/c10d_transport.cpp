@@ -118,6 +118,9 @@ class HostTransport final : public Transport {
                                            std::shared_ptr<Span> span) override {
     return start(std::move(span), [&] { return collectives_.reduce_scatter(piece, full); });
   }
+  std::unique_ptr<Transfer> start_all_reduce(at::Tensor tensor, Reduction reduction) override {
+    return start(nullptr, [&] { return collectives_.all_reduce(tensor, reduction); });
+  }
   void all_reduce(at::Tensor tensor, Reduction reduction) override {
     finish([&] { return collectives_.all_reduce(tensor, reduction); });
   }
@@ -211,6 +214,9 @@ class StreamTransport final : public Transport {
                                            std::shared_ptr<Span> span) override {
     return start({piece, full}, span, [&] { return collectives_.reduce_scatter(piece, full); });
   }
+  std::unique_ptr<Transfer> start_all_reduce(at::Tensor tensor, Reduction reduction) override {
+    return start({tensor}, nullptr, [&] { return collectives_.all_reduce(tensor, reduction); });
+  }
   void all_reduce(at::Tensor tensor, Reduction reduction) override {
     start({tensor}, nullptr, [&] { return collectives_.all_reduce(tensor, reduction); })->wait();
   }
@@ -218,7 +224,11 @@ class StreamTransport final : public Transport {
     start({tensor}, nullptr, [&] { return collectives_.broadcast(tensor); })->wait();
   }
   void barrier() override {
-    translated([&] { collectives_.barrier(device_)->wait(); });
+    translated([&] {
+      // A backend that works on the current stream hands nothing back to wait for.
+      if (const Work work = collectives_.barrier(device_)) work->wait();
+      c10::impl::VirtualGuardImpl(device_.type()).synchronizeStream(streams_.compute());
+    });
   }
   bool in_order() const override { return true; }
 

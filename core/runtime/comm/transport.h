@@ -54,6 +54,9 @@ class Transport {
   virtual std::unique_ptr<Transfer> reduce_scatter(at::Tensor piece, at::Tensor full,
                                                    std::shared_ptr<Span> span) = 0;
 
+  // In place, under way on return.
+  virtual std::unique_ptr<Transfer> start_all_reduce(at::Tensor tensor, Reduction reduction) = 0;
+
   // In place; done (or ordered before the current stream's next work) on return.
   virtual void all_reduce(at::Tensor tensor, Reduction reduction) = 0;
   virtual void broadcast(at::Tensor tensor) = 0;  // from rank 0

@@ -7,10 +7,10 @@
 
 namespace deepcompile {
 
-std::pair<int64_t, at::Tensor> CallTable::open(int64_t plan, size_t value_slots) {
+std::pair<int64_t, at::Tensor> CallTable::open(std::shared_ptr<LoadedPlan> plan) {
   auto call = std::make_shared<Call>();
-  call->plan = plan;
-  call->values.resize(value_slots);
+  call->frame.slots.resize(plan->plan.values.size());
+  call->plan = std::move(plan);
   {
     const std::lock_guard lock(mutex_);
     call->id = next_id_++;
@@ -44,18 +44,28 @@ void CallTable::drop(int64_t id) noexcept {
   calls_.erase(found);
 }
 
+std::vector<std::shared_ptr<Call>> CallTable::open_calls() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<Call>> calls;
+  for (const auto& [id, call] : calls_) calls.push_back(call);
+  return calls;
+}
+
 int64_t CallTable::saved_bytes() const {
   const std::lock_guard lock(mutex_);
   std::unordered_set<const void*> seen;
   int64_t bytes = 0;
+  const auto count = [&](const at::Tensor& tensor) {
+    if (!tensor.defined()) return;
+    const c10::Storage& storage = tensor.storage();
+    if (!seen.insert(storage.unsafeGetStorageImpl()).second) return;
+    bytes += static_cast<int64_t>(storage.nbytes());
+  };
   for (const auto& [id, call] : calls_) {
-    for (const RuntimeValue& value : call->values) {
-      if (!value.isTensor() || !value.toTensor().defined()) continue;
-      const c10::Storage& storage = value.toTensor().storage();
-      if (seen.insert(storage.unsafeGetStorageImpl()).second) {
-        bytes += static_cast<int64_t>(storage.nbytes());
-      }
+    for (const RuntimeValue& value : call->frame.slots) {
+      if (value.isTensor()) count(value.toTensor());
     }
+    for (const auto& [slot, moved] : call->frame.moved) count(moved.arriving);
   }
   return bytes;
 }

@@ -10,35 +10,37 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <mutex>
-#include <unordered_map>
 #include <vector>
 
-#include "runtime/exec/region.h"
+#include "runtime/exec/loaded_plan.h"
+#include "runtime/offload/frame.h"
 
 namespace deepcompile {
 
 struct Call {
   int64_t id = 0;
-  int64_t plan = 0;
-  std::vector<RuntimeValue> values;  // by value slot of the plan
+  std::shared_ptr<LoadedPlan> plan;  // stays loaded until the call is over
+  Frame frame;
   bool forward_ran = false;
 };
 
 class CallTable : public std::enable_shared_from_this<CallTable> {
  public:
   // A new call, and its token: an int64 CPU tensor of one element, the id.
-  std::pair<int64_t, at::Tensor> open(int64_t plan, size_t value_slots);
-  std::shared_ptr<Call> find(int64_t id) const;  // null if it is gone
-  void drop(int64_t id) noexcept;                // nothing if it is gone
-  int64_t saved_bytes() const;                   // distinct storages kept for backwards
+  std::pair<int64_t, at::Tensor> open(std::shared_ptr<LoadedPlan> plan);
+  std::shared_ptr<Call> find(int64_t id) const;           // null if it is gone
+  void drop(int64_t id) noexcept;                         // nothing if it is gone
+  std::vector<std::shared_ptr<Call>> open_calls() const;  // in the order they were opened
+  int64_t saved_bytes() const;  // distinct storages kept for backwards, on the device
   size_t size() const;
 
  private:
   mutable std::mutex mutex_;
   int64_t next_id_ = 1;
-  std::unordered_map<int64_t, std::shared_ptr<Call>> calls_;
+  std::map<int64_t, std::shared_ptr<Call>> calls_;  // by id
 };
 
 }  // namespace deepcompile

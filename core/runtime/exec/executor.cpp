@@ -3,6 +3,7 @@
 
 #include <ATen/ops/add.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 
@@ -16,24 +17,27 @@ std::optional<c10::Stream> current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
-// Transfers time themselves, from start to end on the link. A gather of what is
-// whole already is none.
-bool starts_transfer(Op op, const ParamState* param) {
-  return op == Op::kReduce || (op == Op::kGather && param->presence == Presence::kShard);
-}
-
 }  // namespace
 
-Executor::Executor(ParamStore& store, ShardedAdam& optimizer, Tracer& tracer, int64_t rank,
-                   c10::Device device)
-    : store_(store), optimizer_(optimizer), tracer_(tracer), rank_(rank), device_(device) {}
+Executor::Executor(const ExecutorParts& parts, int64_t rank, c10::Device device)
+    : store_(parts.store),
+      optimizer_(parts.optimizer),
+      states_(parts.states),
+      values_(parts.values),
+      relief_(parts.relief),
+      meter_(parts.meter),
+      tracer_(parts.tracer),
+      rank_(rank),
+      device_(device) {}
 
-void Executor::run(const LoadedPlan& loaded, size_t section, std::vector<RuntimeValue>* values) {
+void Executor::run(const LoadedPlan& loaded, size_t section, Frame* frame) {
   Place place{&loaded, section, 0};
   gathered_.clear();
+  relief_.look();
   try {
-    const size_t count = loaded.plan.sections[section].instrs.size();
-    for (; place.instr < count; ++place.instr) step(place, values);
+    const size_t count = place.part().instrs.size();
+    for (; place.instr < count; ++place.instr) step(place, frame);
+    for (const int32_t slot : place.part().outputs) values_.fetch(frame, slot);
   } catch (const TransportError& error) {
     const std::string text = "[runtime] rank " + std::to_string(rank_) + ": " + describe(place) +
                              " failed: " + error.what() +
@@ -55,86 +59,138 @@ void Executor::recover(bool reachable) {
   gathered_.clear();
 }
 
-void Executor::step(const Place& place, std::vector<RuntimeValue>* values) {
-  const PlanInstr& instr = place.get();
-  ParamState* param =
-      instr.param < 0 ? nullptr : place.loaded->params[static_cast<size_t>(instr.param)];
+// Transfers and host copies time themselves, on the link and on their stream.
+bool Executor::on_compute(const Place& place) const {
+  switch (traits(place.get().op).resource) {
+    case Resource::kLink:
+    case Resource::kToHost:
+    case Resource::kToDevice:
+      return place.get().op == Op::kReduce && sums_locally(place);
+    default:
+      return true;
+  }
+}
+
+void Executor::step(const Place& place, Frame* frame) {
   const std::shared_ptr<Span> span = tracer_.open(
       {place.loaded->id, static_cast<int64_t>(place.section), static_cast<int64_t>(place.instr)});
-  const bool here = span && !starts_transfer(instr.op, param);
+  const bool here = span && on_compute(place);
   if (here) span->start(current_stream(device_));
+  perform_with_relief(place, frame, span);
+  // A transfer of nothing (what is whole already) has a span of nothing.
+  const bool nothing = span && !here && !span->started();
+  if (nothing) span->start(current_stream(device_));
+  if (here || nothing) span->stop(current_stream(device_));
+  for (const int32_t slot : place.get().frees) frame->drop(slot);
+}
+
+void Executor::perform_with_relief(const Place& place, Frame* frame,
+                                   const std::shared_ptr<Span>& span) {
+  HeldInputs held;
+  for (int attempt = 0;; ++attempt) {
+    std::string why;
+    try {
+      const int64_t coming = coming_bytes(place, *frame);
+      const Op op = place.get().op;
+      if (coming > 0 || op == Op::kRun || op == Op::kUpdate) relief_.check(*frame, coming);
+      return perform(place, frame, span, &held);
+    } catch (const c10::OutOfMemoryError& error) {
+      why = error.what_without_backtrace();
+    }
+    // A region cannot be run again if its inputs are gone, and must not if it
+    // draws random numbers or writes to them.
+    const bool again = place.get().op != Op::kRun || held.kept;
+    if (again && relief_.relieve(attempt, frame, user_of_states(place), used_slots(place)))
+      continue;
+    throw OutOfMemory("[runtime] rank " + std::to_string(rank_) + ": " + describe(place) +
+                      " found no memory on the device, and nothing is left that could go to the "
+                      "host: " +
+                      why + ". The runtime holds " + std::to_string(relief_.held_bytes(*frame)) +
+                      " bytes. Use a smaller batch or more ranks, or let the plan keep less "
+                      "(compile.memory_budget).");
+  }
+}
+
+void Executor::perform(const Place& place, Frame* frame, const std::shared_ptr<Span>& span,
+                       HeldInputs* held) {
+  const PlanInstr& instr = place.get();
+  ParamState* param = place.param();
   switch (instr.op) {
     case Op::kGather:
-      if (param->presence == Presence::kShard) gathered_.push_back(param);
-      store_.gather(*param, span);
-      break;
+      return gather(*param, span);
     case Op::kWait:
-      store_.wait(*param);
-      break;
+      return store_.wait(*param);
     case Op::kRelease:
       store_.release(*param);
       gathered_.erase(std::remove(gathered_.begin(), gathered_.end(), param), gathered_.end());
-      break;
+      return;
     case Op::kRun:
-      run_region(place, values);
-      break;
+      return run_region(place, frame, span, held);
     case Op::kReduce:
-      reduce(place, *values, span);
-      break;
+      return reduce(place, frame, span);
     case Op::kAccumulate:
-      store_.accumulate(*param);
-      break;
+      return accumulate(place);
     case Op::kNorm:
-      optimizer_.norm();
-      break;
+      return optimizer_.norm();
     case Op::kUpdate:
-      optimizer_.update(*param);
-      break;
-    default:
-      DC_CHECK(false, "the runtime does not know " + describe(place));
+      return update(place.part().kind, *param);
+    case Op::kDefer:
+      return optimizer_.defer(*param);
+    case Op::kOffloadStates:
+    case Op::kEvictStates:
+    case Op::kReloadStates:
+    case Op::kAwaitStates:
+      return move_states(instr, *param, span);
+    case Op::kOffload:
+    case Op::kEvict:
+    case Op::kReload:
+    case Op::kAwait:
+      return move_values(instr, frame, span);
   }
-  if (here) span->stop(current_stream(device_));
-  for (const int32_t slot : instr.frees) (*values)[static_cast<size_t>(slot)] = RuntimeValue();
+  DC_CHECK(false, "the runtime does not know " + describe(place));
 }
 
-void Executor::run_region(const Place& place, std::vector<RuntimeValue>* values) {
-  const PlanInstr& instr = place.get();
-  const PlanRegion& region = place.loaded->plan.regions[static_cast<size_t>(instr.region)];
-  std::vector<RuntimeValue> inputs;
-  inputs.reserve(region.inputs.size());
-  for (const PlanOperand& input : region.inputs) {
-    if (!input.is_param) {
-      inputs.push_back((*values)[static_cast<size_t>(input.index)]);
-      continue;
-    }
-    const ParamState& param = *place.loaded->params[static_cast<size_t>(input.index)];
-    if (param.presence != Presence::kWhole) {
-      throw UserError("[runtime] " + describe(place) + ": parameter " + param.name +
-                      " is not whole. The plan must gather it and wait for it first.");
-    }
-    inputs.push_back(param.members[static_cast<size_t>(input.member)].slot.tensor());
-  }
-  // The region holds the last reference to what dies here, and may drop it early.
-  for (const int32_t slot : instr.frees) (*values)[static_cast<size_t>(slot)] = RuntimeValue();
-  const auto& code = place.loaded->codes[region.code];
-  std::vector<RuntimeValue> outputs = code->run(std::move(inputs));
-  if (outputs.size() != region.outputs.size()) {
-    throw UserError("[runtime] " + describe(place) + ": its code returned " +
-                    std::to_string(outputs.size()) + " values, the plan says " +
-                    std::to_string(region.outputs.size()) +
-                    ". The code and the plan are of different captures.");
-  }
-  for (size_t i = 0; i < outputs.size(); ++i) {
-    (*values)[static_cast<size_t>(region.outputs[i])] = std::move(outputs[i]);
-  }
+void Executor::move_states(const PlanInstr& instr, ParamState& param,
+                           const std::shared_ptr<Span>& span) {
+  if (instr.op == Op::kOffloadStates) return states_.offload(param, span);
+  if (instr.op == Op::kEvictStates) return states_.evict(param);
+  if (instr.op == Op::kReloadStates) return states_.reload(param, span);
+  states_.await(param);
 }
 
-void Executor::reduce(const Place& place, const std::vector<RuntimeValue>& values,
-                      std::shared_ptr<Span> span) {
+void Executor::move_values(const PlanInstr& instr, Frame* frame,
+                           const std::shared_ptr<Span>& span) {
+  if (instr.op == Op::kOffload) return values_.offload(frame, instr.values, span);
+  if (instr.op == Op::kEvict) return values_.evict(frame, instr.values);
+  if (instr.op == Op::kReload) return values_.reload(frame, instr.values, span);
+  values_.await(frame, instr.values);
+}
+
+void Executor::gather(ParamState& param, const std::shared_ptr<Span>& span) {
+  optimizer_.apply(param);
+  if (param.presence != Presence::kShard) return;
+  store_.gather(param, span);
+  gathered_.push_back(&param);
+}
+
+void Executor::update(SectionKind kind, ParamState& param) {
+  if (kind == SectionKind::kUpdate) return optimizer_.update(param);
+  if (kind == SectionKind::kBackward && last_micro_batch_) return optimizer_.update_early(param);
+  optimizer_.apply(param);
+}
+
+bool Executor::sums_locally(const Place& place) const {
+  return place.loaded->plan.boundary && !last_micro_batch_;
+}
+
+void Executor::reduce(const Place& place, Frame* frame, const std::shared_ptr<Span>& span) {
   const PlanInstr& instr = place.get();
+  ParamState& param = *place.param();
+  optimizer_.apply(param);  // of an earlier step, if its parameter was not used since
   MemberGrads grads;
   for (size_t i = 0; i < instr.values.size(); ++i) {
-    const RuntimeValue& value = values[static_cast<size_t>(instr.values[i])];
+    values_.fetch(frame, instr.values[i]);
+    const RuntimeValue& value = frame->at(instr.values[i]);
     if (value.isTensor() && value.toTensor().defined()) {
       const auto [at, fresh] =
           grads.emplace(static_cast<size_t>(instr.members[i]), value.toTensor());
@@ -142,20 +198,115 @@ void Executor::reduce(const Place& place, const std::vector<RuntimeValue>& value
       if (!fresh) at->second = at::add(at->second, value.toTensor());
     }
   }
-  store_.reduce(*place.loaded->params[static_cast<size_t>(instr.param)], grads, std::move(span));
+  if (sums_locally(place)) return store_.add_locally(param, grads);
+  store_.reduce(param, grads, span);
+}
+
+void Executor::accumulate(const Place& place) {
+  ParamState& param = *place.param();
+  if (sums_locally(place) && !param.pending) return;
+  store_.accumulate(param);
+}
+
+Executor::Inputs Executor::region_inputs(const Place& place, Frame* frame) {
+  const PlanRegion& region = place.loaded->plan.regions[static_cast<size_t>(place.get().region)];
+  Inputs inputs;
+  inputs.reserve(region.inputs.size());
+  for (const PlanOperand& input : region.inputs) {
+    if (!input.is_param) {
+      values_.fetch(frame, input.index);
+      inputs.push_back(frame->at(input.index));
+      continue;
+    }
+    const ParamState& param = *place.loaded->params[static_cast<size_t>(input.index)];
+    if (param.presence != Presence::kWhole || param.due) {
+      throw UserError("[runtime] " + describe(place) + ": parameter " + param.name +
+                      (param.due ? " has an update outstanding" : " is not whole") +
+                      ". The plan must gather it and wait for it first.");
+    }
+    inputs.push_back(param.members[static_cast<size_t>(input.member)].slot.tensor());
+  }
+  return inputs;
+}
+
+void Executor::run_region(const Place& place, Frame* frame, const std::shared_ptr<Span>& span,
+                          HeldInputs* held) {
+  const PlanInstr& instr = place.get();
+  const PlanRegion& region = place.loaded->plan.regions[static_cast<size_t>(instr.region)];
+  if (!held->inputs) {
+    held->inputs = region_inputs(place, frame);
+    held->kept = relief_.armed() && !region.once;
+    // The region holds the last reference to what dies here, and may drop it
+    // early; unless it may have to run again.
+    for (const int32_t slot : instr.frees) frame->drop(slot);
+  }
+  Inputs inputs = held->kept ? *held->inputs : std::move(*held->inputs);
+  if (span) meter_.begin_run(inputs);
+  const auto& code = place.loaded->codes[region.code];
+  std::vector<RuntimeValue> outputs = code->run(std::move(inputs));
+  if (span) span->set_workspace(meter_.end_run(outputs));
+  if (outputs.size() != region.outputs.size()) {
+    throw UserError("[runtime] " + describe(place) + ": its code returned " +
+                    std::to_string(outputs.size()) + " values, the plan says " +
+                    std::to_string(region.outputs.size()) +
+                    ". The code and the plan are of different captures.");
+  }
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    frame->moved.erase(region.outputs[i]);
+    frame->at(region.outputs[i]) = std::move(outputs[i]);
+  }
+}
+
+const ParamState* Executor::user_of_states(const Place& place) const {
+  const Op op = place.get().op;
+  const bool uses = op == Op::kUpdate || op == Op::kReloadStates || op == Op::kAwaitStates;
+  return uses || (place.param() != nullptr && place.param()->due) ? place.param() : nullptr;
+}
+
+std::set<int32_t> Executor::used_slots(const Place& place) const {
+  const PlanInstr& instr = place.get();
+  std::set<int32_t> used(place.part().outputs.begin(), place.part().outputs.end());
+  used.insert(instr.values.begin(), instr.values.end());
+  if (instr.region < 0) return used;
+  for (const PlanOperand& input :
+       place.loaded->plan.regions[static_cast<size_t>(instr.region)].inputs) {
+    if (!input.is_param) used.insert(input.index);
+  }
+  return used;
+}
+
+// What the instruction is known to allocate, in bytes. Regions keep that to themselves.
+int64_t Executor::coming_bytes(const Place& place, const Frame& frame) const {
+  const PlanInstr& instr = place.get();
+  ParamState* param = place.param();
+  int64_t bytes = 0;
+  if (instr.op == Op::kGather && !param->full.defined() && param->world > 1) {
+    bytes += param->padded_numel() * static_cast<int64_t>(c10::elementSize(param->dtype()));
+  }
+  const bool updates = instr.op == Op::kUpdate && param->gradient.defined();
+  const bool applies = (instr.op == Op::kUpdate || instr.op == Op::kGather) && param->due;
+  if (updates || applies || instr.op == Op::kReloadStates) bytes += states_.missing_bytes(*param);
+  if (instr.op == Op::kReload || instr.op == Op::kRun || instr.op == Op::kReduce) {
+    for (const int32_t slot : used_slots(place)) bytes += ValueMover::missing_bytes(frame, slot);
+  }
+  return bytes;
 }
 
 std::string Executor::describe(const Place& place) const {
-  const PlanInstr& instr = place.get();
   const Plan& plan = place.loaded->plan;
-  const PlanSection& section = plan.sections[place.section];
+  const PlanSection& section = place.part();
   std::string text(to_string(section.kind));
   if (section.kind != SectionKind::kUpdate) text.append(" ").append(std::to_string(section.graph));
+  if (place.instr >= section.instrs.size()) return text.append(", its outputs");
+  const PlanInstr& instr = place.get();
   text.append(", instruction ").append(std::to_string(place.instr));
   text.append(" (").append(traits(instr.op).name);
   if (instr.param >= 0) text.append(" ").append(plan.params[static_cast<size_t>(instr.param)]);
   if (instr.region >= 0) {
     text.append(" ").append(plan.regions[static_cast<size_t>(instr.region)].name);
+  }
+  for (size_t i = 0; i < instr.values.size() && instr.op != Op::kReduce; ++i) {
+    text.append(i == 0 ? " " : ", ").append(plan.values[static_cast<size_t>(instr.values[i])]);
   }
   return text.append(")");
 }

@@ -37,6 +37,22 @@ void check_member(const LoadedPlan& loaded, int32_t param, int32_t member) {
   }
 }
 
+bool needs_trainable(Op op) {
+  switch (op) {
+    case Op::kReduce:
+    case Op::kAccumulate:
+    case Op::kUpdate:
+    case Op::kDefer:
+    case Op::kOffloadStates:
+    case Op::kEvictStates:
+    case Op::kReloadStates:
+    case Op::kAwaitStates:
+      return true;
+    default:
+      return false;
+  }
+}
+
 void check_objects(const LoadedPlan& loaded) {
   for (const PlanRegion& region : loaded.plan.regions) {
     if (region.code >= loaded.codes.size() || loaded.codes[region.code] == nullptr) {
@@ -52,9 +68,7 @@ void check_objects(const LoadedPlan& loaded) {
   for (const PlanSection& section : loaded.plan.sections) {
     for (const PlanInstr& instr : section.instrs) {
       for (const int32_t member : instr.members) check_member(loaded, instr.param, member);
-      if (instr.op != Op::kReduce && instr.op != Op::kAccumulate && instr.op != Op::kUpdate) {
-        continue;
-      }
+      if (!needs_trainable(instr.op)) continue;
       const ParamState& param = *loaded.params.at(static_cast<size_t>(instr.param));
       if (!param.trainable) {
         refuse(loaded.plan, std::string(traits(instr.op).name) + " " + param.name +

@@ -30,7 +30,8 @@ ParamState::ParamState(const ParamSpec& spec, int64_t rank, int64_t world, c10::
     full = at::zeros({padded_numel()}, options());
     copy_values(spec, full, {0, padded_numel()});
   }
-  if (trainable && dtype_ != master_dtype()) master_copy_ = owned().to(master_dtype());
+  has_master_copy_ = trainable && dtype_ != master_dtype();
+  if (has_master_copy_) master_copy_ = owned().to(master_dtype());
   for (const MemberSpec& member : spec.members) {
     const int64_t numel = member.parameter.numel();
     members.push_back(
@@ -104,6 +105,7 @@ at::Tensor ParamState::owned() const {
 
 at::Tensor ParamState::master() const {
   DC_CHECK(trainable, "frozen parameter " + name + " has no master copy");
+  DC_CHECK(!has_master_copy_ || master_copy_.defined(), name + " has its master on the host");
   return master_copy_.defined() ? master_copy_ : owned();
 }
 
@@ -150,6 +152,9 @@ void ParamState::drop_gradient() {
   gradient.reset();
   grad_scale = 1.0;
   gradient_is_wire = false;
+  reduced_eagerly = false;
+  local_sum.reset();
+  local_members.clear();
   for (Member& member : members) member.has_grad = false;
 }
 

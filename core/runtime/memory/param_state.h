@@ -13,6 +13,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -77,6 +78,18 @@ struct PendingReduction {
   std::vector<size_t> members;
 };
 
+// An update whose gradient is complete, with all it needs to be applied now or
+// later: settings and factors are those of the step it belongs to.
+struct DueUpdate {
+  at::Tensor gradient;  // over `owned_range`, times grad_scale
+  double grad_scale = 1.0;
+  double factor = 1.0;            // on a CPU: loss scale and clipping
+  at::Tensor factor_tensor;       // on a device; undefined for 1
+  std::vector<Hyper> hypers;      // by member
+  std::vector<bool> outstanding;  // by member: has a gradient and is not updated yet
+  bool changed = false;           // some member is updated
+};
+
 class ParamState {
  public:
   // Copies this rank's piece out of the members' values and takes the members'
@@ -126,11 +139,22 @@ class ParamState {
   at::Tensor gradient;
   double grad_scale = 1.0;
   bool gradient_is_wire = false;  // the reduction's own buffer: read-only, in the wire's type
+  bool reduced_eagerly = false;   // some reduction of this step came from outside a plan
+
+  // Sum of this rank's gradients over the whole padded buffer, in f32 (f64), of
+  // the micro batches before the last; undefined if there is none.
+  at::Tensor local_sum;
+  std::vector<size_t> local_members;  // that have a gradient in it
+
+  std::optional<DueUpdate> due;             // deferred, or being applied
+  std::optional<std::vector<Hyper>> early;  // updated before its step, with these settings
 
   at::Tensor master_if_copied() const { return master_copy_; }
   const at::Tensor& exp_avg_if_made() const { return exp_avg_; }
   const at::Tensor& exp_avg_sq_if_made() const { return exp_avg_sq_; }
   at::Tensor shard_if_copied() const { return shard_; }
+  // What can go to the host: master copy (if it is one), exp_avg, exp_avg_sq.
+  std::array<at::Tensor*, 3> movable_states() { return {&master_copy_, &exp_avg_, &exp_avg_sq_}; }
 
  private:
   void check(const ParamSpec& spec) const;
@@ -140,8 +164,9 @@ class ParamState {
   c10::ScalarType dtype_;
   c10::Device device_;
   int64_t shard_numel_ = 0;
-  at::Tensor shard_;        // undefined if the shard is a piece of the full buffer
-  at::Tensor master_copy_;  // undefined if the weights are their own master
+  at::Tensor shard_;  // undefined if the shard is a piece of the full buffer
+  bool has_master_copy_ = false;
+  at::Tensor master_copy_;  // undefined if the weights are their own master, or if it is away
   at::Tensor exp_avg_;
   at::Tensor exp_avg_sq_;
 };

@@ -2,6 +2,7 @@
 #include "runtime/memory/param_store.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
 
 #include <utility>
@@ -98,33 +99,69 @@ void ParamStore::release(ParamState& param) {
   param.drop_full();
 }
 
-void ParamStore::reduce(ParamState& param, const MemberGrads& grads, std::shared_ptr<Span> span) {
+void ParamStore::check_trainable(const ParamState& param) const {
   if (!param.trainable) {
     throw UserError("[runtime] parameter " + param.name + " is frozen, it has no gradient.");
   }
+  if (param.early) {
+    throw UserError("[runtime] parameter " + param.name +
+                    " has a gradient after its update of this step. An update in the backward "
+                    "wants each parameter reduced once a micro batch: plan with "
+                    "place_optimizer at the step.");
+  }
+}
+
+void ParamStore::add_locally(ParamState& param, const MemberGrads& grads) {
+  check_trainable(param);
+  const at::Tensor flat = param.flat_gradient(grads, sum_dtype(reduce_dtype_));
+  if (param.local_sum.defined()) {
+    param.local_sum.add_(flat);
+  } else {
+    // The sum is written to: it may not be the caller's own gradient.
+    const bool own = grads.size() == 1 && flat.is_alias_of(grads.begin()->second);
+    param.local_sum = own ? flat.clone() : flat;
+  }
+  for (const auto& grad : grads) param.local_members.push_back(grad.first);
+}
+
+at::Tensor ParamStore::reduction_source(ParamState& param, const MemberGrads& grads) const {
+  at::Tensor& sum = param.local_sum;
+  if (!sum.defined()) return param.flat_gradient(grads, reduce_dtype_);
+  // Every allocation before the first change: it can be tried again if one fails.
+  const bool wide = sum.scalar_type() == reduce_dtype_;
+  const at::Tensor source = wide ? sum : at::empty_like(sum, sum.options().dtype(reduce_dtype_));
+  if (!grads.empty()) sum.add_(param.flat_gradient(grads, sum.scalar_type()));
+  if (!wide) source.copy_(sum);
+  return source;
+}
+
+void ParamStore::reduce(ParamState& param, const MemberGrads& grads, std::shared_ptr<Span> span) {
+  check_trainable(param);
   if (param.pending) {
     throw UserError("[runtime] parameter " + param.name +
                     " is reduced again before its last reduction was accumulated.");
   }
   PendingReduction pending;
-  pending.source = param.flat_gradient(grads, reduce_dtype_);
-  for (const auto& grad : grads) pending.members.push_back(grad.first);
   const bool replicated = param.placement == Placement::kReplicated;
   const c10::TensorOptions options = param.options().dtype(reduce_dtype_);
-  if (world_ == 1) {
-    pending.piece = pending.value = pending.source;
-  } else if (replicated) {
+  if (replicated && world_ > 1) {
     pending.value = at::empty({param.padded_numel()}, options);
     pending.piece = pending.value.narrow(0, param.shard_range().start, param.shard_numel());
-  } else {
+  } else if (world_ > 1) {
     pending.piece = pending.value = at::empty({param.shard_numel()}, options);
   }
+  pending.source = reduction_source(param, grads);
+  pending.members = param.local_members;
+  for (const auto& grad : grads) pending.members.push_back(grad.first);
+  if (world_ == 1) pending.piece = pending.value = pending.source;
   pending.transfer = transport_.reduce_scatter(pending.piece, pending.source, std::move(span));
   if (replicated && world_ > 1 && transport_.in_order()) {
     // The same sums as a sharded parameter's, bit by bit, then handed round.
     pending.broadcast = transport_.gather(pending.value, pending.piece, nullptr);
   }
   param.pending = std::move(pending);
+  param.local_sum.reset();
+  param.local_members.clear();
 }
 
 void ParamStore::end_reduction(ParamState& param, PendingReduction* pending) {
@@ -142,11 +179,12 @@ void ParamStore::accumulate(ParamState& param) {
     throw UserError("[runtime] parameter " + param.name +
                     " is accumulated, but no reduction of it was started.");
   }
-  PendingReduction pending = std::move(*param.pending);
+  // In this order, so that it can be tried again after an allocation failed.
+  end_reduction(param, &*param.pending);
+  param.pending->source.reset();
+  add_to_gradient(param, param.pending->value);
+  for (const size_t member : param.pending->members) param.members[member].has_grad = true;
   param.pending.reset();
-  end_reduction(param, &pending);
-  add_to_gradient(param, pending.value);
-  for (const size_t member : pending.members) param.members[member].has_grad = true;
 }
 
 void ParamStore::add_to_gradient(ParamState& param, const at::Tensor& sum) {
@@ -204,6 +242,22 @@ void ParamStore::abandon_transfers(bool reachable) {
   }
 }
 
+void ParamStore::visit(const std::function<void(const at::Tensor&)>& visitor) const {
+  for (const auto& param : params_) {
+    visitor(param->shard_if_copied());
+    visitor(param->full);
+    visitor(param->master_if_copied());
+    visitor(param->exp_avg_if_made());
+    visitor(param->exp_avg_sq_if_made());
+    visitor(param->gradient);
+    visitor(param->local_sum);
+    if (param->due) visitor(param->due->gradient);
+    if (!param->pending) continue;
+    visitor(param->pending->source);
+    visitor(param->pending->value);
+  }
+}
+
 BufferReport ParamStore::buffer_report() const {
   BufferReport report{{"shards", 0}, {"full", 0},      {"masters", 0},
                       {"states", 0}, {"gradients", 0}, {"reductions", 0}};
@@ -213,7 +267,8 @@ BufferReport ParamStore::buffer_report() const {
     if (!is_shard) report["full"] += bytes_of(param->full);
     report["masters"] += bytes_of(param->master_if_copied());
     report["states"] += bytes_of(param->exp_avg_if_made()) + bytes_of(param->exp_avg_sq_if_made());
-    report["gradients"] += bytes_of(param->gradient);
+    report["gradients"] += bytes_of(param->gradient) + bytes_of(param->local_sum);
+    if (param->due) report["gradients"] += bytes_of(param->due->gradient);
     if (param->pending) {
       report["reductions"] += bytes_of(param->pending->source) + bytes_of(param->pending->value);
     }

@@ -8,6 +8,7 @@
 // they are called out of order.
 #pragma once
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -42,8 +43,11 @@ class ParamStore {
   // Gives the full buffer back. Nothing for parameters that are kept whole.
   void release(ParamState& param);
 
-  // Starts the sum of P's gradients over ranks. Members without one count as zeros.
+  // Starts the sum of P's gradients, and of its local sum, over ranks. Members
+  // without one count as zeros.
   void reduce(ParamState& param, const MemberGrads& grads, std::shared_ptr<Span> span = nullptr);
+  // Adds P's gradients to its local sum: no transfer. The next reduction takes it.
+  void add_locally(ParamState& param, const MemberGrads& grads);
   // Waits for the sum and adds it, as a mean over ranks, to P's gradient.
   void accumulate(ParamState& param);
   void zero_grad();
@@ -56,8 +60,12 @@ class ParamStore {
   void abandon_transfers(bool reachable);
 
   BufferReport buffer_report() const;
+  // Every tensor this rank holds on the device, those of one memory too; some undefined.
+  void visit(const std::function<void(const at::Tensor&)>& visitor) const;
 
  private:
+  at::Tensor reduction_source(ParamState& param, const MemberGrads& grads) const;
+  void check_trainable(const ParamState& param) const;
   void end_reduction(ParamState& param, PendingReduction* pending);
   void add_to_gradient(ParamState& param, const at::Tensor& sum);
 

@@ -26,17 +26,22 @@ at::Tensor gradient_piece(const ParamState& param) {
   return param.gradient.narrow(0, param.shard_range().start, param.shard_numel());
 }
 
-bool same_update(const Member& a, const Member& b) {
-  const Hyper &x = a.hyper, &y = b.hyper;
-  return a.has_grad == b.has_grad && a.step == b.step && x.lr == y.lr && x.beta1 == y.beta1 &&
-         x.beta2 == y.beta2 && x.eps == y.eps && x.weight_decay == y.weight_decay &&
-         x.decoupled == y.decoupled;
+bool same(const Hyper& x, const Hyper& y) {
+  return x.lr == y.lr && x.beta1 == y.beta1 && x.beta2 == y.beta2 && x.eps == y.eps &&
+         x.weight_decay == y.weight_decay && x.decoupled == y.decoupled;
+}
+
+bool same_update(const ParamState& param, size_t a, size_t b) {
+  const DueUpdate& due = *param.due;
+  return due.outstanding[a] == due.outstanding[b] &&
+         param.members[a].step == param.members[b].step && same(due.hypers[a], due.hypers[b]);
 }
 
 }  // namespace
 
-ShardedAdam::ShardedAdam(ParamStore& store, Transport& transport, c10::Device device, double clip)
-    : store_(store), transport_(transport), device_(device), clip_(clip) {}
+ShardedAdam::ShardedAdam(ParamStore& store, StateMover& states, Transport& transport,
+                         c10::Device device, double clip)
+    : store_(store), states_(states), transport_(transport), device_(device), clip_(clip) {}
 
 void ShardedAdam::begin(const StepOptions& options) {
   for (const auto& param : store_.params()) {
@@ -44,6 +49,9 @@ void ShardedAdam::begin(const StepOptions& options) {
     throw UserError("[runtime] parameter " + param->name +
                     " has a reduction that was not accumulated. Accumulate it before the step.");
   }
+  check_early(options);
+  apply_all();
+  reduce_local_sums();
   options_ = options;
   result_ = {};
   factor_ = options.loss_scale_inv;
@@ -53,6 +61,38 @@ void ShardedAdam::begin(const StepOptions& options) {
   }
   if (members_may_differ) agree_on_members();
   if (options.check_finite) result_.skipped = any_not_finite();
+}
+
+bool ShardedAdam::early() const {
+  return std::any_of(store_.params().begin(), store_.params().end(),
+                     [](const auto& param) { return param->early.has_value(); });
+}
+
+void ShardedAdam::check_early(const StepOptions& options) const {
+  for (const auto& param : store_.params()) {
+    if (!param->early) continue;
+    const std::string where = "[runtime] parameter " + param->name +
+                              " was updated in the backward of this step's last micro batch";
+    if (options.check_finite || options.loss_scale_inv != 1.0) {
+      throw UserError(where +
+                      ", and the step scales the loss or may be skipped, which early updates "
+                      "forbid. Plan with place_optimizer at the step.");
+    }
+    for (size_t i = 0; i < param->members.size(); ++i) {
+      if (same(param->members[i].hyper, (*param->early)[i])) continue;
+      throw UserError(where + ", and the settings of " + param->members[i].name +
+                      " were changed since, which early updates forbid. Change them before the "
+                      "last micro batch, or plan with place_optimizer at the step.");
+    }
+  }
+}
+
+void ShardedAdam::reduce_local_sums() {
+  for (const auto& param : store_.params()) {
+    if (!param->local_sum.defined()) continue;
+    store_.reduce(*param, {});
+    store_.accumulate(*param);
+  }
 }
 
 void ShardedAdam::agree_on_members() {
@@ -87,6 +127,11 @@ bool ShardedAdam::any_not_finite() const {
 }
 
 void ShardedAdam::norm() {
+  if (early()) {
+    throw UserError(
+        "[runtime] the gradient norm comes after updates in the backward, which "
+        "clipping forbids. Plan with place_optimizer at the step.");
+  }
   if (device_.is_cpu()) {
     const at::Tensor sum = at::zeros({}, c10::TensorOptions().dtype(c10::kDouble));
     double* total = sum.data_ptr<double>();
@@ -118,52 +163,95 @@ void ShardedAdam::norm() {
   }
 }
 
-void ShardedAdam::update(ParamState& param) {
-  if (!param.gradient.defined()) return;
-  if (!result_.skipped) {
-    // Neighbours with equal settings are one stretch; the gaps between them
-    // hold zeros, with zero gradients.
-    bool any = false;
-    for (size_t first = 0; first < param.members.size();) {
-      size_t last = first + 1;
-      while (last < param.members.size() &&
-             same_update(param.members[first], param.members[last])) {
-        ++last;
-      }
-      if (param.members[first].has_grad) {
-        update_run(param, first, last);
-        any = true;
-      }
-      first = last;
-    }
-    if (any) store_.owned_changed(param);
+void ShardedAdam::make_due(ParamState& param, double factor, const at::Tensor& factor_tensor) {
+  DueUpdate due{.gradient = param.gradient,
+                .grad_scale = param.grad_scale,
+                .factor = factor,
+                .factor_tensor = factor_tensor,
+                .hypers = {},
+                .outstanding = {}};
+  for (const Member& member : param.members) {
+    due.hypers.push_back(member.hyper);
+    due.outstanding.push_back(member.has_grad);
   }
+  param.due = std::move(due);
   param.drop_gradient();
 }
 
+void ShardedAdam::update(ParamState& param) {
+  defer(param);
+  apply(param);
+}
+
+void ShardedAdam::defer(ParamState& param) {
+  // Nothing is due already: `begin` applied it, or this is a second try.
+  if (!param.gradient.defined() || param.due) return;
+  if (result_.skipped) return param.drop_gradient();
+  make_due(param, factor_, factor_tensor_);
+}
+
+void ShardedAdam::update_early(ParamState& param) {
+  const bool complete = param.gradient.defined() && !param.pending && !param.reduced_eagerly;
+  if (complete && !param.due) {
+    make_due(param, 1.0, {});
+    param.early = param.due->hypers;
+  }
+  apply(param);
+}
+
+void ShardedAdam::apply(ParamState& param) {
+  if (!param.due) return;
+  DueUpdate& due = *param.due;
+  // Neighbours with equal settings are one stretch; the gaps between them hold
+  // zeros, with zero gradients.
+  for (size_t first = 0; first < param.members.size();) {
+    size_t last = first + 1;
+    while (last < param.members.size() && same_update(param, first, last)) ++last;
+    if (due.outstanding[first]) {
+      update_run(param, first, last);
+      due.changed = true;
+    }
+    first = last;
+  }
+  const bool changed = due.changed;
+  param.due.reset();
+  if (changed) store_.owned_changed(param);
+}
+
+void ShardedAdam::apply_all() {
+  for (const auto& param : store_.params()) apply(*param);
+}
+
 void ShardedAdam::update_run(ParamState& param, size_t first, size_t last) {
+  const DueUpdate& due = *param.due;
   const Range owned = param.owned_range();
   const int64_t begin = std::max(param.members[first].offset, owned.start);
   const int64_t end =
       std::min(param.members[last - 1].offset + param.members[last - 1].numel, owned.stop);
-  for (size_t i = first; i < last; ++i) ++param.members[i].step;
-  if (begin >= end) return;
-  const auto piece_of = [&](const at::Tensor& tensor) {
-    return tensor.narrow(0, begin - owned.start, end - begin);
-  };
-  AdamPiece piece{.master = piece_of(param.master()),
-                  .exp_avg = piece_of(param.exp_avg()),
-                  .exp_avg_sq = piece_of(param.exp_avg_sq()),
-                  .gradient = piece_of(param.gradient),
-                  .weight = {},
-                  .grad_scale = param.grad_scale,
-                  .step = param.members[first].step,
-                  .hyper = param.members[first].hyper};
-  if (param.master_if_copied().defined()) piece.weight = piece_of(param.owned());
-  if (device_.is_cpu()) {
-    adam_cpu(piece, factor_);
-  } else {
-    adam_device(piece, factor_tensor_);
+  if (begin < end) {
+    states_.need(param);
+    const auto piece_of = [&](const at::Tensor& tensor) {
+      return tensor.narrow(0, begin - owned.start, end - begin);
+    };
+    AdamPiece piece{.master = piece_of(param.master()),
+                    .exp_avg = piece_of(param.exp_avg()),
+                    .exp_avg_sq = piece_of(param.exp_avg_sq()),
+                    .gradient = piece_of(due.gradient),
+                    .weight = {},
+                    .grad_scale = due.grad_scale,
+                    .step = param.members[first].step + 1,
+                    .hyper = due.hypers[first]};
+    if (param.master_if_copied().defined()) piece.weight = piece_of(param.owned());
+    if (device_.is_cpu()) {
+      adam_cpu(piece, due.factor);
+    } else {
+      adam_device(piece, due.factor_tensor);
+    }
+  }
+  // Last, so that a second try after an allocation failed does what is left.
+  for (size_t i = first; i < last; ++i) {
+    ++param.members[i].step;
+    param.due->outstanding[i] = false;
   }
 }
 
@@ -176,6 +264,7 @@ StepResult ShardedAdam::end() {
 
 void ShardedAdam::abandon() {
   store_.zero_grad();
+  for (const auto& param : store_.params()) param->early.reset();
   factor_tensor_.reset();
   result_ = {};
 }

@@ -2,7 +2,9 @@
 // ShardedAdam: one optimizer step over the pieces this rank owns.
 //
 // A step is begin, then the update section's norm and updates in the plan's
-// order, then end. Every update consumes its gradient. Members that no
+// order, then end. Every update consumes its gradient. An update may come
+// later: a deferred one waits, with all it needs, for whoever applies it; or
+// earlier: in the backward of the last micro batch, before begin. Members that no
 // reduction had a gradient for are left alone, with their states and step
 // numbers, as torch does with gradients that are None.
 #pragma once
@@ -13,6 +15,7 @@
 #include <optional>
 
 #include "runtime/memory/param_store.h"
+#include "runtime/offload/state_mover.h"
 
 namespace deepcompile {
 
@@ -32,15 +35,26 @@ struct StepResult {
 class ShardedAdam {
  public:
   // clip: largest global norm, 0 for no clipping.
-  ShardedAdam(ParamStore& store, Transport& transport, c10::Device device, double clip);
+  ShardedAdam(ParamStore& store, StateMover& states, Transport& transport, c10::Device device,
+              double clip);
 
   // Agrees between ranks on which members have gradients (only after eager
-  // reductions, which may differ) and on whether to skip. Collective.
+  // reductions, which may differ) and on whether to skip. Collective. Applies
+  // what an earlier step deferred and reduces what is summed on ranks alone.
   void begin(const StepOptions& options);
   void norm();  // collective
   void update(ParamState& param);
-  StepResult end();  // drops what gradients are left
-  void abandon();    // a failed step: drops the gradients
+  // Takes P's gradient aside, with this step's settings; `apply` does the rest.
+  void defer(ParamState& param);
+  // Applies what is due; nothing if nothing is. What other ranks own is stale
+  // then. Can be called again after it failed for want of memory.
+  void apply(ParamState& param);
+  void apply_all();
+  // In a backward: applies P's gradient if it is complete, else nothing.
+  void update_early(ParamState& param);
+  bool early() const;  // some parameter has had its update before the step
+  StepResult end();    // drops what gradients are left
+  void abandon();      // a failed step: drops the gradients
 
   // Set when reductions came from outside a plan, and ranks may disagree.
   bool members_may_differ = false;
@@ -51,9 +65,13 @@ class ShardedAdam {
  private:
   void agree_on_members();
   bool any_not_finite() const;
+  void check_early(const StepOptions& options) const;
+  void reduce_local_sums();
+  void make_due(ParamState& param, double factor, const at::Tensor& factor_tensor);
   void update_run(ParamState& param, size_t first, size_t last);
 
   ParamStore& store_;
+  StateMover& states_;
   Transport& transport_;
   c10::Device device_;
   double clip_;

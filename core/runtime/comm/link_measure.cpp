@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/comm/link_measure.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/tensor.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include <algorithm>
+
+namespace deepcompile {
+namespace {
+
+void finish(c10::Device device) {
+  if (device.is_cpu()) return;
+  c10::impl::VirtualGuardImpl(device.type()).synchronizeDevice(device.index());
+}
+
+// `transfer(span)` starts one and waits for it on the current stream.
+template <typename Transfer>
+int64_t median_ns(c10::Device device, int64_t repeats, Transfer&& transfer) {
+  std::vector<int64_t> times;
+  for (int64_t i = 0; i <= repeats; ++i) {
+    const auto span = std::make_shared<Span>(SpanId{});
+    const int64_t start = steady_now_ns();
+    transfer(span);
+    finish(device);
+    const int64_t ns = device.is_cpu() ? steady_now_ns() - start : span->elapsed_ns();
+    if (i > 0) times.push_back(ns);  // the first one warms up
+  }
+  std::nth_element(times.begin(), times.begin() + repeats / 2, times.end());
+  return std::max<int64_t>(times[static_cast<size_t>(repeats / 2)], 1);
+}
+
+}  // namespace
+
+LinkTimes measure_links(Transport& transport, HostLink& link, int64_t world,
+                        c10::ScalarType reduce_dtype, const std::vector<int64_t>& bytes,
+                        int64_t repeats) {
+  LinkTimes times{{"gather", {}}, {"reduce", {}}, {"to_host", {}}, {"to_device", {}}};
+  const c10::Device device = link.device();
+  const auto options = c10::TensorOptions().device(device);
+  const auto pool = std::make_shared<HostPool>(!device.is_cpu());
+  const auto item = static_cast<int64_t>(c10::elementSize(reduce_dtype));
+  for (const int64_t wanted : bytes) {
+    const int64_t numel = std::max<int64_t>(1, wanted / item / world);
+    const int64_t whole_bytes = numel * world * item;
+    const at::Tensor whole = at::zeros({numel * world}, options.dtype(reduce_dtype));
+    const at::Tensor piece = at::zeros({numel}, options.dtype(reduce_dtype));
+    const auto add = [&](const char* what, const auto& transfer) {
+      transport.barrier();
+      times[what].emplace_back(whole_bytes, median_ns(device, repeats, transfer));
+    };
+    if (world > 1) {
+      add("gather", [&](const auto& span) { transport.gather(whole, piece, span)->wait(); });
+      add("reduce",
+          [&](const auto& span) { transport.reduce_scatter(piece, whole, span)->wait(); });
+    }
+    const HostBuffer buffer = pool->take(whole_bytes);
+    const at::Tensor host = buffer.flat(numel * world, reduce_dtype);
+    add("to_host", [&](const auto& span) { link.out({{whole, host}}, span).wait(); });
+    add("to_device", [&](const auto& span) { link.in({{host, whole}}, span).wait(); });
+    finish(device);
+  }
+  std::vector<double> flat;
+  for (const auto& [what, list] : times) {
+    for (const auto& [size, ns] : list) flat.push_back(static_cast<double>(ns));
+  }
+  const at::Tensor slowest = at::tensor(flat, c10::TensorOptions().dtype(c10::kDouble)).to(device);
+  if (!flat.empty()) transport.all_reduce(slowest, Reduction::kMax);
+  const at::Tensor host = slowest.cpu();
+  const double* next = host.const_data_ptr<double>();
+  for (auto& [what, list] : times) {
+    for (auto& [size, ns] : list) ns = static_cast<int64_t>(*next++);
+  }
+  return times;
+}
+
+}  // namespace deepcompile

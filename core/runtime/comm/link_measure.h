@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// How fast this job's links are, measured with all ranks at work at once.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime/comm/transport.h"
+#include "runtime/offload/host_link.h"
+
+namespace deepcompile {
+
+// Per direction ("gather", "reduce", "to_host", "to_device"): (bytes, ns).
+using LinkTimes = std::map<std::string, std::vector<std::pair<int64_t, int64_t>>>;
+
+// The median of `repeats` transfers of each size, and of the slowest rank, so
+// that all ranks get the same. Sizes of gathers and reductions are those of
+// the whole buffer; with one rank there are none. Collective.
+LinkTimes measure_links(Transport& transport, HostLink& link, int64_t world,
+                        c10::ScalarType reduce_dtype, const std::vector<int64_t>& bytes,
+                        int64_t repeats);
+
+}  // namespace deepcompile

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/exec/relief.h"
+
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <unordered_set>
+#include <utility>
+
+namespace deepcompile {
+namespace {
+
+constexpr int64_t kFirstWish = int64_t{256} << 20;  // bytes; doubled with every attempt
+// Room below this part of the device is short. A region's scratch is less.
+constexpr int64_t kScarcePart = 8;
+
+constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+
+}  // namespace
+
+Relief::Relief(ParamStore& store, StateMover& states, ValueMover& values, CallTable& calls,
+               c10::Device device)
+    : store_(store), states_(states), values_(values), calls_(calls), device_(device) {}
+
+void Relief::look() {
+  if (device_.is_cpu()) return;
+  auto* const allocator = c10::getDeviceAllocator(device_.type());
+  const auto [free, total] = allocator->getMemoryInfo(device_.index());
+  const auto stats = allocator->getDeviceStats(device_.index());
+  allocated_ = stats.allocated_bytes[kAll].current;
+  room_ = static_cast<int64_t>(free) + stats.reserved_bytes[kAll].current - allocated_;
+  scarce_ = static_cast<int64_t>(total) / kScarcePart;
+}
+
+bool Relief::armed() const {
+  if (limit_ > 0) return true;
+  if (device_.is_cpu()) return false;
+  const auto stats = c10::getDeviceAllocator(device_.type())->getDeviceStats(device_.index());
+  return room_ - (stats.allocated_bytes[kAll].current - allocated_) < scarce_;
+}
+
+int64_t Relief::held_bytes(const Frame& frame) const {
+  int64_t bytes = 0;
+  std::unordered_set<const void*> seen;
+  const auto count = [&](const at::Tensor& tensor) {
+    if (!tensor.defined() || tensor.device() != device_) return;
+    if (!seen.insert(tensor.storage().unsafeGetStorageImpl()).second) return;
+    bytes += static_cast<int64_t>(tensor.storage().nbytes());
+  };
+  const auto count_frame = [&](const Frame& each) {
+    for (const RuntimeValue& value : each.slots) {
+      if (value.isTensor()) count(value.toTensor());
+    }
+    for (const auto& [slot, moved] : each.moved) count(moved.arriving);
+  };
+  store_.visit(count);
+  states_.visit(count);
+  count_frame(frame);
+  for (const std::shared_ptr<Call>& call : calls_.open_calls()) count_frame(call->frame);
+  return bytes;
+}
+
+void Relief::check(const Frame& frame, int64_t more) const {
+  if (limit_ <= 0) return;
+  const int64_t held = held_bytes(frame);
+  if (held + more <= limit_) return;
+  throw c10::OutOfMemoryError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)},
+                              "it holds " + std::to_string(held) + " bytes and needs " +
+                                  std::to_string(more) + " more, the limit is " +
+                                  std::to_string(limit_));
+}
+
+bool Relief::relieve(int attempt, Frame* frame, const ParamState* user,
+                     const std::set<int32_t>& used) {
+  const int64_t wanted =
+      limit_ > 0 ? std::max<int64_t>(1, limit_ >> 3) : kFirstWish << std::min(attempt, 20);
+  int64_t freed = evict_states(wanted, user);
+  if (freed < wanted) freed += evict_values(wanted - freed, frame, used);
+  if (freed == 0) return false;
+  ++report_.times;
+  // What came free may be too cut up: let the allocator give it back and ask anew.
+  if (!device_.is_cpu()) c10::getDeviceAllocator(device_.type())->emptyCache();
+  return true;
+}
+
+int64_t Relief::evict_states(int64_t wanted, const ParamState* user) {
+  int64_t freed = 0;
+  // The last ones first: the update needs them last.
+  const auto& params = store_.params();
+  for (auto it = params.rbegin(); it != params.rend() && freed < wanted; ++it) {
+    ParamState& param = **it;
+    if (&param == user || !param.trainable) continue;
+    const int64_t before = states_.device_bytes(param);
+    if (before == 0) continue;
+    states_.offload(param);
+    states_.evict(param);
+    freed += before - states_.device_bytes(param);
+  }
+  report_.states_bytes += freed;
+  return freed;
+}
+
+int64_t Relief::evict_values(int64_t wanted, Frame* frame, const std::set<int32_t>& used) {
+  int64_t freed = 0;
+  const auto evict = [&](Frame* from, const std::set<int32_t>& spared) {
+    for (size_t i = 0; i < from->slots.size() && freed < wanted; ++i) {
+      const auto slot = static_cast<int32_t>(i);
+      if (spared.count(slot) == 0) freed += values_.evict_now(from, slot);
+    }
+  };
+  evict(frame, used);
+  for (const std::shared_ptr<Call>& call : calls_.open_calls()) evict(&call->frame, {});
+  report_.values_bytes += freed;
+  return freed;
+}
+
+ReliefReport Relief::take_report() {
+  return std::exchange(report_, {});
+}
+
+}  // namespace deepcompile

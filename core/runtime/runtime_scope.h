@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// What every public method of Runtime holds; for its own sources only.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/DispatchKeySet.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+
+#include "base/error.h"
+#include "runtime/runtime.h"
+
+namespace deepcompile {
+
+// The lock, the device, no autograd, no autocast, and the compute stream.
+class Runtime::Scope {
+ public:
+  explicit Scope(Runtime& runtime)
+      : lock_(runtime.mutex_),
+        device_(runtime.options_.device),
+        no_autocast_(c10::autocast_dispatch_keyset) {
+    if (runtime.options_.device.is_cpu()) return;
+    const c10::impl::VirtualGuardImpl guard(runtime.options_.device.type());
+    const c10::Stream now = guard.getStream(runtime.options_.device);
+    if (runtime.compute_ && *runtime.compute_ != now) {
+      // Order: the last section (its stream) -> this one (the caller's stream).
+      c10::Event event(runtime.options_.device.type());
+      event.record(*runtime.compute_);
+      event.block(now);
+    }
+    runtime.compute_ = now;
+  }
+
+ private:
+  std::lock_guard<std::recursive_mutex> lock_;
+  c10::DeviceGuard device_;
+  at::NoGradGuard no_grad_;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast_;
+};
+
+// Runs `action` outside any plan, naming rank and parameter if a transfer fails.
+template <typename Action>
+void Runtime::eagerly(const char* what, const std::string& name, Action&& action) {
+  const Scope scope(*this);
+  try {
+    action();
+  } catch (const TransportError& error) {
+    store_.abandon_transfers(/*reachable=*/false);
+    throw UserError("[runtime] rank " + std::to_string(options_.rank) + ": " + what +
+                    (name.empty() ? "" : " " + name) + " (outside a plan) failed: " + error.what() +
+                    ". A peer stopped or is far behind: see its output; raise "
+                    "the timeout if it is only slow.");
+  }
+}
+
+}  // namespace deepcompile

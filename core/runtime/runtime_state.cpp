@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runtime: optimizer steps, states for checkpoints, memory and traces.
+#include <ATen/ops/mul.h>
+
+#include <algorithm>
+#include <array>
+
+#include "base/error.h"
+#include "runtime/runtime.h"
+#include "runtime/runtime_scope.h"
+
+namespace deepcompile {
+
+StepResult Runtime::step(int64_t plan, const StepOptions& options) {
+  std::shared_ptr<LoadedPlan> keep;
+  const Scope scope(*this);
+  keep = plan_at(plan);
+  LoadedPlan& loaded = *keep;
+  const auto& sections = loaded.plan.sections;
+  const auto update = std::find_if(sections.begin(), sections.end(), [](const PlanSection& s) {
+    return s.kind == SectionKind::kUpdate;
+  });
+  if (update == sections.end()) {
+    throw UserError("[runtime] plan " + loaded.plan.name + " has no update section.");
+  }
+  eagerly("step", loaded.plan.name, [&] { optimizer_.begin(options); });
+  Frame frame;
+  frame.slots.resize(loaded.plan.values.size());
+  try {
+    const auto counted = meter_.section([&] { return relief_.held_bytes(frame); });
+    executor_.run(loaded, static_cast<size_t>(update - sections.begin()), &frame);
+  } catch (...) {
+    optimizer_.abandon();
+    throw;
+  }
+  return optimizer_.end();
+}
+
+void Runtime::zero_grad() {
+  const Scope scope(*this);
+  if (optimizer_.early()) {
+    throw UserError(
+        "[runtime] zero_grad between the backward and the step: some parameters have had their "
+        "update in the backward, which cannot be undone, and early updates forbid it. Call step "
+        "first, or plan with place_optimizer at the step.");
+  }
+  store_.zero_grad();
+}
+
+void Runtime::set_last_micro_batch(bool last) {
+  const Scope scope(*this);
+  executor_.set_last_micro_batch(last);
+}
+
+void Runtime::settle_here() {
+  for (const auto& param : store_.params()) {
+    eagerly("update", param->name, [&] { optimizer_.apply(*param); });
+  }
+}
+
+void Runtime::settle() {
+  settle_here();
+  for (const auto& param : store_.params()) {
+    if (param->placement == Placement::kSharded || param->presence == Presence::kWhole) continue;
+    eagerly("gather", param->name, [&] {
+      store_.gather(*param);
+      store_.wait(*param);
+    });
+  }
+}
+
+void Runtime::put_back(ParamState& param) {
+  states_.offload(param);
+  states_.evict(param);
+}
+
+std::vector<Piece> Runtime::pieces() {
+  const Scope scope(*this);
+  settle_here();
+  std::vector<Piece> pieces;
+  for (const auto& param : store_.params()) {
+    const Range owned = param->owned_range();
+    std::array<at::Tensor, 3> states;
+    if (param->trainable) states = states_.at_rest(*param);
+    for (const Member& member : param->members) {
+      const Range range = param->owned_range(member);
+      if (range.size() == 0) continue;
+      const auto view = [&](const at::Tensor& tensor) {
+        return tensor.narrow(0, range.start - owned.start, range.size());
+      };
+      Piece piece;
+      piece.param = param->name;
+      piece.member = member.name;
+      piece.start = range.start - member.offset;
+      piece.stop = range.stop - member.offset;
+      piece.weight = view(param->owned());
+      piece.step = member.step;
+      if (param->trainable) {
+        piece.master = view(states[0]);
+        piece.exp_avg = view(states[1]);
+        piece.exp_avg_sq = view(states[2]);
+      }
+      pieces.push_back(std::move(piece));
+    }
+  }
+  return pieces;
+}
+
+void Runtime::masters_changed() {
+  settle_here();
+  for (const auto& param : store_.params()) {
+    eagerly("gather", param->name, [&] {
+      const bool away = states_.on_host(*param);
+      states_.need(*param);
+      param->store_from_master();
+      if (away) put_back(*param);
+      store_.owned_changed(*param);
+      if (param->placement != Placement::kWhole) return;
+      store_.gather(*param);
+      store_.wait(*param);
+    });
+  }
+}
+
+at::Tensor Runtime::gradient(const std::string& name) {
+  const Scope scope(*this);
+  const ParamState& param = store_.at(name);
+  if (!param.gradient.defined()) return {};
+  const bool wide = param.gradient.scalar_type() == c10::kDouble;
+  return at::mul(param.gradient.to(wide ? c10::kDouble : c10::kFloat), param.grad_scale);
+}
+
+int64_t Runtime::optimizer_steps() {
+  const Scope scope(*this);
+  return optimizer_.steps();
+}
+
+void Runtime::set_step(int64_t step) {
+  const Scope scope(*this);
+  settle_here();
+  optimizer_.set_steps(step);
+  for (const auto& param : store_.params()) {
+    for (Member& member : param->members) member.step = step;
+  }
+}
+
+void Runtime::set_member_step(const std::string& member, int64_t step) {
+  const Scope scope(*this);
+  settle_here();
+  store_.member(member).step = step;
+}
+
+void Runtime::share(int64_t flag) {
+  eagerly("share", "", [&] { flags_.share(flag); });
+}
+
+int64_t Runtime::shared() {
+  int64_t flag = 0;
+  eagerly("shared", "", [&] { flag = flags_.shared(); });
+  return flag;
+}
+
+LinkTimes Runtime::measure_links(const std::vector<int64_t>& bytes, int64_t repeats) {
+  if (repeats < 1 || std::any_of(bytes.begin(), bytes.end(), [](int64_t b) { return b < 1; })) {
+    throw UserError("[runtime] measure_links wants sizes and repeats of at least 1.");
+  }
+  LinkTimes times;
+  eagerly("measure_links", "", [&] {
+    times = deepcompile::measure_links(*transport_, link_, options_.world, options_.reduce_dtype,
+                                       bytes, repeats);
+  });
+  return times;
+}
+
+ReliefReport Runtime::relieved() {
+  const Scope scope(*this);
+  return relief_.take_report();
+}
+
+void Runtime::limit_bytes(int64_t bytes) {
+  const Scope scope(*this);
+  relief_.limit(bytes);
+}
+
+int64_t Runtime::peak_bytes() {
+  const Scope scope(*this);
+  return meter_.peak_bytes();
+}
+
+void Runtime::reset_peak_bytes() {
+  const Scope scope(*this);
+  meter_.reset_peak();
+}
+
+BufferReport Runtime::buffer_report() {
+  const Scope scope(*this);
+  BufferReport report = store_.buffer_report();
+  report["saved"] = calls_->saved_bytes();
+  report["host_states"] = states_.host_bytes();
+  report["host_values"] = values_.host_bytes();
+  report["host_pool"] = values_.pool_bytes();
+  return report;
+}
+
+void Runtime::trace(bool on) {
+  const Scope scope(*this);
+  tracer_.set(on, compute_);
+  if (on) meter_.count_from_now();
+}
+
+std::vector<TraceRecord> Runtime::records() {
+  const Scope scope(*this);
+  return tracer_.records();
+}
+
+}  // namespace deepcompile
