@@ -28,6 +28,7 @@ __all__ = [
     "GatheredParameters",
     "InternalError",
     "UserError",
+    "cmake_dir",
     "initialize",
     "load_config",
 ]
@@ -40,6 +41,19 @@ _HOMES = {
     "GatheredParameters": "api",
     "initialize": "api",
 }
+
+
+def cmake_dir() -> str:
+    """The folder of the CMake package for passes in C++: give it as CMAKE_PREFIX_PATH."""
+    from pathlib import Path
+
+    folder = Path(__file__).parent / "sdk" / "cmake"
+    if not folder.is_dir():
+        raise UserError(
+            f"[passes] {folder}: is missing: this deepcompile was not installed by its build. "
+            "Run `cmake --install` or pip install it."
+        )
+    return str(folder)
 
 
 def __getattr__(name: str) -> Any:

@@ -15,8 +15,8 @@ from . import optimizer as optimizers
 from .config import Config, load_config
 from .distributed import Ranks, join
 from .engine import Engine
-from .engine_report import named_machine
 from .errors import UserError
+from .links import named_machine
 from .lr_schedules import build_scheduler
 from .optimizer import ShardedOptimizer
 from .params import MemberRef, ParamTable
@@ -196,6 +196,7 @@ class GatheredParameters:
 
     def __enter__(self) -> GatheredParameters:
         if self._enabled:
+            self._engine.planner.settle()
             self._engine.hooks.hold(list(self._names))
         return self
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -88,9 +89,49 @@ def _table(where: str, value: Any) -> dict[str, Any]:
 
 def _stage(where: str, value: Any) -> int:
     value = _number(int, 0)(where, value)
-    if value not in (0, 3):
-        raise _fail(where, f"stage {value} is not available; use 3 (all sharded) or 0 (replicated)")
+    if value > 3:
+        raise _fail(where, f"stage {value} does not exist; use 0, 1, 2 or 3")
     return value
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+
+
+def _memory(where: str, value: Any) -> int | float:
+    """Bytes as an int, or a fraction of the device's memory as a float up to 1.0."""
+    if isinstance(value, str):
+        found = _SIZE.fullmatch(value.strip())
+        if found is None:
+            raise _fail(where, f'must be bytes, "20GiB" or a fraction of 1, not {value!r}')
+        scale, unit = 1, (found[2] or "").lower()
+        if unit:
+            scale = (1024 if unit.endswith("i") else 1000) ** ("kmgt".index(unit[0]) + 1)
+        value = int(float(found[1]) * scale)
+    value = _number(float, 0, allow_low=False)(where, value)
+    if value > 1 and value != int(value):
+        raise _fail(where, f"must be whole bytes or a fraction of 1, not {value!r}")
+    return value if value <= 1 else int(value)
+
+
+def _fraction(where: str, value: Any) -> float:
+    value = _number(float, 0)(where, value)
+    if value >= 1:
+        raise _fail(where, f"must be a fraction below 1, not {value!r}")
+    return value
+
+
+def _schedule(where: str, value: Any) -> Any:
+    """ "auto", or [[first step, [pass names]]]; the names are checked by engine.compile()."""
+    if value == "auto":
+        return value
+    if not isinstance(value, list | tuple):
+        raise _fail(where, f'must be "auto" or a list of [step, [passes]], not {value!r}')
+    entries = []
+    for entry in value:
+        if not isinstance(entry, list | tuple) or len(entry) != 2:
+            raise _fail(where, f"{entry!r} is not [step, [passes]]")
+        entries.append((_count(where, entry[0]), _texts(where, entry[1])))
+    return tuple(entries)
 
 
 def _key(check: Callable[[str, Any], Any], default: Any = None, **kwargs: Any) -> Any:
@@ -135,7 +176,8 @@ class LeafModuleConfig:
 @dataclass(frozen=True)
 class ZeroConfig:
     stage: int = _key(_stage, 0)
-    """0: everything replicated. 3: parameters, gradients and optimizer states sharded."""
+    """0: everything replicated. 1: optimizer states sharded, gradients reduced once a step.
+    2: the same, gradients reduced and sharded in each micro-batch. 3: parameters sharded too."""
     stage3_param_persistence_threshold: int = _key(_count, 100_000)
     """Parameters with fewer elements stay whole on every rank, packed together."""
     leaf_module: LeafModuleConfig = _key(_table, default_factory=LeafModuleConfig)
@@ -146,7 +188,25 @@ class CompileConfig:
     deepcompile: bool = _key(_bool, True)
     """False: engine.compile() warns and leaves the engine in eager mode."""
     passes: tuple[str, ...] = _key(_texts, ())
-    """DeepSpeed's list. `z3` with stage 3 is what runs anyway; others are errors."""
+    """DeepSpeed's list. `z3` with stage 3 and `z1` with stages 1 and 2 are what runs anyway;
+    others are errors."""
+    checkpoint_marks: str = _key(_choice("hint", "obey"), "hint")
+    """What torch.utils.checkpoint in the model means. Hint: plans recompute what it covers first,
+    and only as far as the budget asks. Obey: all of it is recomputed, whatever the memory."""
+    schedule: Any = _key(_schedule, "auto")
+    """[[first step, [pass names]]]: what plans the step from which step on. `auto`: the stage's
+    classical plan, and from step 3 on the planner's, made from measured times."""
+    memory_budget: int | float | None = _key(_memory, None)
+    """What a plan may use of a rank's memory: bytes, `20GiB`, or a fraction of the device's.
+    Default: what is free when it is planned, and what the engine holds, less the reserve."""
+    memory_reserve: float = _key(_fraction, 0.1)
+    """Part of the default budget that plans leave unused: for fragments, and what comes later."""
+    plan_cache: str | None = _key(_text, None)
+    """Folder in which plans and measurements are kept, so that the next run of the same job
+    starts with the good plan. Default: none are kept, and each run measures anew."""
+    early_updates: bool = _key(_bool, False)
+    """Plans may update parameters inside the last backward of a step: no gradient can be dropped
+    or looked at between backward() and step()."""
     region_bytes: int = _key(_positive, 4 << 30)
     """Most bytes of parameters that one compiled region uses; one parameter may exceed it."""
     differentiable_outputs: str = _key(_choice("all", "loss"), "all")
@@ -351,8 +411,11 @@ def _parse(section: str, table: dict[str, Any], prefix: str, found: list[str]) -
 def _check_together(config: Config) -> None:
     """Rules that need more than one key."""
     for name in config.compile.passes:
-        if name != "z3" or config.stage != 3:
-            raise _fail("compile.passes", f"{name!r} is not available; the plan is made by stage")
+        if config.stage not in {"z1": (1, 2), "z3": (3,)}.get(name, ()):
+            raise _fail(
+                "compile.passes",
+                f"{name!r} is not available with stage {config.stage}; see compile.schedule",
+            )
     if config.optimizer is not None:
         known = ("lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam",
                  "bias_correction", "amsgrad", "fused", "max_grad_norm")  # fmt: skip

@@ -10,6 +10,7 @@ docs/config.md is checked against these tables by tests/python/test_config.py.
 
 PLANNED = "the plan decides this"
 ORDERED = "instructions are ordered by streams and events"
+BUDGET = "the plan offloads as much as compile.memory_budget asks"
 LOGGING = "no such monitor here; use engine.report()"
 
 WARNED: dict[str, dict[str, str]] = {
@@ -61,7 +62,9 @@ WARNED: dict[str, dict[str, str]] = {
         "free_activation_threshold": "liveness frees each activation after its last use",
         "keep_int_input_tensors": "no inputs are kept: nothing is replayed for profiling",
         "keep_all_input_tensors": "no inputs are kept: nothing is replayed for profiling",
-        "offload_activation_pin_memory": "activations are not offloaded",
+        "offload_activation": BUDGET,
+        "offload_activation_pin_memory": "host copies are always pinned",
+        "offload_opt_states": BUDGET,
         "sync_before_reduce": ORDERED,
         "sync_after_reduce": ORDERED,
         "sync_before_allgather": ORDERED,
@@ -78,6 +81,9 @@ WARNED: dict[str, dict[str, str]] = {
 # key -> (values that mean "off", what to do instead). A section with an
 # `enabled` field is off when that is false.
 OFF = (None, False, 0, "none", {}, [])
+OFFLOAD = (
+    "plans move optimizer states to the host and back as compile.memory_budget asks; remove it"
+)
 REFUSED: dict[str, dict[str, tuple[tuple, str]]] = {
     "": {
         "aio": (OFF, "there is no NVMe offload; remove the section"),
@@ -110,13 +116,13 @@ REFUSED: dict[str, dict[str, tuple[tuple, str]]] = {
         "bf16_optimizer_states": (OFF, "optimizer states are fp32"),
     },
     "zero_optimization": {
-        "cpu_offload": (OFF, "offload is not available yet"),
-        "cpu_offload_params": (OFF, "offload is not available yet"),
+        "cpu_offload": (OFF, OFFLOAD),
+        "cpu_offload_params": (OFF, "parameters stay on the device; remove the key"),
         "elastic_checkpoint": (OFF, "every checkpoint loads on any number of ranks"),
         "mics_shard_size": ((None, -1, 0), "parameters are sharded over all ranks"),
         "mics_hierarchical_params_gather": (OFF, "parameters are sharded over all ranks"),
-        "offload_optimizer": (OFF, "offload is not available yet; remove the section"),
-        "offload_param": (OFF, "offload is not available yet; remove the section"),
+        "offload_optimizer": (OFF, OFFLOAD),
+        "offload_param": (OFF, "parameters stay on the device; remove the section"),
         "override_module_apply": (OFF, "modules are not patched; remove the key"),
         "zero_hpz_partition_size": ((None, 1), "parameters are sharded over all ranks"),
         "zero_quantized_gradients": (OFF, "set communication_data_type instead"),
@@ -125,9 +131,7 @@ REFUSED: dict[str, dict[str, tuple[tuple, str]]] = {
         "zeropp_loco_param": (OFF, "remove the section"),
     },
     "compile": {
-        "offload_activation": (OFF, "offload is not available yet"),
-        "offload_opt_states": (OFF, "offload is not available yet"),
-        "offload_parameters": (OFF, "offload is not available yet"),
+        "offload_parameters": (OFF, "parameters stay on the device; set compile.memory_budget"),
         "symmetric_memory": (OFF, "gathers go through the process group"),
     },
     "checkpoint": {},

@@ -29,6 +29,8 @@ from .errors import UserError
 from .optimizer import ShardedOptimizer
 from .params import ParamTable
 from .planning import Planner
+from .profile import Profile
+from .relief import Relief
 
 log = logging.getLogger("deepcompile")
 
@@ -36,7 +38,7 @@ KEPT_LOSSES = 10_000
 """Steps whose loss is kept for the report."""
 TRACED_STEP = 2
 """Which step after compile() is traced for the report, counted from 0: the first has settled
-allocations and code."""
+allocations and code. So is the second step of each plan that all ranks agreed on."""
 
 
 class Engine:
@@ -58,6 +60,7 @@ class Engine:
         self.table = table
         self.runtime = runtime
         self.planner = Planner(table, config, ranks, runtime)
+        self.relief = Relief(self.planner, runtime, ranks)
         self.hooks = EagerHooks(model, table, runtime, config.zero_optimization.leaf_module.classes)
         self.optimizer = ShardedOptimizer(
             source,
@@ -74,8 +77,11 @@ class Engine:
         self.skipped_steps = 0
         self.losses: deque[tuple[int, torch.Tensor]] = deque(maxlen=KEPT_LOSSES)
         """(step, loss on this rank) of the last micro-batch of each step, for the report."""
-        self.trace: dict[str, Any] = {}
-        """What the traced step left: runtime records, step number, peak bytes."""
+        self.trace: Profile | None = None
+        """The newest traced step."""
+        self._tracing_since: float | None = None
+        self._trace_at = TRACED_STEP
+        self._eager_reductions = 0
         self._entry = make_entry(model, config.compile.differentiable_outputs)
         self._compiled: Callable[..., Any] | None = None
         self._backend: CaptureBackend | None = None
@@ -108,7 +114,8 @@ class Engine:
 
         `backend`: inductor, or eager to run the regions' operators as they are.
         `compile_kwargs`: torch.compile's `dynamic`, `fullgraph` and `options`. `schedule`:
-        [(step, [pass names or functions])]; an entry holds from its step on.
+        [(step, [passes])], where a pass is a name, an object of deepcompile.passes or a function;
+        an entry holds from its step on. Default: the configuration's.
         """
         if self._compiled is not None:
             return
@@ -135,12 +142,15 @@ class Engine:
             return
         self._compiled = self._build(backend, kwargs)
         self._compiled_steps = 0
+        if self.planner.load_cached(backend):
+            self._trace_at = 1
 
     def _build(self, backend: str, kwargs: dict[str, Any]) -> Callable[..., Any]:
         settings = self.config.compile
         options = CaptureOptions(
             backend=backend,
             region_bytes=settings.region_bytes,
+            checkpoint_marks=settings.checkpoint_marks,
             dynamic=kwargs.get("dynamic"),
             inductor_options=dict(kwargs.get("options") or {}),
             cache_dir=settings.cache_dir,
@@ -177,7 +187,11 @@ class Engine:
         """Seconds by stage, regions and distinct regions, disk cache hits, over all graphs, and
         the reasons for graph breaks with how often each was met."""
         breaks = {} if self._backend is None else self._backend.graph_breaks
-        return {**engine_state.compile_report(self.planner.graphs), "graph_breaks": breaks}
+        return {
+            **engine_state.compile_report(self.planner.graphs),
+            **engine_state.plan_report(self),
+            "graph_breaks": breaks,
+        }
 
     # ---- a step
 
@@ -186,23 +200,27 @@ class Engine:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for this rank's micro-batch."""
-        if self._starts_trace():
-            self.runtime.trace(True)
+        if self._compiled is not None:
+            if self.module.training and torch.is_grad_enabled():
+                self._begin_micro_batch()
+            else:
+                self.planner.settle()
         with self._clock("forward"):
             if self._compiled is None:
                 return self._entry(*args, **kwargs)
             with surface_errors():
                 return self._compiled(*args, **kwargs)
 
-    def _starts_trace(self) -> bool:
-        at_start = self.micro_steps % self.gradient_accumulation_steps() == 0
-        return (
-            self._compiled is not None
-            and self._compiled_steps == TRACED_STEP
-            and at_start
-            and self.module.training
-            and torch.is_grad_enabled()
-        )
+    def _begin_micro_batch(self) -> None:
+        """Tell the runtime where in a step it is, and trace the step if someone wants that."""
+        self.runtime.set_last_micro_batch(self.is_gradient_accumulation_boundary())
+        if self.micro_steps % self.gradient_accumulation_steps() or self._tracing_since is not None:
+            return
+        steps = self._compiled_steps
+        if steps == self._trace_at or (steps and self.planner.wants_profile(self.global_steps)):
+            self.runtime.reset_peak_bytes()
+            self.runtime.trace(True)
+            self._tracing_since = time.perf_counter()
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
         """Gradients of loss / accumulation steps, reduced over ranks into shards."""
@@ -272,19 +290,34 @@ class Engine:
         self._end_step()
 
     def _end_step(self) -> None:
-        if self._compiled is not None:
-            if self._compiled_steps == TRACED_STEP:
-                self.trace = engine_state.collect_trace(self)
-                self.runtime.trace(False)
-            if self._compiled_steps == 0:
-                self.planner.check_ranks()
-            self._compiled_steps += 1
         self.global_steps += 1
         self.losses.append((self.global_steps, self._loss))
-        self.planner.at_step(self.global_steps)
+        if self._compiled is None:
+            self.planner.at_step(self.global_steps)
+        else:
+            self._end_compiled_step()
         every = self.config.steps_per_print
         if every and self.global_steps % every == 0:
             self._print()
+
+    def _end_compiled_step(self) -> None:
+        profile = None
+        if self._tracing_since is not None:
+            profile = engine_state.collect_trace(self, time.perf_counter() - self._tracing_since)
+            self.trace, self._tracing_since = profile, None
+            self.runtime.trace(False)
+        if self._compiled_steps == 0:
+            self.planner.check_ranks()
+        self._compiled_steps += 1
+        if self.hooks.reduced != self._eager_reductions:
+            # Parts that are not compiled read their parameters without a gather of the plan's.
+            self._eager_reductions = self.hooks.reduced
+            self.planner.settle()
+        plans = len(self.planner.history)
+        self.planner.end_step(self.global_steps, profile)
+        self.relief.end_step(self.global_steps)
+        if len(self.planner.history) != plans:
+            self._trace_at = self._compiled_steps + 1
 
     def _print(self) -> None:
         if self.ranks.rank == 0:
@@ -313,6 +346,10 @@ class Engine:
     # ---- the model
 
     def train(self, mode: bool = True) -> Engine:
+        """Switch the model's mode. To evaluation: collective, as parameters are brought up to
+        date if the plan leaves updates to the next step."""
+        if not mode:
+            self.planner.settle()
         self.module.train(mode)
         return self
 

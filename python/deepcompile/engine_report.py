@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _core
+from . import _core, agreement
 from .errors import UserError
+from .links import machine_for
 
 if TYPE_CHECKING:
-    from .config import Config
     from .engine import Engine
+    from .planning import Planner
+    from .profile import Profile
 
 
 @dataclasses.dataclass
@@ -34,39 +36,21 @@ class StepView:
     """(plan id, section, instruction, start ns, end ns) of the traced step."""
 
 
-def named_machine(config: Config) -> Any:
-    """The machine that the configuration names, or None."""
-    name = config.compile.machine
-    if name is None:
-        return None
-    known = name in _core.Machine.builtin_names()
-    return _core.Machine.builtin(name) if known else _core.Machine.load(name)
-
-
 def machine_of(engine: Engine) -> Any:
     """The configuration's machine, or the built-in that resembles this one most."""
-    named = named_machine(engine.config)
-    if named is not None:
-        return named
-    name = "4xh200" if engine.ranks.device.type == "cuda" else "2x-cpu"
-    return _core.Machine.builtin(name)
+    return machine_for(engine.config, engine.ranks)
 
 
 def step_view(engine: Engine) -> StepView | None:
     """The traced step's program and records; None if no compiled step was traced yet."""
-    records = engine.trace.get("records")
-    if not records:
+    trace = engine.trace
+    if trace is None or not trace.records:
         return None
-    ran = {record[0] for record in records}
-    graphs = [i for i in engine.planner.graphs if i.plan_id in ran]
-    plans = [(i.plan_id, i.program) for i in graphs]
-    plans.append((engine.planner.update_plan_id, engine.planner.update_program))
-    known = {plan_id for plan_id, _ in plans}
-    merged = _core.merge_steps(
-        type(engine.module).__name__, [i.program for i in graphs], engine.planner.update_program
-    )
-    kept = [tuple(r) for r in records if r[0] in known]
-    return StepView(merged, plans, kept)
+    *graphs, (_, update) = trace.plans
+    merged = _core.merge_steps(type(engine.module).__name__, [p for _, p in graphs], update)
+    known = {plan_id for plan_id, _ in trace.plans}
+    kept = [tuple(r[:5]) for r in trace.records if r[0] in known]
+    return StepView(merged, trace.plans, kept)
 
 
 def _facts(engine: Engine) -> dict[str, str]:
@@ -89,7 +73,9 @@ def _facts(engine: Engine) -> dict[str, str]:
 def _measured_items(view: StepView) -> list[dict[str, Any]]:
     """Records as timeline items, named by the merged program's sections."""
     resources = {"run": "compute", "update": "compute", "norm": "compute", "accumulate": "compute",
-                 "gather": "link", "reduce": "link"}  # fmt: skip
+                 "gather": "link", "reduce": "link", "offload": "to_host",
+                 "offload_states": "to_host", "reload": "to_device",
+                 "reload_states": "to_device"}  # fmt: skip
     items = []
     programs = dict(view.plans)
     order = {plan_id: number for number, (plan_id, _) in enumerate(view.plans)}
@@ -141,7 +127,7 @@ def _compare(engine: Engine, view: StepView, plain: Any, informed: Any) -> list[
         {"what": "Step, simulated with the measured region times",
          "predicted": informed.time_ns, "measured": measured, "unit": "ns"},
         {"what": "Peak memory of a rank", "predicted": plain.peak_bytes,
-         "measured": engine.trace["peak_bytes"], "unit": "B", "headline": True},
+         "measured": engine.trace.peak_bytes, "unit": "B", "headline": True},
         {"what": "Waiting for transfers", "predicted": informed.stall_ns, "unit": "ns"},
     ]  # fmt: skip
     compared = _core.compare(plain, view.plans, view.records)
@@ -160,11 +146,77 @@ def _compare(engine: Engine, view: StepView, plain: Any, informed: Any) -> list[
     return rows
 
 
+def _seconds(nanos: int) -> str:
+    return f"{nanos / 1e6:,.2f} ms"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
+
+
+def unlimited_plan(planner: Planner) -> Any:
+    """The simulation of the newest plan's step, planned again without a budget; None if there is
+    no agreed plan of this run's, or no plan."""
+    if planner.request is None or planner.agreed is None:
+        return None
+    request = dataclasses.replace(planner.request, budget=None)
+    try:
+        merged = _core.merge_steps("step", planner.step_programs, planner.plain_update())
+        agreement.run_passes(merged, request)
+        return _core.simulate(merged, request.machine, request.costs)
+    except UserError:
+        return None
+
+
+def plan_facts(engine: Engine) -> dict[str, str]:
+    """What the newest plan is, what its budget was, and what that cost."""
+    planner, counts = engine.planner, engine.compile_report()
+    agreed = planner.agreed
+    if agreed is None:
+        return {"Plan": f"each graph by itself: {planner.stage_pass}"}
+    facts = {
+        "Plan": f"{', '.join(agreed.entry)} for the whole step",
+        "Planning": f"{agreed.seconds:.3f} s on rank 0; {counts['plans']} plans, "
+        f"{counts['plan_seconds']:.3f} s, {counts['recompilations']} recompilations",
+    }
+    chosen = [t for _, what, t in agreed.reasons if not what and t.startswith("chosen: ")]
+    if chosen:
+        facts["Chosen"] = chosen[0].removeprefix("chosen: ")
+    if agreed.predicted_ns is not None:
+        facts["Planned step"] = (
+            f"{_seconds(agreed.predicted_ns)}, peak {_bytes(agreed.predicted_peak)}"
+        )
+    if agreed.budget is not None:
+        facts["Memory budget"] = _bytes(agreed.budget)
+        free = unlimited_plan(planner)
+        if free is not None and agreed.predicted_ns is not None:
+            facts["Given up for the budget"] = (
+                f"{_seconds(agreed.predicted_ns - free.time_ns)} a step, against "
+                f"{_seconds(free.time_ns)} with a peak of {_bytes(free.peak_bytes)}"
+                if free.time_ns < agreed.predicted_ns
+                else "no time"
+            )
+    if counts["budgets_lowered"] or counts["memory_relieved"]:
+        facts["Memory ran out"] = (
+            f"{counts['memory_relieved']} evictions on this rank, budget lowered "
+            f"{counts['budgets_lowered']} times"
+        )
+    return facts
+
+
+def _reasons(view: StepView, trace: Profile) -> list[dict[str, str]]:
+    if trace.agreed is not None:
+        found = trace.agreed.reasons
+    else:
+        found = [(r.pass_name, r.object, r.text) for r in view.program.reasons]
+    return [{"pass": name, "object": what, "text": text} for name, what, text in found]
+
+
 def _simulated(engine: Engine, view: StepView) -> tuple[Any, Any, Any]:
-    """(machine, simulation with the model's region times, and with the measured ones)."""
-    machine = machine_of(engine)
+    """(machine, simulation by the machine's numbers, and by what was measured here)."""
+    machine, costs = machine_of(engine), engine.planner.costs
     plain = _core.simulate(view.program, machine)
-    return machine, plain, _core.simulate(_with_measured_regions(view), machine)
+    return machine, plain, _core.simulate(_with_measured_regions(view), machine, costs)
 
 
 def report_data(engine: Engine) -> dict[str, Any]:
@@ -174,10 +226,11 @@ def report_data(engine: Engine) -> dict[str, Any]:
     data: dict[str, Any] = {
         "title": f"{type(engine.module).__name__} on {engine.ranks.world} "
         f"rank{'s' * (engine.ranks.world != 1)}",
-        "facts": _facts(engine),
+        "facts": _facts(engine) | (plan_facts(engine) if counts["graphs"] else {}),
         "loss": [{"step": s, "loss": float(v), "tokens_per_s": None} for s, v in engine.losses],
         "notes": [
             *engine.config.warnings,
+            *(f"Planning failed: {why}" for why in counts["plan_failures"]),
             *(f"Graph break ({times} times): {why}" for why, times in breaks),
         ],
     }
@@ -203,9 +256,7 @@ def report_data(engine: Engine) -> dict[str, Any]:
         },
         "memory": {"predicted": [list(point) for point in plain.memory], "measured": []},
         "compare": _compare(engine, view, plain, informed),
-        "reasons": [
-            {"pass": r.pass_name, "object": r.object, "text": r.text} for r in view.program.reasons
-        ],
+        "reasons": _reasons(view, engine.trace),
         "plan": str(view.program),
     }
 

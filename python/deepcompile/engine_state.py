@@ -14,6 +14,7 @@ from . import checkpoint
 from .checkpoint import FlatShard
 from .errors import UserError
 from .params import MemberRef
+from .profile import Profile, region_costs, update_curve
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -82,6 +83,7 @@ def save(engine: Engine, directory: str | Path, tag: str | None, client: dict[st
             "[checkpoint] save: in the middle of an accumulation, whose gradients are not saved; "
             "save after the step() that updates the parameters"
         )
+    engine.planner.settle()
     scheduler = engine.lr_scheduler
     meta = {
         "batch": _batch(engine),
@@ -123,6 +125,7 @@ def load(
         return None, {}
     meta, client = engine.ranks.together("[checkpoint] load", lambda: _check(
         engine, folder, strict_batch))  # fmt: skip
+    engine.planner.settle()
     kinds = STATES if load_optimizer else ("master",)
     tensors: dict[str, Any] = dict(_shards(engine, kinds))
     buffers = {k: v for k, v in _buffers(engine).items() if k in meta["buffers"]}
@@ -197,6 +200,7 @@ def _whole_compute(engine: Engine, keep: bool) -> dict[str, torch.Tensor]:
 
 def gathered_state(engine: Engine, fp32: bool, rank0_only: bool) -> dict[str, torch.Tensor]:
     """Engine.state_dict."""
+    engine.planner.settle()
     keep = engine.ranks.rank == 0 or not rank0_only  # else every rank would fill the host
     whole = _whole_fp32(engine, keep) if fp32 else _whole_compute(engine, keep)
     if not keep:
@@ -280,14 +284,38 @@ def compile_report(graphs: list[Any]) -> dict[str, Any]:
     }
 
 
-def collect_trace(engine: Engine) -> dict[str, Any]:
-    """Records of the step that just ended, and what else is known of it."""
-    peak = None
-    if engine.ranks.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(engine.ranks.device)
+def plan_report(engine: Engine) -> dict[str, Any]:
+    """What was planned, when, and for how many bytes."""
+    planner, relief = engine.planner, engine.relief
+    agreed = planner.agreed
     return {
-        "step": engine.global_steps,
-        "records": engine.runtime.records(),
-        "graphs": [i.captured.graph_id for i in engine.planner.graphs],
-        "peak_bytes": peak,
+        "plans": len(planner.history),
+        "plan_seconds": sum(line.seconds for line in planner.history),
+        "recompilations": planner.recompilations,
+        "plan_passes": [] if agreed is None else agreed.entry,
+        "budget": planner.budget,
+        "memory_relieved": relief.times,
+        "budgets_lowered": relief.lowered,
+        "plan_failures": list(planner.failures),
     }
+
+
+def collect_trace(engine: Engine, seconds: float) -> Profile:
+    """Records of the step that just ended, and what else is known of it."""
+    planner, records = engine.planner, [tuple(r) for r in engine.runtime.records()]
+    ran = {record[0] for record in records}
+    order = [*planner.watch.forwards, *range(len(planner.graphs))]
+    graphs = [planner.graphs[number] for number in dict.fromkeys(order)]
+    plans = [(g.plan_id, g.program) for g in graphs if g.plan_id in ran]
+    plans.append((planner.update_plan_id, planner.update_program))
+    return Profile(
+        engine.global_steps,
+        records,
+        plans,
+        list(planner.watch.forwards),
+        region_costs(records, plans),
+        update_curve(records, plans),
+        engine.runtime.peak_bytes(),
+        seconds,
+        planner.agreed,
+    )

@@ -29,7 +29,12 @@ _DTYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float64: "f64",
 }
-_PLACEMENTS = {0: ("replicated", "replicated"), 3: ("sharded", "whole")}
+_PLACEMENTS = {
+    0: ("replicated", "replicated"),
+    1: ("whole", "whole"),
+    2: ("whole", "whole"),
+    3: ("sharded", "whole"),
+}
 """Stage to the placement of (large parameters, packs)."""
 
 
@@ -133,10 +138,9 @@ class ParamTable:
     ) -> ParamTable:
         """Group ``model``'s parameters. Raises UserError for those that cannot be sharded."""
         if stage not in _PLACEMENTS:
-            known = " and ".join(str(s) for s in _PLACEMENTS)
             raise UserError(
-                f"[params] stage {stage}: not supported. Set zero_optimization.stage to one "
-                f"of {known}."
+                f"[params] stage {stage}: does not exist. Set zero_optimization.stage to 0, 1, 2 "
+                "or 3."
             )
         named = list(model.named_parameters())  # one name per tensor: tied ones once
         _check(model, named)

@@ -1,47 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """From captured graphs to plans that run.
 
-The Planner is the capture's sink. It keeps each graph's compute-only program,
-runs the schedule's passes on a copy, freezes the result and loads it into the
-runtime. A later entry of the schedule makes new plans from the same programs:
-nothing is compiled again.
+The Planner is the capture's sink. It keeps each graph's compute-only program;
+plans are made from these by the schedule's passes, frozen and loaded into the
+runtime, and a new plan compiles nothing. An entry of the schedule that weighs
+costs is planned by rank 0 for the whole step, from a profile, and taken over by
+all ranks at the same step (agreement.py). Until then, and for entries that do
+not, every graph is planned by itself as it is captured.
 """
 
 from __future__ import annotations
 
-import bisect
 import logging
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import _core
+from . import _core, agreement, budget, links, plan_cache
+from .agreement import Agreed
 from .capture.program import update_program
 from .config import Config
 from .distributed import Ranks
 from .errors import UserError
 from .params import ParamTable
+from .profile import Profile, RegionCost, apply_costs
+from .runner import PlanRunner, StepWatch, section_kinds
+from .schedule import STAGE_PASS, Entry, check_schedule, default_schedule, entry_at
 
 log = logging.getLogger("deepcompile")
-
-STAGE_PASS = {0: "zero0_compile", 3: "zero3_compile"}
-PLANNED_ONLY = ("prefetch", "selective_gather")
-"""Passes that plan a step on paper, with a machine and a memory budget; the engine has neither."""
-
-
-def default_schedule(stage: int) -> list[tuple[int, list[Any]]]:
-    """[(first step, passes)] of a stage."""
-    return [(0, [STAGE_PASS[stage]])]
 
 
 @dataclass
 class Installed:
-    """One captured graph and the plans made from it so far."""
+    """One captured graph and the newest plan made from it."""
 
     captured: Any
     plain: Any
     """The compute-only program."""
+    skeleton: str = ""
+    """What ranks must share of it (_core.skeleton)."""
     program: Any = None
     """With instructions, as the newest plan has them."""
     plan_id: int = -1
@@ -50,60 +49,58 @@ class Installed:
     """Passes, and freezing and loading."""
 
 
-class PlanRunner:
-    """Runs one captured graph's sections by its newest plan; a backward runs by the plan that
-    its forward ran by."""
+@dataclass
+class Planned:
+    """One line of the planner's history."""
 
-    def __init__(self, runtime: Any):
-        self._runtime = runtime
-        self._plan_id = -1
-        self._sections: dict[str, int] = {}
-        self._since = [0]
-        self._plans: list[int] = []
-        self.newest_call = 0
-
-    def use(self, plan_id: int, sections: dict[str, int]) -> None:
-        """From the next call on, run `plan_id`; `sections` maps kind to index in it."""
-        self._plan_id, self._sections = plan_id, sections
-        if self._plans:
-            self._since.append(self.newest_call + 1)
-        self._plans.append(plan_id)
-
-    def forward(self, inputs: list) -> tuple[Any, Sequence[Any]]:
-        call_id, token = self._runtime.new_call(self._plan_id)
-        self.newest_call = call_id
-        return token, self._runtime.run(self._plan_id, self._sections["forward"], call_id, inputs)
-
-    def backward(self, call_id: int, inputs: list) -> Sequence[Any]:
-        plan = self._plan_id
-        if len(self._plans) > 1:
-            plan = self._plans[bisect.bisect_right(self._since, call_id) - 1]
-        return self._runtime.run(plan, self._sections["backward"], call_id, inputs)
-
-    def inference(self, inputs: list) -> Sequence[Any]:
-        return self._runtime.run(self._plan_id, self._sections["inference"], -1, inputs)
-
-
-def section_kinds(program: Any) -> dict[str, int]:
-    """Section kind to index in a program of one graph."""
-    return {section.kind: index for index, section in enumerate(program.sections)}
+    step: int
+    """Steps taken when it began to hold."""
+    agreed: Agreed | None
+    """None: each graph by itself, by the passes in `why`."""
+    why: str
+    seconds: float
+    """On this rank, waiting for the others included."""
 
 
 class Planner:
     """Plans of one engine. `runtime` is that engine's."""
 
     def __init__(self, table: ParamTable, config: Config, ranks: Ranks, runtime: Any):
-        self._table = table
-        self._config = config
-        self._ranks = ranks
-        self._runtime = runtime
+        self._table, self._config, self._ranks, self._runtime = table, config, ranks, runtime
         self._passes: dict[str, Any] = {}
         self._runners: list[PlanRunner] = []
+        self.watch = StepWatch()
         self.graphs: list[Installed] = []
-        self.schedule = default_schedule(config.stage)
+        self.stage_pass = STAGE_PASS[config.stage]
+        self.schedule = check_schedule([(0, [self.stage_pass])], config.stage, {})
         self._entry = self.schedule[0]
-        self.update_program = self._build_update(self._entry[1])
+        self._graph_passes: tuple[Any, ...] = self._entry.passes
+        self.pending = False
+        """Whether the entry that holds waits for a profile of a step."""
+        self.agreed: Agreed | None = None
+        self._agreed_programs: dict[str, Any] = {}
+        self._from_cache = False
+        self._unknown: list[str] = []
+        self.history: list[Planned] = []
+        self.failures: list[str] = []
+        self.recompilations = 0
+        self.budget_limit: int | None = None
+        """Most bytes for a plan, since memory ran out; None: it never did."""
+        self.budget: int | None = None
+        self.profile: Profile | None = None
+        self.last_order: list[int] = []
+        """Graphs of the step before, as StepWatch gives them."""
+        self.request: agreement.Request | None = None
+        """Of the newest plan, on rank 0; with `step_programs` it can be planned again."""
+        self.step_programs: list[Any] = []
+        self.costs: Any = None
+        """_core.CostTable of what was measured, from the first planning on."""
+        self._kept_times: dict[str, int] = {}
+        self._job: dict[str, Any] | None = None
+        self.update_program = self._build_update(self._entry.passes)
         self.update_plan_id = self._load(self.update_program, [])[0]
+
+    # ---- the schedule
 
     def register(self, name: str, function: Callable[..., Any], contract: Any = None) -> None:
         """Make a pass known to schedules. `function(program, context)` edits the program."""
@@ -115,73 +112,74 @@ class Planner:
             function.contract = contract
         self._passes[name] = function
 
-    def set_schedule(self, schedule: Sequence[tuple[int, Sequence[Any]]] | None, now: int) -> None:
-        """Check and adopt a schedule. `now` is the number of steps taken."""
-        if schedule is None:
-            schedule = default_schedule(self._config.stage)
-        self.schedule = self._checked(schedule)
-        for _, passes in self.schedule:
-            self._build_update(passes)  # checks the passes' contracts before anything runs
+    def set_schedule(self, schedule: Sequence[Any] | str | None, now: int) -> None:
+        """Check and adopt a schedule; None: the configuration's. `now`: steps taken."""
+        given = self._config.compile.schedule if schedule is None else schedule
+        checked = check_schedule(given, self._config.stage, self._passes)
+        for entry in checked:
+            if not entry.measured:
+                self._build_update(entry.passes)  # fails here rather than at its step
+        self.schedule = checked
         self.at_step(now)
 
-    def _checked(self, schedule: Sequence[Any]) -> list[tuple[int, list[Any]]]:
-        known = [n for n in [*_core.pass_names(), *self._passes] if n not in PLANNED_ONLY]
-        checked: list[tuple[int, list[Any]]] = []
-        for entry in schedule:
-            try:
-                step, names = entry
-                step, names = int(step), list(names)
-            except (TypeError, ValueError):
-                raise UserError(f"[passes] schedule: {entry!r} is not (step, [passes])") from None
-            for name in names:
-                if name in PLANNED_ONLY:
-                    raise UserError(
-                        f"[passes] schedule: the engine cannot run {name!r} yet; remove it here, "
-                        "and see what it would do with `deepcompile plan --passes`"
-                    )
-                if not callable(name) and name not in known:
-                    raise UserError(
-                        f"[passes] schedule: no pass named {name!r}; known are {', '.join(known)}"
-                    )
-            checked.append((step, names))
-        steps = [step for step, _ in checked]
-        if not steps or steps != sorted(set(steps)) or steps[0] != 0:
-            raise UserError(
-                f"[passes] schedule: steps are {steps}; they must begin at 0 and increase"
-            )
-        return checked
+    @property
+    def _is_default(self) -> bool:
+        default = default_schedule(self._config.stage)
+        return [(e.step, list(e.passes)) for e in self.schedule] == default
 
     def at_step(self, step: int) -> bool:
-        """Adopt the newest schedule entry whose step is not after `step`. True if that
-        changed the plans."""
-        entry = [e for e in self.schedule if e[0] <= step][-1]
-        if entry == self._entry:
+        """Begin with the schedule's entry for `step`. True if that changed the plans."""
+        entry = entry_at(self.schedule, step)
+        if entry == self._entry or entry.step < self._entry.step:
             return False
         self._entry = entry
-        self.update_program = self._build_update(entry[1])
-        self.update_plan_id = self._load(self.update_program, [])[0]
-        for installed, runner in zip(self.graphs, self._runners, strict=True):
-            self._plan(installed, runner)
+        self.pending = entry.measured
+        if entry.measured:
+            return False
+        self.by_itself(step, ", ".join(entry.names()), entry.passes)
         return True
+
+    def wants_profile(self, step: int) -> bool:
+        """Whether the step that begins after `step` steps should be traced for a plan."""
+        following = entry_at(self.schedule, step + 1)
+        return self.pending or (following is not self._entry and following.measured)
+
+    def end_step(self, step: int, profile: Profile | None) -> None:
+        """After `step` steps: plan what the schedule asks for. Collective if it plans the whole
+        step, which all ranks do after the same one."""
+        order = self.last_order = self.watch.end()
+        if self._from_cache:
+            self._confirm_cached(step)
+        if profile is not None:
+            profile.order = order
+            if order:
+                self.profile = profile
+        self.at_step(step)
+        if self.pending and profile is not None and profile.order:
+            self.plan_whole(step)
+
+    # ---- programs
 
     def _header(self, program: Any) -> Any:
         program.world = self._ranks.world
         program.accumulation = self._config.gradient_accumulation_steps
         program.clip = self._config.gradient_clipping > 0
+        program.boundary = self._config.stage == 1 and program.accumulation > 1
         program.reduce_dtype = self._config.reduce_dtype
+        return program
+
+    def plain_update(self) -> Any:
+        """The update program without instructions."""
+        program = self._header(update_program(self._table))
+        program.name = "update"
         return program
 
     def _build_update(self, passes: Sequence[Any]) -> Any:
         """The update section of all trainable params, with the passes applied."""
-        program = self._header(update_program(self._table))
-        program.name = "update"
-        self._run_passes(program, passes)
-        return program
-
-    def _run_passes(self, program: Any, passes: Sequence[Any]) -> None:
-        _core.run_passes(program, [self._passes.get(p, p) if isinstance(p, str) else p
-                                   for p in passes])  # fmt: skip
+        program = self.plain_update()
+        _core.run_passes(program, list(passes))
         program.verify()
+        return program
 
     def _load(self, program: Any, codes: list[Any]) -> tuple[int, str]:
         plan = _core.freeze(program)
@@ -189,25 +187,231 @@ class Planner:
 
     def install(self, captured: Any) -> PlanRunner:
         """The capture's sink: plan a graph and return what runs it."""
-        installed = Installed(captured, self._header(captured.program.copy()))
-        runner = PlanRunner(self._runtime)
+        plain = self._header(captured.program.copy())
+        installed = Installed(captured, plain, _core.skeleton(plain))
+        runner = PlanRunner(self._runtime, len(self.graphs), self.watch)
         self._plan(installed, runner)
+        self.recompilations += any(_same_code(captured, g.captured) for g in self.graphs)
         self.graphs.append(installed)
         self._runners.append(runner)
         return runner
 
+    def _program_for(self, installed: Installed) -> Any:
+        """The graph with instructions, by the plan that holds."""
+        if self.agreed is None:
+            program = installed.plain.copy()
+            _core.run_passes(program, list(self._graph_passes))
+            return program
+        agreed = self._agreed_programs.get(installed.skeleton)
+        if agreed is not None:
+            return _core.transplant(agreed, installed.plain)
+        late = agreement.deferred(self.update_program)
+        program = agreement.classical(installed.plain, self.stage_pass, late)
+        captured = installed.captured
+        if self._from_cache:
+            self._unknown.append(f"graph {captured.graph_id} ({captured.user_stack})")
+        elif self._ranks.world > 1 and not captured.inference:
+            agreement.check_new_graph(
+                program, self.agreed, self._ranks.rank, captured.graph_id, captured.user_stack,
+                self.stage_pass,
+            )  # fmt: skip
+        return program
+
     def _plan(self, installed: Installed, runner: PlanRunner) -> None:
         start = time.perf_counter()
-        program = installed.plain.copy()
-        self._run_passes(program, self._entry[1])
+        program = self._program_for(installed)
         passed = time.perf_counter()
         plan_id, installed.plan_hash = self._load(program, installed.captured.codes)
-        installed.plan_id = plan_id
-        installed.program = program
+        installed.plan_id, installed.program = plan_id, program
         installed.seconds = {"passes": passed - start, "load": time.perf_counter() - passed}
         runner.use(plan_id, section_kinds(program))
         if self._config.compile.debug_log:
             log.info("[planning] graph %s\n%s", installed.captured.graph_id, program)
+
+    def _load_all(self, update: Any) -> None:
+        """New plans for the update and for all graphs; the old ones go."""
+        codes = len(self.graphs[0].captured.codes) if self.graphs else 0
+        old = [self.update_plan_id, *(g.plan_id for g in self.graphs)]
+        self.update_program = update
+        self.watch.late = bool(agreement.deferred(update))
+        self.update_plan_id = self._load(update, [])[0]
+        for installed, runner in zip(self.graphs, self._runners, strict=True):
+            self._plan(installed, runner)
+        for plan_id in old:
+            self._runtime.unload_plan(plan_id)
+        if self.graphs:
+            self.recompilations += len(self.graphs[0].captured.codes) - codes
+
+    def by_itself(self, step: int, why: str, passes: Sequence[Any] | None = None) -> None:
+        """Plan each graph by itself, by `passes` or the stage's; no agreement is needed."""
+        self._graph_passes = tuple(passes or (self.stage_pass,))
+        start = time.perf_counter()
+        self.settle()
+        self.agreed = None
+        self._agreed_programs = {}
+        self._load_all(self._build_update(self._graph_passes))
+        self.history.append(Planned(step, None, why, time.perf_counter() - start))
+
+    def settle(self) -> None:
+        """Bring all parameters up to date; collective if a plan left updates to the next step."""
+        if self.watch.late:
+            self._runtime.settle()
+
+    # ---- the whole step
+
+    def plan_whole(self, step: int, why: str = "") -> bool:
+        """Plan the step of the newest profile by the entry that holds; collective. False, with a
+        warning, if the default schedule's planner finds no plan (or, with `why`, any's)."""
+        start = time.perf_counter()
+        self._entry, self.pending = self.measured_entry() or self._entry, False
+        try:
+            agreed = self._make_agreed()
+        except UserError as error:
+            if not self._is_default and not why:
+                raise
+            self.failures.append(str(error))
+            if self._ranks.rank == 0:
+                warnings.warn(f"{error} The plan stays as it is.", stacklevel=2)
+            return False
+        self.adopt(agreed, step, why or f"profile of step {self.profile.step}", start)
+        folder = self._config.compile.plan_cache
+        if folder is not None and self._job is not None and self._ranks.rank == 0:
+            plan_cache.write(folder, self._job, self._kept(agreed))
+        return True
+
+    def measured_entry(self) -> Entry | None:
+        """The first entry, from the one that holds on, that plans by costs."""
+        later = [e for e in self.schedule if e.measured and e.step >= self._entry.step]
+        return later[0] if later else None
+
+    def _make_agreed(self) -> Agreed:
+        """Rank 0's plan, on every rank; collective."""
+        limit, costs = self.agree_budget(), self._measured_costs()
+        timed = self._timed_programs()
+        known = self._ranks.gather(sorted(timed))
+        missing = set().union(*known) - set(known[0])
+        if missing:  # graphs that rank 0 never met: their ranks know their times
+            mine = {key: str(program) for key, program in timed.items() if key in missing}
+            for texts in self._ranks.gather(mine)[::-1]:
+                timed |= {key: _core.StepProgram.parse(text) for key, text in texts.items()}
+
+        def work() -> Agreed | None:
+            return self._plan_here(timed, costs, limit) if self._ranks.rank == 0 else None
+
+        return self._ranks.from_first(self._ranks.together("[planning]", work))
+
+    def _timed_programs(self) -> dict[str, Any]:
+        """A compute-only program for each skeleton, with measured costs; of the profiled step if
+        that has one."""
+        found: dict[str, Any] = {}
+        for installed in [*(self.graphs[k] for k in self.profile.order), *self.graphs]:
+            if installed.skeleton not in found:
+                found[installed.skeleton] = apply_costs(installed.plain, self.profile.costs)
+        return found
+
+    def _plan_here(self, timed: dict[str, Any], costs: Any, limit: int) -> Agreed:
+        """Rank 0's part: the whole step of its profile, then the graphs beside it."""
+        machine = links.machine_for(self._config, self._ranks)
+        for program in timed.values():
+            _core.analytic_costs(program, machine)  # of regions that the step did not run
+        order = dict.fromkeys(self.graphs[k].skeleton for k in self.profile.order)
+        graphs = [timed.pop(key) for key in order]
+        self.request = agreement.Request(
+            self._entry.passes,
+            self.stage_pass,
+            machine,
+            costs,
+            limit,
+            self._config.compile.early_updates,
+        )
+        self.step_programs = graphs
+        return agreement.plan_step("step", graphs, timed, self.plain_update(), self.request)
+
+    def agree_budget(self) -> int:
+        """Bytes for a plan on the rank that has least; collective."""
+        held = budget.held_bytes(self._runtime.buffer_report())
+        mine = budget.plan_budget(self._config.compile, budget.measure(self._ranks, held))
+        least = min(self._ranks.gather(mine))
+        if self.budget_limit is not None:
+            least = min(least, self.budget_limit)
+        self.budget = least
+        return least
+
+    def _measured_costs(self) -> Any:
+        """What transfers and updates take here; collective the first time."""
+        if self.costs is None:
+            self.costs = links.measure(self._runtime, self._ranks)
+        if self.profile.updates:
+            self.costs.set_curve("update", self.profile.updates)
+        return self.costs
+
+    def adopt(self, agreed: Agreed, step: int, why: str, start: float) -> None:
+        """Let an agreed plan hold from here on; collective."""
+        self.settle()
+        self.agreed = agreed
+        self._agreed_programs = {
+            key: _core.StepProgram.parse(text) for key, text in agreed.programs.items()
+        }
+        update = _core.transplant(_core.StepProgram.parse(agreed.update), self.plain_update())
+        self._ranks.together("[planning]", lambda: self._load_all(update))
+        orders = {g.skeleton: agreement.order_of(g.program) for g in self.graphs}
+        agreement.check_orders(orders | {"update": agreement.order_of(update)}, self._ranks)
+        self.history.append(Planned(step, agreed, why, time.perf_counter() - start))
+        if self._ranks.rank == 0:
+            log.info("[planning] step %d: %s\n%s", step, why, "\n".join(agreed.log))
+
+    def adopt_again(self, agreed: Agreed, step: int) -> None:
+        """Go back to a plan that held before; collective."""
+        self.adopt(agreed, step, "an earlier plan", time.perf_counter())
+
+    # ---- plans of an earlier run
+
+    def load_cached(self, backend: str) -> bool:
+        """Take over what an earlier run of this job left in the plan cache; collective."""
+        folder = self._config.compile.plan_cache
+        if folder is None or self.measured_entry() is None:
+            return False
+        start = time.perf_counter()
+        self._job = plan_cache.job(self._table, self._config, self._ranks, self.schedule, backend)
+        kept = plan_cache.read(folder, self._job) if self._ranks.rank == 0 else None
+        kept = self._ranks.from_first(kept)
+        if kept is None:
+            return False
+        self.costs = _core.CostTable.parse(kept.costs)
+        self._kept_times = kept.region_times
+        self.adopt(kept.agreed, 0, "plan cache", start)
+        entries = [e for e in self.schedule if e.measured]
+        fitting = [e for e in entries if e.names() == kept.agreed.entry]
+        self._entry, self.pending, self._from_cache = (fitting or entries)[-1], False, True
+        return True
+
+    def _kept(self, agreed: Agreed) -> plan_cache.Kept:
+        keys = {r.code: r.key for g in self.graphs for r in g.captured.ir.regions}
+        times = {keys[c]: cost.time_ns for c, cost in self.profile.costs.items() if c in keys}
+        return plan_cache.Kept(agreed, self.costs.serialize(), times)
+
+    def _confirm_cached(self, step: int) -> None:
+        """After the first step by a cached plan: whether it fits what was captured; collective."""
+        self._from_cache = False
+        unknown = [name for names in self._ranks.gather(self._unknown) for name in names]
+        if not unknown:
+            return
+        if self._ranks.rank == 0:
+            warnings.warn(
+                f"[plan_cache] the kept plan does not know {unknown[0]}: the model has changed. "
+                "This run plans anew.",
+                stacklevel=2,
+            )
+        self._entry = self.schedule[0]
+        self.pending = self._entry.measured
+        self.by_itself(step, "the kept plan did not fit")
+
+    def profile_without_trace(self, step: int) -> Profile:
+        """What is known of the last step if none was traced."""
+        codes = {r.key: r.code for g in self.graphs for r in g.captured.ir.regions}
+        times = self._kept_times.items()
+        costs = {codes[key]: RegionCost(ns) for key, ns in times if key in codes}
+        return Profile(step, [], [], self.last_order, costs)
 
     def check_ranks(self) -> None:
         """Compare the collectives of all plans between ranks; collective.
@@ -224,3 +428,13 @@ class Planner:
                     "the model takes different paths on different ranks. Make its control flow "
                     "depend on what all ranks share."
                 )
+
+
+def _same_code(a: Any, b: Any) -> bool:
+    """Whether two captures are of one computation on the same parameters."""
+
+    def key(captured: Any) -> tuple:
+        regions = captured.ir.regions
+        return tuple((r.key, *(x for x in r.inputs if not isinstance(x, str))) for r in regions)
+
+    return a.inference == b.inference and key(a) == key(b)

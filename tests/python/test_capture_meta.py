@@ -2,11 +2,13 @@
 """Captures without weights, and the built-in model configurations."""
 
 import json
+import re
 
 import pytest
 import torch
 
-from deepcompile.capture.meta import capture_model
+from deepcompile.capture import meta
+from deepcompile.capture.meta import capture_model, capture_repeated
 from deepcompile.errors import UserError
 from deepcompile.models import build, load_config, names
 
@@ -81,7 +83,7 @@ def test_depth_and_precision_can_be_chosen():
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"seq": 5000}, "context is 1024 tokens"),
         ({"num_layers": 0}, "num_layers 0"),
-        ({"stage": 1}, "stage 1"),
+        ({"stage": 4}, "stage 4"),
         ({"config": "llama-9"}, "neither a file nor a built-in model"),
     ],
 )
@@ -112,3 +114,81 @@ def test_bad_config_files(tmp_path, text, words):
 def test_config_of_a_folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 99}))
     assert load_config(tmp_path).vocab_size == 99
+
+
+def text_of(graph) -> str:
+    """The program with its values numbered: their names are the trace's, and mean nothing."""
+    numbers = {v.name: f"v{i}" for i, v in enumerate(graph.program.values)}
+    word = re.compile(r"[A-Za-z_][A-Za-z0-9_.:/-]*")
+    return word.sub(lambda m: numbers.get(m.group(), m.group()), str(graph.program))
+
+
+def small(kind: str, **fields):
+    """A model of 64 wide layers whose parameters are as large as the threshold below wants."""
+    import transformers
+
+    common = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+    }
+    return getattr(transformers, f"{kind}Config")(**common, **fields)
+
+
+@pytest.mark.parametrize(
+    ("config", "depth", "options"),
+    [
+        (small("Llama"), 5, {}),
+        (small("Llama"), 9, {"seq": 48, "batch": 2, "stage": 1}),
+        (small("Llama", tie_word_embeddings=True), 6, {"dtype": "fp32", "stage": 0}),
+        (small("Llama"), 7, {"checkpointing": True}),
+        (small("Mixtral", num_local_experts=4), 5, {}),
+        (small("Mixtral", num_local_experts=4), 8, {"stage": 2}),
+        (small("Qwen3", head_dim=16), 6, {}),
+    ],
+    ids=lambda x: type(x).__name__ if hasattr(x, "to_dict") else str(x),
+)
+def test_repeated_layers_are_what_a_capture_of_all_gives(config, depth, options, monkeypatch):
+    """Structure, sizes, params, gradients and costs; only the values' names differ."""
+    options = {"batch": 1, "seq": 32, "world": 4, "persistence_threshold": 1000, **options}
+    all_layers, table = capture_model(config, num_layers=depth, **options)
+    captured = []
+    real = meta.capture_model
+
+    def counting(*args, num_layers=None, **kwargs):
+        captured.append(num_layers)
+        return real(*args, num_layers=num_layers, **kwargs)
+
+    monkeypatch.setattr(meta, "capture_model", counting)
+    repeated, same_table = capture_repeated(config, num_layers=depth, **options)
+    assert captured == [meta.FEW_LAYERS]
+    assert same_table.params == table.params
+    assert text_of(repeated[0]) == text_of(all_layers[0])
+    repeated[0].program.verify()
+
+
+def test_layers_that_differ_are_all_captured(caplog):
+    config = small("Llama")
+    config.num_hidden_layers = 6
+    options = {"batch": 1, "seq": 16, "persistence_threshold": 1000}
+    with torch.device("meta"):
+        model = build(config)
+    assert meta.layers_alike(model, 6)
+    model.model.layers[4].self_attn.attention_dropout = 0.5
+    assert not meta.layers_alike(model, 6)
+    # Dropout draws a seed a layer in front: no rule says what a layer in between reads.
+    with caplog.at_level("INFO", "deepcompile"):
+        graphs, _ = capture_repeated("gpt2", num_layers=5, **options)
+    assert "all 5 layers are captured" in caplog.text
+    whole, _ = capture_model("gpt2", num_layers=5, **options)
+    assert text_of(graphs[0]) == text_of(whole[0])
+
+
+def test_the_depth_of_a_large_model_costs_little():
+    graphs, table = capture_repeated("llama-3-70b", batch=1, seq=512, world=32)
+    assert sum(m.numel for p in table.params for m in p.members) == PARAMETERS["llama-3-70b"]
+    assert len(graphs[0].program.regions) > 160
+    made = {v.grad_of for v in graphs[0].program.values if v.grad_of}
+    assert len(made) == sum(len(p.members) for p in table.params)

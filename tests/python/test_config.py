@@ -140,12 +140,12 @@ def test_unknown_key_suggests(keys, expected):
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        ({"zero_optimization": {"stage": 2}}, "stage 2 is not available; use 3"),
-        ({"zero_optimization": {"stage": 1}}, "stage 1 is not available; use 3"),
+        ({"zero_optimization": {"stage": 4}}, "stage 4 does not exist; use 0, 1, 2 or 3"),
         ({"fp16": {"enabled": True}}, "fp16: {'enabled': True} is not supported"),
         ({"amp": {"enabled": True}}, "amp"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
-        ({"compile": {"offload_opt_states": True}}, "compile.offload_opt_states"),
+        ({"compile": {"offload_parameters": True}}, "compile.offload_parameters"),
+        ({"compile": {"passes": ["z1"]}}, "compile.passes: 'z1' is not available with stage 0"),
         ({"compile": {"passes": ["autosp"]}}, "compile.passes: 'autosp' is not available"),
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type: must be one of Adam, AdamW"),
@@ -172,6 +172,12 @@ def test_refused(keys, expected):
         ({"compile": {"differentiable_outputs": ["loss"]}}, "must be one of all, loss"),
         ({"compile": {"passes": "z3"}}, "must be a list of strings"),
         ({"compile": {"timeout_s": 0}}, "must be greater than 0"),
+        ({"compile": {"memory_budget": "20 parsecs"}}, 'must be bytes, "20GiB" or a fraction'),
+        ({"compile": {"memory_budget": 0}}, "must be greater than 0"),
+        ({"compile": {"memory_budget": 1.5}}, "must be whole bytes or a fraction of 1"),
+        ({"compile": {"memory_reserve": 1.0}}, "must be a fraction below 1"),
+        ({"compile": {"schedule": [[0]]}}, "[0] is not [step, [passes]]"),
+        ({"compile": {"schedule": "best"}}, 'must be "auto" or a list of'),
     ],
 )
 def test_wrong_values(keys, expected):
@@ -183,6 +189,30 @@ def test_off_values_of_refused_keys_pass():
         warnings.simplefilter("error")
         load(amp={"enabled": False}, sparse_gradients=False, gradient_predivide_factor=1.0,
              zero_optimization={"offload_param": None}, sequence_parallel_size=1)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("20GiB", 20 << 30), ("1.5 GB", 1_500_000_000), ("512MiB", 512 << 20), ("4096", 4096),
+        (1 << 30, 1 << 30), (0.6, 0.6), (1, 1.0),
+    ],
+)  # fmt: skip
+def test_memory_budget(given, expected):
+    budget = load(compile={"memory_budget": given}).compile.memory_budget
+    assert budget == expected and isinstance(budget, type(expected))
+
+
+def test_schedule():
+    assert load().compile.schedule == "auto"
+    config = load(compile={"schedule": [[0, ["zero3_compile"]], [3, ["auto"]]]})
+    assert config.compile.schedule == ((0, ("zero3_compile",)), (3, ("auto",)))
+
+
+@pytest.mark.parametrize(("stage", "name"), [(1, "z1"), (2, "z1"), (3, "z3")])
+def test_deepspeeds_passes_of_each_stage(stage, name):
+    config = load(zero_optimization={"stage": stage}, compile={"passes": [name]})
+    assert config.stage == stage
 
 
 def test_null_means_default():

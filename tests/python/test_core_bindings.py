@@ -277,6 +277,45 @@ def test_simulation():
         _core.simulate(program, machine())
 
 
+def test_host_copies_are_simulated():
+    program = make_step()
+    _core.run_passes(program, ["zero3_compile"])
+    update = program.sections[-1]
+    update.add("offload_states", "a")
+    update.add("evict_states", "a")
+    sim = _core.simulate(program, machine())
+    # They come back for the update by themselves, and go again after it.
+    assert [i.resource for i in sim.items if i.label == "reload_states a"] == ["to_device"]
+    assert sim.busy["to_host"] == sim.busy["to_device"] > 0
+    assert _core.memory_timeline(program)["peak"] == sim.peak_bytes
+
+
+def test_cost_table():
+    program = make_step()
+    _core.run_passes(program, ["zero3_compile"])
+    costs = _core.CostTable(world=program.world)
+    costs.set_curve("gather", [(512, 1000), (1024, 2000)])
+    costs.run_overhead_ns = 7
+    costs.compute_slowdown = 1.5
+    gather = next(
+        i for i in _core.simulate(program, machine(), costs).items if i.label == "gather a"
+    )
+    assert gather.end_ns - gather.start_ns == 1000
+    again = _core.CostTable.parse(costs.serialize())
+    assert again == costs and again.curve("gather") == [(512, 1000), (1024, 2000)]
+    assert (again.world, again.run_overhead_ns, again.compute_slowdown) == (program.world, 7, 1.5)
+    assert again.curve("norm") == []
+    with pytest.raises(UserError, match="there is no curve gahter. Known: gather, reduce"):
+        costs.set_curve("gahter", [])
+    with pytest.raises(UserError, match="rising order"):
+        costs.set_curve("gather", [(2, 1), (1, 2)])
+    with pytest.raises(UserError, match="Give `machine` too"):
+        _core.run_passes(program, ["prefetch"], costs=costs)
+    _core.run_passes(program, ["prefetch"], machine=machine(), costs=costs)
+    with pytest.raises(UserError, match="measured with 8 ranks"):
+        _core.simulate(program, machine(), _core.CostTable(world=8))
+
+
 def test_reports():
     program = make_step()
     _core.run_passes(program, ["zero3_compile"])

@@ -486,14 +486,12 @@ def test_code_of_one_block_is_not_run_for_another(stage, threshold):
         ({"backend": "xla"}, "use inductor or eager"),
         ({"compile_kwargs": {"mode": "x"}}, "use dynamic, fullgraph or options"),
         ({"schedule": [(0, ["prefetch_all"])]}, "no pass named 'prefetch_all'; known are"),
+        ({"schedule": [(0, ["prefetch", "zero3_compile"])]}, "prefetch: needs gathers_placed"),
         (
-            {"schedule": [(0, ["zero3_compile", "prefetch"])]},
-            "the engine cannot run 'prefetch' yet; remove it",
+            {"schedule": [(0, ["zero3_compile"]), (5, ["selective_gather"])]},
+            "selective_gather: needs gathers_placed, which no earlier pass of the entry at step 5",
         ),
-        (
-            {"schedule": [(0, ["zero3_compile"]), (5, ["zero3_compile", "selective_gather"])]},
-            "the engine cannot run 'selective_gather' yet; remove it",
-        ),
+        ({"schedule": [(0, ["zero3_compile"]), (2, [])]}, "the entry at step 2 has no pass that"),
         ({"schedule": [(3, ["zero3_compile"])]}, "they must begin at 0"),
         ({"schedule": [(0, ["zero3_compile"]), (0, [])]}, "they must begin at 0 and increase"),
         ({"schedule": ["zero3_compile"]}, "is not (step, [passes])"),

@@ -62,7 +62,10 @@ def test_one_pack_per_dtype_and_trainability():
     }
 
 
-@pytest.mark.parametrize(("stage", "placements"), [(3, ["sharded", "whole"]), (0, ["replicated"])])
+@pytest.mark.parametrize(
+    ("stage", "placements"),
+    [(3, ["sharded", "whole"]), (0, ["replicated"]), (1, ["whole"]), (2, ["whole"])],
+)
 def test_stage_changes_placement_never_the_grouping(stage, placements):
     table = build(Net(), stage=stage)
     assert sorted({p.placement for p in table.params}) == sorted(placements)
@@ -134,5 +137,5 @@ def test_refuses_tensor_subclasses():
 
 
 def test_refuses_an_unknown_stage():
-    with pytest.raises(UserError, match=r"\[params\] stage 2.*one of 0 and 3"):
-        build(Net(), stage=2)
+    with pytest.raises(UserError, match=r"\[params\] stage 4: does not exist"):
+        build(Net(), stage=4)

@@ -20,7 +20,7 @@ TAGS_WITHOUT_END = {"meta", "link", "br", "hr", "img", "input", "rect", "line", 
 def make_step(scale: float, layers: int = 4) -> list[dict]:
     """A ZeRO-3 step of ``layers`` layers, gather overlapping compute; times grow by ``scale``."""
     items: list[dict] = []
-    clock = {"compute": 0.0, "link": 0.0, "host": 0.0, "wait": 0.0}
+    clock = {"compute": 0.0, "link": 0.0, "to_host": 0.0, "wait": 0.0}
     count: dict[str, int] = {}
 
     def put(section: str, resource: str, label: str, nanos: float, after: str = "") -> None:
@@ -54,7 +54,7 @@ def make_step(scale: float, layers: int = 4) -> list[dict]:
         put("backward 0", "link", f"reduce L{layer}", 1.9e6, "compute")
     for layer in range(layers):
         put("update", "compute", f"update L{layer}", 0.7e6, "link")
-        put("update", "host", f"offload L{layer}", 0.4e6, "compute")
+        put("update", "to_host", f"offload L{layer}", 0.4e6, "compute")
     return items
 
 

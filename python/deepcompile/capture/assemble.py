@@ -12,6 +12,7 @@ from torch import fx
 from deepcompile.capture.canonical import MetaKeys, region_key, region_module
 from deepcompile.capture.compile import RegionCompiler
 from deepcompile.capture.costs import Costs, extent_bytes, region_costs
+from deepcompile.capture.effects import is_checkpointed, runs_once
 from deepcompile.capture.graph import (
     CallMap,
     GraphIR,
@@ -226,8 +227,8 @@ class Assembler:
             static,
         )
         self.reused += not is_new
+        fused = self._compiler.options.backend != "eager"
         if key not in self._costs:
-            fused = self._compiler.options.backend != "eager"
             self._costs[key] = region_costs(nodes, ins, outs, fused=fused)
         costs = self._costs[key]
         self.ir.regions.append(
@@ -240,6 +241,8 @@ class Assembler:
                 workspace=costs.workspace,
                 moved=costs.moved,
                 flops=costs.flops,
+                once=runs_once(nodes, fused),
+                checkpoint=part.kind == "forward" and is_checkpointed(nodes),
             )
         )
         return name

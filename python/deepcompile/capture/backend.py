@@ -31,6 +31,7 @@ from torch._inductor.virtualized import V
 from deepcompile.capture.assemble import Assembler
 from deepcompile.capture.compile import RegionCompiler
 from deepcompile.capture.decompositions import decomposition_table
+from deepcompile.capture.effects import mark_checkpointed
 from deepcompile.capture.graph import CapturedGraph, CaptureOptions, Sink
 from deepcompile.capture.joint import refuse_param_mutation, tag_must_recompute
 from deepcompile.capture.program import to_program
@@ -202,6 +203,8 @@ class _Capture:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         with _timed(self.times, "partition"):
             params = param_inputs(joint.graph, self.sources)
+            as_hint = self.backend.options.checkpoint_marks == "hint"
+            mark_checkpointed(joint.graph, as_hint)
             tag_must_recompute(joint.graph, params)
             forward, backward = inductor_partition(joint, inputs, **kwargs)
             unwrap_rng(forward, backward)

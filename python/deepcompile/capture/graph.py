@@ -27,6 +27,9 @@ class CaptureOptions:
     (no code at all: a capture for planning)."""
     region_bytes: int = 4 << 30
     """Most bytes of parameters in a region; a single parameter may exceed it."""
+    checkpoint_marks: str = "obey"
+    """The user's activation-checkpoint marks: ``obey`` recomputes what they cover inside the
+    backward's regions; ``hint`` marks the forward's regions and leaves it to the plan."""
     dynamic: bool | None = None
     """As in torch.compile: None lets the second shape make sizes symbolic."""
     inductor_options: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +63,10 @@ class RegionIR:
     moved: int = 0
     """Bytes of device memory traffic."""
     flops: int = 0
+    once: bool = False
+    """Must never run again (see effects.py)."""
+    checkpoint: bool = False
+    """The user marked it for recomputation."""
 
 
 @dataclass

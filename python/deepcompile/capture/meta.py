@@ -9,6 +9,8 @@ which reads and writes what the GPU's does.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +18,19 @@ from torch import nn
 
 from deepcompile.capture.attention import use_causal_attention
 from deepcompile.capture.backend import make_backend, surface_errors
+from deepcompile.capture.depth import NotRegular, deepen
 from deepcompile.capture.entry import make_entry
 from deepcompile.capture.graph import CapturedGraph, CaptureOptions
+from deepcompile.capture.program import to_program
 from deepcompile.errors import UserError
 from deepcompile.models import build
 from deepcompile.params import PERSISTENCE_THRESHOLD, ParamTable
 
+log = logging.getLogger("deepcompile")
+
+FEW_LAYERS = 4
+"""Enough for two equal layers in a row in the forward and in the backward, between a first and
+a last one that differ."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -139,3 +148,52 @@ def capture_model(
             "config to see why."
         )
     return backend.graphs, table
+
+
+def capture_repeated(
+    config: Any, *, num_layers: int | None = None, **options: Any
+) -> tuple[list[CapturedGraph], ParamTable]:
+    """As capture_model, in the time that a few layers take, whatever the depth.
+
+    Where all layers of the model are alike, FEW_LAYERS of them are captured and the regions of
+    the others follow. Where they are not, all are captured.
+    """
+    with torch.device("meta"):
+        deep = build(config, num_layers=num_layers)
+    depth = deep.config.num_hidden_layers
+    if depth <= FEW_LAYERS or not layers_alike(deep, depth):
+        return capture_model(config, num_layers=num_layers, **options)
+    graphs, few = capture_model(config, num_layers=FEW_LAYERS, **options)
+    _without_memory(deep, DTYPES[options.get("dtype", "bf16")])
+    table = ParamTable.build(deep, stage=few.stage, persistence_threshold=few.persistence_threshold)
+    try:
+        if len(graphs) != 1:
+            raise NotRegular(f"{len(graphs)} graphs were captured")
+        ir = deepen(graphs[0].ir, few, table, depth - FEW_LAYERS)
+    except NotRegular as why:
+        log.info("[capture] all %d layers are captured: %s", depth, why)
+        return capture_model(config, num_layers=num_layers, **options)
+    program = to_program(ir, table, world=options.get("world", 1))
+    return [replace(graphs[0], ir=ir, program=program)], table
+
+
+def layers_alike(model: nn.Module, depth: int) -> bool:
+    """Whether the ``depth`` layers of ``model`` differ in nothing but their number."""
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return len({_fingerprint(layer) for layer in module}) == 1
+    return False
+
+
+def _fingerprint(layer: nn.Module) -> str:
+    """Modules, their plain attributes and their parameters' forms."""
+    lines = []
+    for name, module in layer.named_modules():
+        plain = {
+            key: value
+            for key, value in vars(module).items()
+            if isinstance(value, bool | int | float | str | None) and "idx" not in key
+        }
+        forms = [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters(recurse=False)]
+        lines.append(f"{name} {type(module).__name__} {sorted(plain.items())} {forms}")
+    return "\n".join(lines)

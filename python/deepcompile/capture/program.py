@@ -41,6 +41,8 @@ def to_program(
             workspace=region.workspace,
             moved=region.moved,
             flops=region.flops,
+            once=region.once,
+            checkpoint=region.checkpoint,
         )
     for part in ir.sections:
         section = program.add_section(part.kind, ir.graph, part.inputs, part.outputs)

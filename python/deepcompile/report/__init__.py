@@ -12,7 +12,8 @@ then left out too. Times are integer nanoseconds, sizes are bytes.
     validation  [{"step", "loss"}]                              validation loss
     timeline    {"predicted": [item], "measured": [item]} of one step, where an item is
                 {"section", "index", "label", "resource", "start_ns", "end_ns"};
-                resource is "compute", "link", "host" or "wait" (compute stands still);
+                resource is "compute", "link" (between ranks), "to_host", "to_device" or
+                "wait" (compute stands still);
                 (section, index) pairs a predicted item with its measured one
     memory      {"predicted": [[ns, bytes]], "measured": [[ns, bytes]]}
     compare     [{"what", "predicted", "measured", "unit"}]     unit "ns", "B" or ""
@@ -38,7 +39,7 @@ from deepcompile.report.units import format_bytes, format_nanos, format_seconds,
 
 __all__ = ["check_report_data", "write_report"]
 
-RESOURCES = ("compute", "link", "host", "wait")
+RESOURCES = ("compute", "link", "to_host", "to_device", "wait")
 _KEYS = frozenset(
     "title facts loss validation timeline memory compare compile reasons plan samples notes".split()
 )

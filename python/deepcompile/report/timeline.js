@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The step's timeline: compute, wait, link and host lanes, predicted above measured.
+// The step's timeline: compute, wait, link and two host lanes, predicted above measured.
 "use strict";
 
 // Time in which at least one of the items runs: transfers may overlap.
@@ -29,7 +29,7 @@ class Timeline {
 
   // Lanes in a fixed order; a lane nobody uses is left out.
   order(side) {
-    side.lanes = ["compute", "wait", "link", "host"].filter((r) => side.items.some((i) => i.resource === r));
+    side.lanes = ["compute", "wait", "link", "to_host", "to_device"].filter((r) => side.items.some((i) => i.resource === r));
     side.sections = [];
     for (const item of [...side.items].sort((a, b) => a.start_ns - b.start_ns)) {
       const open = side.sections.find((s) => s.name === item.section);

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One plan for all ranks: made by rank 0 for the whole step, run graph by graph.
+
+Ranks may have captured the model for different shapes. What they must share is
+the order of their transfers, and that depends on a graph's skeleton alone, so
+an agreed plan is a text for each skeleton; a rank takes over what fits its own
+graph. Graphs outside the profiled step (evaluation, other paths) are planned
+each with the update, and must fit the step's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import _core
+from .distributed import Ranks
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is asked for."""
+
+    passes: tuple[Any, ...]
+    """Names and functions."""
+    stage_pass: str
+    """Of graphs that the passes cannot plan beside the step."""
+    machine: Any = None
+    """_core.Machine: for what was not measured."""
+    costs: Any = None
+    """_core.CostTable: what was."""
+    budget: int | None = None
+    """Bytes of one rank; None: no limit."""
+    early_updates: bool = False
+
+
+@dataclass
+class Agreed:
+    """A plan as it travels: texts and numbers."""
+
+    programs: dict[str, str]
+    """Skeleton to the planned program of one graph."""
+    update: str
+    """The planned update program."""
+    entry: list[str]
+    """The passes, in words."""
+    reasons: list[tuple[str, str, str]] = field(default_factory=list)
+    """(pass, parameter or region of the whole step, text)."""
+    log: list[str] = field(default_factory=list)
+    """A line a pass."""
+    budget: int | None = None
+    predicted_ns: int | None = None
+    """Simulated step; None if the planner had no machine."""
+    predicted_peak: int | None = None
+    seconds: float = 0.0
+    """Planning on rank 0."""
+
+    def orders(self) -> dict[str, list[str]]:
+        """Skeleton to transfers."""
+        return {key: order_of(_core.StepProgram.parse(t)) for key, t in self.programs.items()}
+
+
+def order_of(program: Any) -> list[str]:
+    """Its transfers in order, without the numbers that graphs have on one rank."""
+    return [re.sub(r"^(\w+) \d+:", r"\1:", call) for call in _core.collective_order(program)]
+
+
+def deferred(update: Any) -> list[str]:
+    """Parameters whose update is left to the next step."""
+    return [i.operand for i in update.sections[0].instrs if i.op == "defer"]
+
+
+def run_passes(program: Any, request: Request) -> list[Any]:
+    """Run a request's passes on a program in place; their log."""
+    return _core.run_passes(
+        program,
+        list(request.passes),
+        machine=request.machine,
+        costs=request.costs,
+        memory_budget=request.budget,
+        early_updates=request.early_updates,
+    )
+
+
+def classical(plain: Any, stage_pass: str, late: Sequence[str]) -> Any:
+    """The stage's plan of one graph; `late`: parameters whose update a step leaves to the next,
+    gathered here before they are used."""
+    program = plain.copy()
+    _core.run_passes(program, [stage_pass])
+    return with_gathers(program, late)
+
+
+def with_gathers(program: Any, late: Sequence[str]) -> Any:
+    """Gather and await, at the start of each section that uses them, parameters that may be
+    behind. Sharded ones are gathered there in any case."""
+    kept = {p.name for p in program.params if p.placement != "sharded"} & set(late)
+    reads = {
+        region.name: {x.split("[")[0] for x in region.inputs} & kept for region in program.regions
+    }
+    for section in program.sections:
+        used: set[str] = set().union(
+            *(reads[i.region] for i in section.instrs if i.op == "run"), set()
+        )
+        extra = [
+            _core.Instr(op, p.name) for p in program.params if p.name in used
+            for op in ("gather", "wait")
+        ]  # fmt: skip
+        if extra and section.kind != "update":
+            section.set_instrs([*extra, *section.instrs])
+    return program
+
+
+def _plan_beside(plain: Any, update: Any, planned_update: Any, request: Request) -> Any:
+    """The plan of a graph outside the step that `planned_update` ends."""
+    try:
+        merged = _core.merge_steps("beside", [plain], update)
+        run_passes(merged, request)
+        program = _core.split_step(merged, [plain], update)[0]
+        program = with_gathers(program, deferred(planned_update))
+        _core.merge_steps("beside", [program], planned_update).verify()
+        return program
+    except UserError:  # not beside this update, or not within the budget
+        return classical(plain, request.stage_pass, deferred(planned_update))
+
+
+def plan_step(
+    name: str, graphs: list[Any], others: dict[str, Any], update: Any, request: Request
+) -> Agreed:
+    """The plan of a step of `graphs` in order, and of `others`, by skeleton, beside it. All are
+    compute only."""
+    start = time.perf_counter()
+    merged = _core.merge_steps(name, graphs, update)
+    log = run_passes(merged, request)
+    *parts, planned_update = _core.split_step(merged, graphs, update)
+    programs = {_core.skeleton(g): str(p) for g, p in zip(graphs, parts, strict=True)}
+    for key, plain in others.items():
+        if key not in programs:
+            programs[key] = str(_plan_beside(plain, update, planned_update, request))
+    agreed = Agreed(
+        programs,
+        str(planned_update),
+        [p if isinstance(p, str) else getattr(p, "__name__", type(p).__name__)
+         for p in request.passes],
+        reasons=[(r.pass_name, r.object, r.text) for r in merged.reasons],
+        log=[str(line) for line in log],
+        budget=request.budget,
+    )  # fmt: skip
+    if request.machine is not None:
+        simulated = _core.simulate(merged, request.machine, request.costs)
+        agreed.predicted_ns, agreed.predicted_peak = simulated.time_ns, simulated.peak_bytes
+    agreed.seconds = time.perf_counter() - start
+    return agreed
+
+
+def check_new_graph(
+    program: Any, agreed: Agreed, rank: int, graph: int, where: str, stage_pass: str
+) -> None:
+    """UserError unless a graph that is not in the agreed plan, planned classically, transfers what
+    one that is does, in the same order."""
+    mine = order_of(program)
+    known = list(agreed.orders().values())
+    if mine in known:
+        return
+    kinds = {section.kind for section in program.sections}
+    same = [order for order in known if order and order[0].split(":")[0] in kinds] or known
+    difference = _core.order_difference(same[0], mine) if same else "nothing was agreed on"
+    raise UserError(
+        f"[planning] rank {rank}, graph {graph} ({where}): came up after the ranks had agreed on "
+        f"a plan, and its transfers are not the plan's: {difference} (plan, then this graph). If "
+        "one rank alone takes this path, the others would wait for ever. Let the model take all "
+        "its paths before the schedule's first planned step, or set compile.schedule to "
+        f"[[0, [{stage_pass!r}]]]."
+    )
+
+
+def check_orders(orders: dict[str, list[str]], ranks: Ranks) -> None:
+    """UserError unless ranks that have the same graphs transfer the same in the same order;
+    collective. `orders`: skeleton to order."""
+    digests = {
+        key: hashlib.sha256("\n".join(order).encode()).hexdigest() for key, order in orders.items()
+    }
+    for rank, theirs in enumerate(ranks.gather(digests)):
+        for key in theirs.keys() & digests.keys():
+            if theirs[key] != digests[key]:
+                raise UserError(
+                    f"[planning] rank {rank}'s plan of graph {key} transfers something else than "
+                    f"rank {ranks.rank}'s, whose first transfers are {orders[key][:3]}. This is a "
+                    "defect of deepcompile: please report it with both ranks' compile.debug_log."
+                )

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: plan, explain, opt, sim, report, launch.
+
+Everything but ``launch`` runs without a GPU; everything but ``plan`` and
+``launch`` without torch. Errors are one line on stderr, with exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .. import __version__, cmake_dir
+from ..errors import UserError
+from . import plan, programs
+from .arguments import Parser, add_command
+
+DESCRIPTION = """\
+A compiler and runtime for sharded PyTorch training. These commands plan, explain
+and simulate a training step for machines that are not there, and launch real ones."""
+
+EXAMPLES = """\
+examples:
+  deepcompile plan --model llama-3-70b --machine 4x8-h100 --seq 512,1024,2048 --batch 1
+  deepcompile plan --model llama-3-8b --machine 4xh200 --seq 4096 --out plan.txt
+  deepcompile explain plan.txt --machine 4xh200
+  deepcompile launch --nproc-per-node 2 train.py"""
+
+LAUNCH_EXAMPLES = """\
+Runs torchrun with the same arguments.
+
+examples:
+  deepcompile launch --nproc-per-node 4 train.py --config ds_config.json
+  deepcompile launch --nnodes 2 --nproc-per-node 8 --rdzv-endpoint host:29500 train.py"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["launch"] and arguments[1:] and arguments[1] not in ("-h", "--help"):
+        launch(arguments[1:])
+    try:
+        options = build_parser().parse_args(arguments)
+        options.command(options)
+        sys.stdout.flush()
+    except UserError as error:
+        return fail(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def fail(message: str) -> int:
+    print("deepcompile: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def launch(arguments: Sequence[str]) -> NoReturn:
+    """Becomes torchrun of this Python."""
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def run_launch(options: argparse.Namespace) -> None:
+    raise UserError("[cli] launch: nothing to run. Give torchrun's arguments and a script.")
+
+
+class PrintCmakeDir(argparse.Action):
+    def __call__(self, parser: Any, *_: Any) -> None:
+        print(cmake_dir())
+        parser.exit()
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="deepcompile",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"deepcompile {__version__}")
+    parser.add_argument(
+        "--cmake-dir",
+        action=PrintCmakeDir,
+        nargs=0,
+        help="print the folder of the CMake package for passes in C++",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    plan.add_to(commands)
+    programs.add_to(commands)
+    add_command(commands, "launch", run_launch, "start ranks on this machine", LAUNCH_EXAMPLES)
+    return parser

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands take: shared options and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from .. import _core
+from ..errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"deepcompile: error: {message}. See {self.prog} --help\n")
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+    examples: str,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=run)
+    return command
+
+
+def add_program(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", help="program text; - reads standard input")
+
+
+def add_machine(command: argparse.ArgumentParser, required: bool = True, budget: str = "") -> None:
+    names = ", ".join(_core.Machine.builtin_names())
+    command.add_argument(
+        "--machine", required=required, help=f"a JSON file, or a built-in machine: {names}"
+    )
+    command.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        type=byte_size,
+        help="most memory of one rank that passes may plan with, e.g. 40GiB; default: "
+        + (budget or "all of the machine's"),
+    )
+
+
+def add_costs(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--costs",
+        metavar="FILE",
+        help="measurements (JSON, as an engine writes them) to use before the machine's numbers",
+    )
+
+
+def add_passes(command: argparse.ArgumentParser, help: str, required: bool = False) -> None:
+    command.add_argument(
+        "--passes",
+        metavar="P,Q",
+        type=comma_separated,
+        required=required,
+        help=f"{help}, in order: {', '.join(_core.pass_names())}",
+    )
+    command.add_argument(
+        "--pass-library",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a shared library whose passes --passes may name; may be given again",
+    )
+    command.add_argument(
+        "--early-updates",
+        action="store_true",
+        help="updates may run inside the last backward, as with compile.early_updates",
+    )
+
+
+def whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def positive(text: str) -> int:
+    value = whole_number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def positives(text: str) -> list[int]:
+    """'512,1024' -> [512, 1024], each once."""
+    values = [positive(word) for word in comma_separated(text)]
+    if not values:
+        raise argparse.ArgumentTypeError("give at least one number")
+    return list(dict.fromkeys(values))
+
+
+def not_negative(text: str) -> int:
+    value = whole_number(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} must not be negative")
+    return value
+
+
+def byte_size(text: str) -> int:
+    try:
+        value = _core.parse_bytes(text)
+    except UserError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a size: write it as 40GiB or 512MiB")
+    return value
+
+
+def comma_separated(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def dtype(text: str) -> str:
+    if text in ("fp16", "float16", "f16", "half"):
+        raise argparse.ArgumentTypeError(
+            "fp16 is not supported: there is no loss scaling; use bf16 or fp32"
+        )
+    if text not in ("bf16", "fp32"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of bf16, fp32")
+    return text
+
+
+def chart_file(text: str) -> str:
+    if not text.endswith((".svg", ".html")):
+        raise argparse.ArgumentTypeError(f"{text} must end in .svg or .html")
+    return text

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``deepcompile explain``: what was chosen for each parameter and region, why, and what the next
+best would have cost. Equal layers share a line."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from .. import _core
+
+
+@dataclass
+class Choice:
+    """What a plan does with one parameter or region."""
+
+    kind: str
+    name: str
+    form: str
+    """Type and size, in words."""
+    reasons: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    """What the next best would have cost."""
+
+    def key(self) -> tuple:
+        """Equal for the same choice in equal layers: numbers that depend on the place are left
+        out."""
+        texts = [re.sub(r"\d[\d.,]*", "#", text) for text in (*self.reasons, *self.others)]
+        return self.kind, re.sub(r"\d+", "#", self.name), self.form, tuple(texts)
+
+
+def explain(
+    program: _core.StepProgram,
+    machine: _core.Machine,
+    sim: _core.SimResult,
+    budget: int,
+    costs: _core.CostTable | None,
+    everything: bool = False,
+    early_updates: bool = False,
+) -> str:
+    """The text; with ``everything``, each object by itself and when its transfers run."""
+    others = _core.next_best(
+        plain_of(program),
+        program,
+        machine=machine,
+        memory_budget=budget,
+        costs=costs,
+        early_updates=early_updates,
+    )
+    text = _core.explain(program, sim, others)
+    if everything:
+        return text
+    groups: dict[tuple, list[Choice]] = defaultdict(list)
+    for choice in choices_of(program, others):
+        groups[choice.key()].append(choice)
+    lines = [text.split("\n\n", 1)[0], ""]
+    for group in groups.values():
+        lines += group_lines(group)
+    whole = [f"why: {r.text} [{r.pass_name}]" for r in program.reasons if r.object == ""]
+    whole += [f"else: {other}" for other in others if not other.objects]
+    if whole:
+        lines += ["", "the step as a whole", *(f"  {line}" for line in whole)]
+    lines += ["", "--all lists each parameter and region, and when its transfers run."]
+    return "\n".join(lines) + "\n"
+
+
+def plain_of(program: _core.StepProgram) -> _core.StepProgram:
+    """The program before any pass: each region's first run alone."""
+    text = str(program)
+    lines = [line for line in text.splitlines() if not line.startswith("because ")]
+    plain = _core.StepProgram.parse("\n".join(lines) + "\n")
+    seen: set[str] = set()
+    for section in plain.sections:
+        runs = [i for i in section.instrs if i.op == "run" and i.operand not in seen]
+        seen |= {i.operand for i in runs}
+        section.set_instrs(runs)
+    return plain
+
+
+def choices_of(program: _core.StepProgram, others: list[_core.Alternative]) -> list[Choice]:
+    """In the order of the program's tables: parameters, then regions."""
+    reasons, instead = defaultdict(list), defaultdict(list)
+    for reason in program.reasons:
+        reasons[reason.object].append(f"{reason.text} [{reason.pass_name}]")
+    for other in others:
+        for name in other.objects:
+            instead[name].append(str(other))
+    size = _core.pretty_bytes
+    choices = []
+    for param in program.params:
+        form = f"{param.dtype}, {size(param.full_bytes)}, {param.placement}"
+        if not param.trainable:
+            form += ", frozen"
+        if len(param.members) > 1:
+            form += f", packs {len(param.members)} parameters"
+        name = param.name
+        choices.append(Choice("param", name, form, reasons[name], instead[name]))
+    runs: dict[str, int] = defaultdict(int)
+    for section in program.sections:
+        for instr in section.instrs:
+            if instr.op == "run":
+                runs[instr.operand] += 1
+    sizes = {v.name: v.bytes for v in program.values}
+    for region in program.regions:
+        form = f"code {region.code}, makes {size(sum(sizes[v] for v in region.outputs))}"
+        if region.time is not None:
+            form += f", {_core.pretty_nanos(region.time)}"
+        form += ", recomputed" if runs[region.name] > 1 else ""
+        name = region.name
+        choices.append(Choice("region", name, form, reasons[name], instead[name]))
+    return choices
+
+
+def group_lines(group: list[Choice]) -> list[str]:
+    first, name = group[0], group[0].name
+    if len(group) > 1:
+        name = f"{first.name} .. {group[-1].name} ({len(group)} alike)"
+    lines = [f"{first.kind} {name}: {first.form}"]
+    lines += [f"  why: {text}" for text in dict.fromkeys(first.reasons)]
+    return lines + [f"  else: {text}" for text in dict.fromkeys(first.others)]

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What transfers and regions cost on this job's machine.
+
+Links are measured once, by real transfers of a few sizes, before the first plan
+that asks. What was never measured is taken from a machine's description: the
+one that the configuration names, or the built-in that resembles this one most.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from . import _core
+from .config import Config
+from .distributed import Ranks
+
+SIZES = {"cpu": (64 << 10, 1 << 20, 4 << 20), "cuda": (64 << 10, 1 << 20, 16 << 20, 64 << 20)}
+"""Bytes at which links are measured: the whole buffer of a gather or reduction. Times beyond the
+last go on with the last slope."""
+REPEATS = 5
+
+
+def named_machine(config: Config) -> Any:
+    """The machine that the configuration names, or None."""
+    name = config.compile.machine
+    if name is None:
+        return None
+    known = name in _core.Machine.builtin_names()
+    return _core.Machine.builtin(name) if known else _core.Machine.load(name)
+
+
+def machine_for(config: Config, ranks: Ranks) -> Any:
+    """The configuration's machine, or the built-in that resembles this one most, with as many
+    ranks as there are."""
+    named = named_machine(config)
+    if named is not None:
+        return named
+    name = "4xh200" if ranks.device.type == "cuda" else "2x-cpu"
+    machine = _core.Machine.builtin(name)
+    if machine.ranks >= ranks.world:
+        return machine
+    text = (Path(__file__).parent / "machines" / f"{name}.json").read_text(encoding="utf-8")
+    wider = json.loads(text) | {"nodes": 1, "ranks_per_node": ranks.world}
+    return _core.Machine.parse(json.dumps(wider), f"{name} with {ranks.world} ranks")
+
+
+def measure(runtime: Any, ranks: Ranks) -> Any:
+    """A _core.CostTable of this job's links, the same on every rank; collective."""
+    sizes = list(SIZES.get(ranks.device.type, SIZES["cuda"]))
+    curves = ranks.from_first(runtime.measure_links(sizes, REPEATS))
+    table = _core.CostTable(ranks.world)
+    for kind, points in curves.items():
+        table.set_curve(kind, [(int(size), int(ns)) for size, ns in points])
+    return table

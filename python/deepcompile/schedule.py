@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which passes plan the step from which step on.
+
+A schedule is [(first step, passes)]; an entry holds from the first step that is
+not before its number. A pass is a built-in's name, a name that the engine
+registered, an object of deepcompile.passes, or a function of (program,
+context). An entry with passes that weigh costs is *measured*: it plans the
+whole step at once, from a profile of one, and all ranks agree on the result.
+Any other is applied to each graph by itself as it is captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import _core
+from .errors import UserError
+
+STAGE_PASS = {
+    0: "zero0_compile",
+    1: "zero1_compile",
+    2: "zero1_compile",
+    3: "zero3_compile",
+}
+WARMUP = 3
+"""The step from which the default schedule plans by measured times."""
+PLACED = ("reductions_placed", "updates_placed")
+"""What an entry's passes must provide together."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    step: int
+    passes: tuple[Any, ...]
+    """Names and functions."""
+    measured: bool
+
+    def names(self) -> list[str]:
+        """Its passes in words."""
+        return [p if isinstance(p, str) else getattr(p, "__name__", type(p).__name__)
+                for p in self.passes]  # fmt: skip
+
+
+def default_schedule(stage: int) -> list[tuple[int, list[Any]]]:
+    """[(first step, passes)] of a stage."""
+    return [(0, [STAGE_PASS[stage]]), (WARMUP, ["auto"])]
+
+
+def _resolve(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Any:
+    """A pass as run_passes takes it: a built-in's name, a loaded pass, or a function."""
+    native = getattr(given, "native", given)  # objects of deepcompile.passes stand for one
+    if not isinstance(native, str):
+        if native is not given or callable(given):
+            return given
+        raise UserError(
+            f"[passes] schedule: {given!r} is neither a pass's name nor a function of "
+            "(program, context)"
+        )
+    if native in registered:
+        return registered[native]
+    if native in _core.pass_names():
+        return native
+    known = ", ".join([*_core.pass_names(), *registered])
+    raise UserError(f"[passes] schedule: no pass named {native!r}; known are {known}")
+
+
+def _weighs_costs(resolved: Any) -> bool:
+    """Whether it is one of the core's or a library's that is no stage's pass."""
+    if isinstance(resolved, str):
+        return resolved not in STAGE_PASS.values()
+    return hasattr(resolved, "native")
+
+
+def _entry(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Entry:
+    try:
+        step, passes = given
+        step, passes = int(step), [passes] if isinstance(passes, str) else list(passes)
+    except (TypeError, ValueError):
+        raise UserError(f"[passes] schedule: {given!r} is not (step, [passes])") from None
+    resolved = tuple(_resolve(each, registered) for each in passes)
+    return Entry(step, resolved, any(_weighs_costs(each) for each in resolved))
+
+
+def _check_contracts(entry: Entry) -> None:
+    """What the pipeline checks before it runs, known before anything is captured."""
+    facts = {"regions_timed"}
+    for name, given in zip(entry.names(), entry.passes, strict=True):
+        if isinstance(given, str):
+            contract = _core.pass_info(given).contract
+        else:
+            contract = getattr(given, "contract", None) or _core.PassContract()
+        missing = [fact for fact in contract.needs if fact not in facts]
+        present = [fact for fact in contract.conflicts if fact in facts]
+        if missing:
+            raise UserError(
+                f"[passes] {name}: needs {missing[0]}, which no earlier pass of the entry at step "
+                f"{entry.step} provides. Put a pass that does before it."
+            )
+        if present:
+            raise UserError(
+                f"[passes] {name}: conflicts with {present[0]}, which an earlier pass of the entry "
+                f"at step {entry.step} provides. Remove one of the two."
+            )
+        facts.update(contract.provides)
+    needed = [fact for fact in PLACED if fact not in facts]
+    if needed and all(isinstance(p, str) for p in entry.passes):
+        raise UserError(
+            f"[passes] schedule: the entry at step {entry.step} has no pass that provides "
+            f"{needed[0]}. Begin it with the stage's pass, or use auto."
+        )
+
+
+def check_schedule(
+    given: Sequence[Any] | str | None,
+    stage: int,
+    registered: Mapping[str, Callable[..., Any]],
+) -> list[Entry]:
+    """The entries of a schedule; None and "auto" mean the stage's default. Raises UserError for
+    what could not be applied."""
+    if given is None or given == "auto" or list(given) == ["auto"]:
+        given = default_schedule(stage)
+    entries = [_entry(each, registered) for each in given]
+    steps = [entry.step for entry in entries]
+    if not steps or steps != sorted(set(steps)) or steps[0] != 0:
+        raise UserError(f"[passes] schedule: steps are {steps}; they must begin at 0 and increase")
+    for entry in entries:
+        _check_contracts(entry)
+    return entries
+
+
+def entry_at(schedule: Sequence[Entry], step: int) -> Entry:
+    """The entry that holds at a step."""
+    return [entry for entry in schedule if entry.step <= step][-1]

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes as objects, functions and classes."""
+
+from __future__ import annotations
+
+import pytest
+
+from deepcompile import _core, passes
+from deepcompile.errors import UserError
+from deepcompile.passes import (
+    WARMUP,
+    NamedPass,
+    PassContract,
+    auto,
+    offload_activation,
+    offload_adam_states,
+    order_link,
+    place_optimizer,
+    prefetch,
+    rematerialize,
+    selective_gather,
+    zero1_compile,
+    zero3_compile,
+)
+
+STEP = """\
+step train world=2
+param a f32 1048576
+param b f32 1048576
+value x 4KiB
+value h 4KiB
+value loss 4B
+value t.loss 4B
+value d 4KiB
+value ga 4MiB grad=a
+value gb 4MiB grad=b
+region f.a time=10ms (x, a) -> (h)
+region f.b time=10ms (h, b) -> (loss)
+region b.b time=20ms (t.loss, h, b) -> (d, gb)
+region b.a time=20ms (d, x, a) -> (ga)
+forward 0 (x) -> (loss)
+  run f.a
+  run f.b
+end
+backward 0 (t.loss) -> ()
+  run b.b
+  run b.a
+end
+update
+end
+"""
+PUBLIC = {
+    "zero3_compile": zero3_compile.add_z3_gather_release,
+    "zero1_compile": zero1_compile.add_z1_reduce,
+    "prefetch": prefetch.schedule_prefetch,
+    "selective_gather": selective_gather.selective_gather,
+    "offload_adam_states": offload_adam_states.move_opt_states,
+    "offload_adam_states_sync": offload_adam_states.move_opt_states_sync,
+    "offload_activation": offload_activation.offload_activation,
+    "rematerialize": rematerialize.rematerialize,
+    "place_optimizer": place_optimizer.place_optimizer,
+    "order_link": order_link.order_link,
+    "auto": auto.auto,
+}
+
+
+def step() -> _core.StepProgram:
+    return _core.StepProgram.parse(STEP)
+
+
+def run(program: _core.StepProgram, *wanted, **options):
+    options = {"machine": _core.Machine.builtin("2x-cpu"), "memory_budget": 64 << 20} | options
+    return _core.run_passes(program, list(wanted), **options)
+
+
+@pytest.mark.parametrize("word", PUBLIC)
+def test_each_public_name_is_a_pass_of_the_core(word):
+    named = PUBLIC[word]
+    assert isinstance(named, NamedPass)
+    assert named.pass_name == named.__name__ == word
+    assert word in _core.pass_names()
+    assert named.__doc__ and word in repr(named)
+    assert isinstance(named.contract, PassContract)
+
+
+def test_all_names_exist():
+    assert all(hasattr(passes, name) for name in passes.__all__)
+
+
+def test_a_schedule_of_the_seed_works_as_written():
+    schedule = [
+        (0, [zero3_compile.add_z3_gather_release]),
+        (
+            WARMUP,
+            [
+                zero3_compile.add_z3_gather_release,
+                prefetch.schedule_prefetch,
+                selective_gather.selective_gather,
+            ],
+        ),
+    ]
+    times = []
+    for _, entry in schedule:
+        program = step()
+        run(program, *entry)
+        times.append(_core.simulate(program, _core.Machine.builtin("2x-cpu")).time_ns)
+    assert times[1] < times[0]
+
+
+def test_objects_and_names_give_the_same_program():
+    one, other = step(), step()
+    run(one, zero3_compile.add_z3_gather_release, "prefetch")
+    run(other, "zero3_compile", prefetch.schedule_prefetch)
+    assert str(one) == str(other)
+
+
+def test_a_pass_can_call_another():
+    def both(program, context):
+        zero3_compile.add_z3_gather_release(program, context)
+        context.run(program, "prefetch")
+
+    one, other = step(), step()
+    run(one, both)
+    run(other, "zero3_compile", "prefetch")
+    assert str(one) == str(other)
+
+
+def test_a_class_is_a_pass_by_its_objects():
+    class Looks:
+        contract = PassContract(needs=["gathers_placed"])
+
+        def __call__(self, program, context):
+            context.because("a", f"budget {context.memory_budget}")
+
+    for given in (Looks, Looks()):
+        program = step()
+        log = run(program, "zero3_compile", given)
+        assert log[1].pass_name == "Looks"
+        assert program.reasons[-1].text == f"budget {64 << 20}"
+        with pytest.raises(UserError, match="Looks: needs gathers_placed"):
+            run(step(), given)
+
+
+def test_a_context_knows_what_the_machine_takes():
+    seen = {}
+
+    def look(program, context):
+        seen["gather"] = context.duration_ns(_core.Instr("gather", "a"))
+        seen["step"] = context.simulate(program)
+        seen["early"] = context.early_updates
+        seen["context"] = context
+
+    program = step()
+    run(program, "zero3_compile", look, early_updates=True)
+    sim = _core.simulate(program, _core.Machine.builtin("2x-cpu"))
+    assert seen["gather"] > 0 and seen["early"] is True
+    assert seen["step"] == (sim.time_ns, sim.peak_bytes)
+    assert seen["context"].simulate(program) is None  # its pass has ended
+    run(step(), "zero3_compile", look, machine=None)
+    assert seen["gather"] is None and seen["step"] is None
+
+
+def test_an_exception_names_the_pass_and_leaves_the_program():
+    def fails(program, context):
+        program.sections[0].add("gather", "a")
+        raise UserError("[passes] fails: on purpose")
+
+    def breaks(program, context):
+        program.sections[0].add("release", "a")
+
+    program = step()
+    for bad, words in ((fails, "on purpose"), (breaks, "breaks")):
+        with pytest.raises(UserError, match=words):
+            run(program, bad)
+        assert str(program) == STEP or "gather" not in str(program)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"), [(7, "7: is neither"), ("prefetsch", "prefetsch: there is no such pass")]
+)
+def test_what_is_no_pass_is_refused(given, words):
+    with pytest.raises(UserError, match=words):
+        run(step(), given)
+
+
+def test_unknown_facts_are_refused():
+    with pytest.raises(UserError, match="unknown fact gathered"):
+        PassContract(needs=["gathered"])

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans kept between runs, and files that are no use."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+
+import pytest
+import torch
+from test_engine import step
+from test_planning import SEED_STYLE, compiled, history
+
+from deepcompile import _core, plan_cache
+from deepcompile.agreement import Agreed
+from deepcompile.schedule import check_schedule
+
+FACTS = {"params": [], "world": 2}
+
+
+def kept() -> plan_cache.Kept:
+    agreed = Agreed({"s": "step x"}, "step u", ["auto"], reasons=[("auto", "", "why")])
+    return plan_cache.Kept(agreed, _core.CostTable(2).serialize(), {"k": 7})
+
+
+def test_round_trip(tmp_path):
+    path = plan_cache.write(str(tmp_path / "new"), FACTS, kept())
+    assert path.name == plan_cache.job_key(FACTS) + ".json"
+    assert plan_cache.read(str(path.parent), FACTS) == kept()
+    assert plan_cache.read(str(path.parent), FACTS | {"world": 4}) is None
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def changed(path, edit) -> None:
+    table = json.loads(path.read_text())
+    edit(table)
+    path.write_text(json.dumps(table))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "cause"),
+    [
+        (lambda p: p.write_text("{"), "not valid JSON"),
+        (lambda p: p.write_text("[1]"), "not a file of this cache"),
+        (lambda p: p.write_bytes(b"\xff\xfe"), "is ignored"),
+        (lambda p: changed(p, lambda t: t.update(format=99)), "has format 99, not 1"),
+        (lambda p: changed(p, lambda t: t.update(body=t["body"] + " ")), "checksum is wrong"),
+        (lambda p: changed(p, lambda t: t.pop("body")), "lacks 'body'"),
+    ],
+)
+def test_files_that_are_no_use_are_named(tmp_path, spoil, cause):
+    path = plan_cache.write(str(tmp_path), FACTS, kept())
+    spoil(path)
+    with pytest.warns(UserWarning, match=cause):
+        assert plan_cache.read(str(tmp_path), FACTS) is None
+
+
+def test_a_file_of_another_job(tmp_path):
+    path = plan_cache.write(str(tmp_path), FACTS, kept())
+    other = FACTS | {"world": 4}
+    path.rename(plan_cache.path_of(str(tmp_path), plan_cache.job_key(other)))
+    with pytest.warns(UserWarning, match="it is of job"):
+        assert plan_cache.read(str(tmp_path), other) is None
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot be written"):
+        assert plan_cache.write(str(tmp_path / "file" / "x"), FACTS, kept()) is None
+
+
+def test_the_key_covers_what_plans_depend_on():
+    engine = compiled(schedule=SEED_STYLE)
+    planner = engine.planner
+
+    def key(schedule=planner.schedule, backend="eager"):
+        return plan_cache.job_key(
+            plan_cache.job(engine.table, engine.config, engine.ranks, schedule, backend)
+        )
+
+    def one(program, context):
+        return 1
+
+    def two(program, context):
+        return 2
+
+    passes = (["zero3_compile", f] for f in (one, two))
+    keys = [key(), key(backend="inductor")]
+    keys += [key(check_schedule([(0, each)], 3, {})) for each in passes]
+    assert key() == key() and len(set(keys)) == 4
+
+
+def test_a_run_starts_with_the_plan_of_the_last(tmp_path):
+    settings = {"compile": {"plan_cache": str(tmp_path)}}
+    first = compiled(schedule=SEED_STYLE, **settings)
+    losses = [step(first, n) for n in range(4)]
+    second = compiled(schedule=SEED_STYLE, **settings)
+    again = [step(second, 0)]
+    assert second.planner.graphs[0].plan_hash == first.planner.graphs[0].plan_hash
+    again += [step(second, n) for n in range(1, 4)]
+    assert again == losses and history(second) == [(0, "plan cache")]
+    for name, value in first.state_dict().items():
+        assert torch.equal(value, second.state_dict()[name])
+
+
+def test_a_kept_plan_of_another_model_is_dropped(tmp_path):
+    settings = {"compile": {"plan_cache": str(tmp_path)}}
+    first = compiled(schedule=SEED_STYLE, **settings)
+    for number in range(3):
+        step(first, number)
+    (path,) = tmp_path.iterdir()
+    table = json.loads(path.read_text())
+    body = json.loads(table["body"])
+    programs = body["kept"]["agreed"]["programs"]
+    body["kept"]["agreed"]["programs"] = {"0" * 16: next(iter(programs.values()))}
+    text = json.dumps(body, sort_keys=True)
+    table |= {"body": text, "sum": hashlib.sha256(text.encode()).hexdigest()}
+    path.write_text(json.dumps(table))
+    twin = compiled(schedule=[(0, ["zero3_compile"])])
+    second = compiled(schedule=SEED_STYLE, **settings)
+    with pytest.warns(UserWarning, match="does not know graph 0"):
+        losses = [step(second, 0)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        losses += [step(second, n) for n in range(1, 4)]
+    assert losses == [step(twin, n) for n in range(4)]
+    whys = [why for _, why in history(second)]
+    assert whys[:2] == ["plan cache", "the kept plan did not fit"] and len(whys) == 3

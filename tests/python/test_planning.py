@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Schedules, budgets, whole-step plans and new graphs, in one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_engine import batch, config, start, step
+from torch import nn
+
+from deepcompile import UserError, agreement, budget
+from deepcompile.config import CompileConfig
+from deepcompile.distributed import Ranks
+from deepcompile.schedule import WARMUP, check_schedule, default_schedule, entry_at
+
+SEED_STYLE = [
+    (0, ["zero3_compile"]),
+    (2, ["zero3_compile", "prefetch", "selective_gather"]),
+]
+
+
+def compiled(model=None, schedule=None, **settings):
+    torch._dynamo.reset()
+    engine = start(model, config=config(**settings))
+    engine.compile(backend="eager", schedule=schedule)
+    return engine
+
+
+def history(engine) -> list[tuple[int, str]]:
+    return [(line.step, line.why) for line in engine.planner.history]
+
+
+# ---- schedules
+
+
+def mine(program, context):
+    pass
+
+
+class Named:
+    """As the objects of deepcompile.passes stand for the core's passes."""
+
+    native = "prefetch"
+
+
+def test_default_schedule_is_the_stages_pass_and_then_the_planner():
+    assert default_schedule(2) == [(0, ["zero1_compile"]), (WARMUP, ["auto"])]
+    for given in (None, "auto", ["auto"]):
+        first, later = check_schedule(given, 3, {})
+        assert (first.passes, first.measured) == (("zero3_compile",), False)
+        assert (later.passes, later.measured, later.step) == (("auto",), True, WARMUP)
+
+
+def test_entries_take_names_functions_and_objects():
+    given = [(0, ["zero3_compile", mine]), (5, ["zero3_compile", Named(), "theirs"])]
+    first, later = check_schedule(given, 3, {"theirs": mine})
+    assert not first.measured and first.names() == ["zero3_compile", "mine"]
+    assert later.measured and later.passes == ("zero3_compile", "prefetch", mine)
+
+
+def test_an_entry_holds_from_the_first_step_that_is_not_before_it():
+    schedule = check_schedule(SEED_STYLE, 3, {})
+    assert [entry_at(schedule, step).step for step in (0, 1, 2, 1000)] == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([(0, [3])], "3 is neither a pass's name nor a function"),
+        ([(0, ["zero3_compile", "auto"])], "auto: conflicts with"),
+        ([(0, ["order_link"])], "no pass that provides reductions_placed"),
+    ],
+)
+def test_schedules_that_are_refused(given, expected):
+    with pytest.raises(UserError, match="schedule|conflicts") as caught:
+        check_schedule(given, 3, {})
+    assert expected in str(caught.value)
+
+
+def test_a_measured_entry_at_step_0_waits_for_a_profile():
+    engine = compiled(schedule=[(0, ["zero3_compile", "prefetch"])])
+    losses = [step(engine, n) for n in range(4)]
+    assert history(engine) == [(2, "profile of step 2")]  # the first step compiles
+    twin = compiled(schedule=[(0, ["zero3_compile"])])
+    assert losses == [step(twin, n) for n in range(4)]
+    assert history(twin) == []
+
+
+def test_the_configurations_schedule_is_used():
+    engine = compiled(compile={"schedule": [[0, ["zero3_compile"]]]})
+    for number in range(5):
+        step(engine, number)
+    assert history(engine) == [] and engine.compile_report()["plans"] == 0
+
+
+def test_functions_see_the_whole_step_in_a_measured_entry():
+    seen = []
+
+    def watch(program, context):
+        seen.append([section.kind for section in program.sections])
+
+    engine = compiled(schedule=[(0, ["zero3_compile"]), (2, ["zero3_compile", "prefetch", watch])])
+    for number in range(3):
+        step(engine, number)
+    assert seen == [["forward", "backward", "update"]]
+
+
+# ---- whole-step plans
+
+
+def test_a_plan_changes_nothing_but_the_instructions():
+    engine, twin = compiled(schedule=SEED_STYLE), compiled(schedule=[(0, ["zero3_compile"])])
+    losses = [step(engine, n) for n in range(5)]
+    assert losses == [step(twin, n) for n in range(5)]
+    report = engine.compile_report()
+    assert report["plans"] == 1 and report["recompilations"] == 0 and report["graphs"] == 1
+    assert report["plan_passes"] == ["zero3_compile", "prefetch", "selective_gather"]
+    assert 0 < report["plan_seconds"] < 60 and report["budget"] > 0
+    for name, value in engine.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name]), name
+
+
+def test_evaluation_between_steps_and_after_the_plan():
+    engine, twin = compiled(), compiled(schedule=[(0, ["zero3_compile"])])
+    for number in range(WARMUP + 3):
+        assert step(engine, number) == step(twin, number)
+        with torch.no_grad():
+            assert torch.equal(engine(batch(9)), twin(batch(9)))
+
+
+def test_a_new_shape_after_the_plan_takes_the_plan_of_its_skeleton():
+    engine = compiled(schedule=SEED_STYLE)
+    for number in range(3):
+        step(engine, number)
+    for rows in (3, 5):
+        loss = engine(batch()[:1].expand(rows, 8).contiguous()).pow(2).mean()
+        engine.backward(loss)
+        engine.step()
+    first, *more = engine.planner.graphs
+    assert more and {g.skeleton for g in more} == {first.skeleton}
+    orders = [agreement.order_of(g.program) for g in engine.planner.graphs]
+    assert all(order == orders[0] for order in orders)
+
+
+def test_a_planner_that_fails_is_an_error_if_it_was_asked_for():
+    tiny = {"compile": {"memory_budget": 64}}
+    engine = compiled(schedule=SEED_STYLE, **tiny)
+    step(engine)
+    with pytest.raises(UserError, match="budget"):
+        step(engine, 1)
+
+
+def planned_pair() -> tuple:
+    """(agreed plan of a small step, another graph's program)."""
+    engine = compiled(schedule=SEED_STYLE)
+    for number in range(2):
+        step(engine, number)
+    other = compiled(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    step(other)
+    return engine.planner.agreed, other.planner.graphs[0]
+
+
+def test_a_new_graph_with_other_transfers_is_an_error_that_names_rank_and_graph():
+    agreed, other = planned_pair()
+    with pytest.raises(UserError) as caught:
+        agreement.check_new_graph(other.program, agreed, 3, 7, "model.py:1", "zero3_compile")
+    text = str(caught.value)
+    assert "rank 3, graph 7 (model.py:1)" in text and " in the other" in text
+
+
+def test_gathers_are_added_for_parameters_that_are_behind():
+    engine = compiled(schedule=[(0, ["zero3_compile"])])
+    step(engine)
+    installed = engine.planner.graphs[0]
+    late = [p.name for p in installed.plain.params if p.placement == "whole"]
+    program = agreement.classical(installed.plain, "zero3_compile", late)
+    assert late
+    for section in program.sections:
+        first = [(i.op, i.operand) for i in section.instrs[:2]]
+        assert first == [("gather", late[0]), ("wait", late[0])]
+    program.verify()
+
+
+# ---- budgets
+
+
+MEMORY = budget.Memory(total=1000, free=300, held=200, foreign=100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, 450),  # nine tenths of what is free and what we hold
+        ({"memory_reserve": 0.0}, 500),
+        ({"memory_budget": 800}, 700),  # less what is not the plan's
+        ({"memory_budget": 0.5}, 400),
+    ],
+)
+def test_budget(settings, expected):
+    assert budget.plan_budget(CompileConfig(**settings), MEMORY) == expected
+
+
+def test_memory_of_this_host():
+    total, available = budget.host_memory()
+    assert 0 < available <= total
+    memory = budget.measure(Ranks(0, 2, torch.device("cpu")), 5)
+    assert memory.held == 5 and memory.foreign == 0 and memory.total <= total // 2 + 1
+
+
+def test_bytes_on_the_host_are_not_held():
+    assert budget.held_bytes({"shards": 3, "saved": 4, "host_states": 100}) == 7
+
+
+# ---- reports
+
+
+def test_the_report_tells_what_was_planned(tmp_path):
+    engine = compiled()
+    for number in range(WARMUP + 3):
+        step(engine, number)
+    assert engine.trace.agreed is engine.planner.agreed is not None
+    from deepcompile.engine_report import report_data
+
+    facts = report_data(engine)["facts"]
+    assert facts["Plan"] == "auto for the whole step"
+    assert {"Planning", "Planned step", "Memory budget", "Chosen"} <= set(facts)
+    page = engine.report(tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "auto for the whole step" in page
