@@ -42,7 +42,7 @@ test: $(READY)  ## every test, in order, with one total at the end
 	@PYTHON=$(PYTHON) $(PY) tools/run_tests.py $(if $(filter 1,$(NEWEST)),--newest)
 
 test-gpu: $(READY)  ## the GPU tests, on all visible GPUs
-	@$(PY) tools/run_tests.py --only gpu
+	@$(PY) tools/run_tests.py --only gpu --only gpu-alone
 
 test-core: $(READY)  ## the C++ tests
 	@$(PY) tools/run_tests.py --only core

@@ -122,8 +122,10 @@ RUNNERS = {
     "sanitize": lambda: ctest("sanitize", "address,undefined"),
     "python": lambda: pytest("python", "tests/python"),
     "dist": lambda: pytest("dist", "tests/dist"),
-    # Each test waits for ranks to start and compile most of its time, so several run at once.
-    "gpu": lambda: pytest("gpu", "-n", "4", "-rP", "tests/gpu"),
+    # Each test waits for ranks to start and compile most of its time, so several run at once;
+    # but those that time steps or fill the devices.
+    "gpu": lambda: pytest("gpu", "-n", "4", "-rP", "-m", "not alone", "tests/gpu"),
+    "gpu-alone": lambda: pytest("gpu-alone", "-rP", "-m", "alone", "tests/gpu"),
     "newest": newest,
 }
 

@@ -205,7 +205,6 @@ BufferReport Runtime::buffer_report() {
 void Runtime::trace(bool on) {
   const Scope scope(*this);
   tracer_.set(on, compute_);
-  if (on) meter_.count_from_now();
 }
 
 std::vector<TraceRecord> Runtime::records() {

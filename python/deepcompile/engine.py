@@ -218,7 +218,8 @@ class Engine:
             return
         steps = self._compiled_steps
         if steps == self._trace_at or (steps and self.planner.wants_profile(self.global_steps)):
-            self.runtime.reset_peak_bytes()
+            if self.device.type != "cpu":
+                self.runtime.reset_peak_bytes()
             self.runtime.trace(True)
             self._tracing_since = time.perf_counter()
 

@@ -315,7 +315,7 @@ def collect_trace(engine: Engine, seconds: float) -> Profile:
         list(planner.watch.forwards),
         region_costs(records, plans),
         update_curve(records, plans),
-        engine.runtime.peak_bytes(),
+        engine.runtime.peak_bytes() or None,
         seconds,
         planner.agreed,
     )

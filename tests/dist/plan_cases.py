@@ -371,6 +371,7 @@ def compare(rank: int, world: int, jobs: list[Job], folder: str) -> list[dict[st
             "combinations": len(combined),
             "compilations": (before, comparison.bench.compilations()),
             "losses": comparison.expected.losses,
+            "once": sum(region.once for region in comparison.bench.plain.regions),
             "seconds": [round(x, 1) for x in
                         (captured - began, planned - captured, time.monotonic() - planned)],
         })  # fmt: skip

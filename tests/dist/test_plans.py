@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every plan gives the same bits, and a new plan compiles nothing.
 
-Each model runs 200 random plans: 160 on 2 ranks (40 for each of accumulation 1 and 4, with and
-without clipping) and 40 on 4 ranks. Every run is of 10 steps and starts from the same state; its
-losses, norms, weights, masters, moments and random numbers are compared bit by bit with the
-stage's plan. One plan in five has a run of its own. The others share one, five to a run and two
+Each model runs 200 random plans: 160 on 2 ranks (with and without clipping, 120 with accumulation
+1 and 40 with 4) and 40 on 4 ranks (30 and 10). Every run is of 10 steps and starts from the same
+state; its losses, norms, weights, masters, moments and random numbers are compared bit by bit with
+the stage's plan. One plan in five has a run of its own. The others share one, five to a run and two
 steps each, which also shows that a plan takes over what another has left gathered, deferred or
 on the host; if such a run differs, its plans run alone to find the one to blame. With
 RANDOM_PLANS=alone in the environment, every plan runs its 10 steps alone (an hour on 2 cores).
@@ -56,14 +56,14 @@ def shared(plans: int) -> dict[str, int]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_random_plans_on_2_ranks(model, tmp_path):
-    settings = [(1, 0.0), (1, CLIP), (4, 0.0), (4, CLIP)]
+    settings = [(1, 0.0, 60), (1, CLIP, 60), (4, 0.0, 20), (4, CLIP, 20)]
     jobs = [
-        Job(model, accumulation, clip, seed=1000 * at, **shared(40))
-        for at, (accumulation, clip) in enumerate(settings)
+        Job(model, accumulation, clip, seed=1000 * at, **shared(plans))
+        for at, (accumulation, clip, plans) in enumerate(settings)
     ]
     results = compared(2, jobs, tmp_path)
-    once = min(result["once"] for result in results)
-    assert once >= 6 if model == "gpt2_dropout" else once == 0, "regions that draw random numbers"
+    if model == "gpt2_dropout":
+        assert min(result["once"] for result in results) >= 6, "regions that draw random numbers"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -79,8 +79,7 @@ def test_all_combinations_of_passes(tmp_path):
     """Every subset of the optional passes and `auto` under several budgets, and ZeRO-1 and 2."""
     jobs = [
         Job("llama", 1, CLIP, combinations=True),
-        Job("gpt2_dropout", 1, 0.0, combinations=True),
-        Job("mixtral", 4, CLIP, combinations=True),
+        Job("gpt2_dropout", 4, 0.0, combinations=True),
     ]
     results = compared(2, jobs, tmp_path)
     assert all(result["combinations"] == 191 + plan_cases.AUTO_BUDGETS for result in results)

@@ -23,6 +23,7 @@ WARM, TIMED = 7, 5
 SEQUENCE, BATCH, VOCABULARY = 1024, 4, 8192
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, this machine has {GPUS}"),
     pytest.mark.timeout(900),
 ]
@@ -108,21 +109,26 @@ def measured(rank: int, world: int, budget: int | None) -> dict[str, Any]:
     return result
 
 
+def forget() -> None:
+    """Give an engine's memory back: Dynamo's caches hold what they compiled, and so the engine."""
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def budgets_in_turn(rank: int, world: int) -> list[dict[str, Any]]:
     """Without a budget, then under each share of that run's peak, on the largest rank's terms."""
     import torch.distributed as dist
 
     results, limit = [], None
     for share in (None, *SHARES):
-        torch._dynamo.reset()
         budget = None if share is None else int(limit * share)
         results.append({"budget": budget, **measured(rank, world, budget)})
         if limit is None:
             peak = torch.tensor(results[0]["peak"], device="cuda")
             dist.all_reduce(peak, dist.ReduceOp.MAX)
             limit = int(peak)
-        gc.collect()
-        torch.cuda.empty_cache()
+        forget()
     return results
 
 
@@ -183,10 +189,8 @@ def short_of_memory(rank: int, world: int, hold: bool) -> dict[str, Any]:
 def both(rank: int, world: int) -> list[dict[str, Any]]:
     results = []
     for hold in (False, True):
-        torch._dynamo.reset()
         results.append(short_of_memory(rank, world, hold))
-        gc.collect()
-        torch.cuda.empty_cache()
+        forget()
     return results
 
 

@@ -40,6 +40,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sequence", type=int, default=128)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--memory-budget", type=int, help="the engine's, in bytes")
     return parser.parse_args()
 
 
@@ -91,6 +92,8 @@ def run_engine(a: argparse.Namespace) -> dict:
         "zero_optimization": {"stage": a.stage, "stage3_param_persistence_threshold": 10_000},
         "compile": {"differentiable_outputs": "loss"},
     }
+    if a.memory_budget:
+        config["compile"]["memory_budget"] = a.memory_budget
     engine, _, _, _ = deepcompile.initialize(model=make_model(a), config=config)
     if a.compiled:
         engine.compile()

@@ -5,8 +5,8 @@
 // a trace runs it resets the allocator's peak before each region, and keeps
 // the largest itself. A CPU's allocator has no such numbers: there the meter
 // counts what is allocated on the section's thread, on top of what the runtime
-// holds, from the first reset or trace on. Memory allocated before that is not
-// seen to go.
+// holds, from the first reset on. Memory allocated before that is not seen to
+// go, and torch says so in a warning: nobody counts unasked.
 #pragma once
 
 #include <c10/core/Device.h>
