@@ -150,6 +150,7 @@ py::dict relieved(Runtime& runtime) {
   report["times"] = found.times;
   report["states_bytes"] = found.states_bytes;
   report["values_bytes"] = found.values_bytes;
+  report["params_bytes"] = found.params_bytes;
   return report;
 }
 
@@ -268,7 +269,8 @@ void bind_resources(py::class_<Runtime>& runtime) {
            "{gather, reduce, to_host, to_device: [(bytes, ns)]}: medians of the slowest rank, the\n"
            "same on all ranks. Collective.")
       .def("relieved", &relieved,
-           "{times, states_bytes, values_bytes} moved to the host because an instruction found no\n"
+           "{times, states_bytes, values_bytes, params_bytes} moved to the host because an "
+           "instruction found no\n"
            "memory, since the last call.")
       .def("limit_bytes", &Runtime::limit_bytes, NoGil(), py::arg("bytes"),
            "Behave as if the device had so many bytes for what the runtime holds; 0: as it is.")

@@ -108,7 +108,7 @@ void Runtime::accumulate(const std::string& name) {
 bool Runtime::is_whole(const std::string& name) {
   const Scope scope(*this);
   const ParamState& param = store_.at(name);
-  return param.presence == Presence::kWhole && !param.due;
+  return param.presence == Presence::kWhole && !param.due && !param.full_is_away();
 }
 
 void Runtime::store(const std::vector<std::string>& names) {

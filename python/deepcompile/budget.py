@@ -71,15 +71,22 @@ def measure(ranks: Ranks, held: int) -> Memory:
     return Memory(total // share, available // share, held, 0)
 
 
-def plan_budget(config: CompileConfig, memory: Memory) -> int:
+ALLOCATOR_MARGIN = 0.03
+"""Part of a device's memory budget that is left to its allocator: a block may be up to 1 MiB larger
+than what was asked for, and a region's scratch differs a little from step to step."""
+
+
+def plan_budget(config: CompileConfig, memory: Memory, device: str = "cpu") -> int:
     """Bytes that a plan's peak may reach. With a limit from the configuration, that limit less
-    what is foreign; without one, what is free and what we hold, less the reserve."""
+    what is foreign and, on a device with an allocator of its own, less its margin; without one,
+    what is free and what we hold, less the reserve."""
     limit = config.memory_budget
     if limit is None:
         return int((memory.free + memory.held) * (1 - config.memory_reserve))
     if isinstance(limit, float):
         limit = int(limit * memory.total)
-    return max(1, limit - memory.foreign)
+    margin = 0.0 if device == "cpu" else ALLOCATOR_MARGIN
+    return max(1, int(limit * (1 - margin)) - memory.foreign)
 
 
 def held_bytes(report: dict[str, Any]) -> int:

@@ -12,6 +12,7 @@ find their parameters. While Dynamo traces they do nothing.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
@@ -151,8 +152,12 @@ class EagerHooks:
         self._handles.append(module.register_forward_hook(after, always_call=True))
 
     def _hook_gradient(self, ref: MemberRef) -> None:
+        # The runtime holds the parameter, which holds its hooks: a circle through C++, which
+        # Python's collector cannot see.
+        hooks = weakref.ref(self)
+
         def made(parameter: torch.Tensor) -> None:
-            self._gradient_made(ref, parameter)
+            hooks()._gradient_made(ref, parameter)
 
         tensor = self._table.tensor(ref)
         self._handles.append(tensor.register_post_accumulate_grad_hook(made))

@@ -330,7 +330,9 @@ class Planner:
     def agree_budget(self) -> int:
         """Bytes for a plan on the rank that has least; collective."""
         held = budget.held_bytes(self._runtime.buffer_report())
-        mine = budget.plan_budget(self._config.compile, budget.measure(self._ranks, held))
+        mine = budget.plan_budget(
+            self._config.compile, budget.measure(self._ranks, held), self._ranks.device.type
+        )
         least = min(self._ranks.gather(mine))
         if self.budget_limit is not None:
             least = min(least, self.budget_limit)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """When memory runs out: a smaller budget and a new plan, on all ranks at the same step.
 
-A rank whose device is full moves states and saved values to the host by itself,
+A rank whose device is full moves states, values and parameters to the host by itself,
 in the middle of a step, and goes on (the runtime's part). That is slow, so each
 step's end tells the others, without waiting for them; two steps later all ranks
 know, and plan again with less. If there is no such plan, they take the last one
@@ -44,7 +44,7 @@ class Relief:
         rank unless there is something to do."""
         said = self._runtime.relieved()
         self.times += said["times"]
-        self._bytes += said["states_bytes"] + said["values_bytes"]
+        self._bytes += sum(moved for kind, moved in said.items() if kind != "times")
         self._runtime.share(1 if said["times"] else 0)
         relieved = self._runtime.shared()
         if self._planner.agreed is not self._watched:

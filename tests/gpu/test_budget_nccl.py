@@ -4,7 +4,6 @@ memory another allocation takes in the middle of training."""
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import time
 from collections import Counter
@@ -45,6 +44,8 @@ def llama(hidden: int, layers: int) -> torch.nn.Module:
 def start(world: int, hidden: int = 2048, layers: int = 8, **compile: Any) -> Any:
     import deepcompile
 
+    # Attention's backward adds up in any order otherwise: other bits in each run, plan or no plan.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     config = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": 1,
@@ -109,32 +110,21 @@ def measured(rank: int, world: int, budget: int | None) -> dict[str, Any]:
     return result
 
 
-def forget() -> None:
-    """Give an engine's memory back: Dynamo's caches hold what they compiled, and so the engine."""
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-
-
-def budgets_in_turn(rank: int, world: int) -> list[dict[str, Any]]:
-    """Without a budget, then under each share of that run's peak, on the largest rank's terms."""
-    import torch.distributed as dist
-
-    results, limit = [], None
+def in_turn(world: int) -> list[list[dict[str, Any]]]:
+    """Without a budget, then under each share of that run's largest peak: results by rank. Each
+    has processes of its own, so that nothing of the one before is on the devices."""
+    runs, limit = [], 0
     for share in (None, *SHARES):
         budget = None if share is None else int(limit * share)
-        results.append({"budget": budget, **measured(rank, world, budget)})
-        if limit is None:
-            peak = torch.tensor(results[0]["peak"], device="cuda")
-            dist.all_reduce(peak, dist.ReduceOp.MAX)
-            limit = int(peak)
-        forget()
-    return results
+        run = run_ranks(measured, world, budget, timeout=200, backend="nccl")
+        limit = limit or max(result["peak"] for result in run)
+        runs.append([{"budget": budget, **result} for result in run])
+    return [list(of_rank) for of_rank in zip(*runs, strict=True)]
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_budgets_are_kept_and_give_the_same_bits(world):
-    found = run_ranks(budgets_in_turn, world, timeout=800, backend="nccl")
+    found = in_turn(world)
     free = found[0][0]
     for rank, results in enumerate(found):
         for result, share in zip(results, (1.0, *SHARES), strict=True):
@@ -186,18 +176,14 @@ def short_of_memory(rank: int, world: int, hold: bool) -> dict[str, Any]:
     }
 
 
-def both(rank: int, world: int) -> list[dict[str, Any]]:
-    results = []
-    for hold in (False, True):
-        results.append(short_of_memory(rank, world, hold))
-        forget()
-    return results
-
-
 @pytest.mark.parametrize("world", WORLDS)
 def test_memory_held_by_another_allocation(world):
     """The run goes on with the same bits; the report counts the fallback and the lower budget."""
-    found = run_ranks(both, world, timeout=600, backend="nccl")
+    free_run, held_run = (
+        run_ranks(short_of_memory, world, hold, timeout=200, backend="nccl")
+        for hold in (False, True)
+    )
+    found = list(zip(free_run, held_run, strict=True))
     for rank, (free, held) in enumerate(found):
         assert held["losses"] == free["losses"] and held["digest"] == free["digest"]
         assert free["relieved"] == free["lowered"] == 0

@@ -109,8 +109,16 @@ def run_engine(a: argparse.Namespace) -> dict:
         dist.all_reduce(total)
         losses.append(total.item() / WORLD)
         peak = torch.cuda.max_memory_allocated()
+    agreed, report = engine.planner.agreed, engine.compile_report() if a.compiled else {}
     state = engine.state_dict(fp32=True)
-    return {"losses": losses, "digest": digest(state), "peak": peak, "state": state}
+    return {
+        "losses": losses,
+        "digest": digest(state),
+        "peak": peak,
+        "predicted": agreed.predicted_peak if agreed else 0,
+        "failures": report.get("plan_failures", []),
+        "state": state,
+    }
 
 
 def run_reference(a: argparse.Namespace) -> dict:

@@ -44,6 +44,28 @@ def test_pure_regions_may_run_again():
     assert not any(r.once for r in regions(Net(nn.GELU()), "eager"))
 
 
+class Attention(nn.Module):
+    def __init__(self, dropout: float):
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x):
+        heads = x.view(1, 2, 4, 8)
+        done = nn.functional.scaled_dot_product_attention(
+            heads, heads, heads, dropout_p=self.dropout, is_causal=True
+        )
+        return done.reshape(4, 16)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_attention_without_dropout_may_run_again(backend):
+    assert not any(r.once for r in regions(Net(Attention(0.0)), backend))
+
+
+def test_attention_with_dropout_runs_once():
+    assert any(r.once for r in regions(Net(Attention(0.5)), "eager"))
+
+
 def test_dropout_run_by_operators_draws_anew():
     assert any(r.once for r in regions(Net(nn.Dropout(0.5)), "eager"))
 

@@ -29,6 +29,11 @@ class FakeRuntime:
         return self.flags[-2]
 
 
+class FakePlan(str):
+    predicted_peak = 0
+    """Unknown, so a lower budget starts from the one there was."""
+
+
 class FakePlanner:
     budget_limit, profile, agreed = None, None, None
 
@@ -49,7 +54,7 @@ class FakePlanner:
         fits = self.budget_limit >= self.least
         self.calls.append(("plan", step, self.budget_limit, fits))
         if fits:
-            self.budget, self.agreed = self.budget_limit, f"plan of {self.budget_limit}"
+            self.budget, self.agreed = self.budget_limit, FakePlan("planned")
         return fits
 
     def adopt_again(self, agreed, step):
@@ -99,12 +104,12 @@ def test_flags_of_steps_by_the_old_plan_do_not_count_twice():
 
 def test_without_a_plan_that_fits_the_last_good_one_is_used():
     planner = FakePlanner(least=2000)
-    planner.agreed = "good"
+    planner.agreed = FakePlan("good")
     runtime = FakeRuntime()
     relief = Relief(planner, runtime, RANKS)
     for step in range(1, CLEAN_STEPS + 2):
         relief.end_step(step)
-    planner.agreed = "newer"
+    planner.agreed = FakePlan("newer")
     runtime.next_bytes = 100
     relief.end_step(10)
     with pytest.warns(UserWarning, match="the last plan that ran without help is used"):
@@ -114,7 +119,7 @@ def test_without_a_plan_that_fits_the_last_good_one_is_used():
 
 def test_without_any_the_stages_plan_is_used_and_no_more_is_tried():
     planner = FakePlanner(least=2000)
-    planner.agreed = "first"
+    planner.agreed = FakePlan("first")
     with pytest.warns(UserWarning, match="the stage's plan is used"):
         run(planner, {1: 100, 5: 100}, 8)
     assert planner.calls == [("plan", 2, 900, False), ("stage", 2)]

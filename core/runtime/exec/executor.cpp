@@ -99,9 +99,9 @@ void Executor::perform_with_relief(const Place& place, Frame* frame,
     }
     // A region cannot be run again if its inputs are gone, and must not if it
     // draws random numbers or writes to them.
-    const bool again = place.get().op != Op::kRun || held.kept;
-    if (again && relief_.relieve(attempt, frame, user_of_states(place), used_slots(place)))
-      continue;
+    const bool again = place.get().op != Op::kRun || !held.inputs || held.kept;
+    const Needed needed{user_of_states(place), used_params(place), used_slots(place)};
+    if (again && relief_.relieve(attempt, frame, needed)) continue;
     throw OutOfMemory("[runtime] rank " + std::to_string(rank_) + ": " + describe(place) +
                       " found no memory on the device, and nothing is left that could go to the "
                       "host: " +
@@ -218,7 +218,8 @@ Executor::Inputs Executor::region_inputs(const Place& place, Frame* frame) {
       inputs.push_back(frame->at(input.index));
       continue;
     }
-    const ParamState& param = *place.loaded->params[static_cast<size_t>(input.index)];
+    ParamState& param = *place.loaded->params[static_cast<size_t>(input.index)];
+    param.bring_full_back();
     if (param.presence != Presence::kWhole || param.due) {
       throw UserError("[runtime] " + describe(place) + ": parameter " + param.name +
                       (param.due ? " has an update outstanding" : " is not whole") +
@@ -263,6 +264,17 @@ const ParamState* Executor::user_of_states(const Place& place) const {
   return uses || (place.param() != nullptr && place.param()->due) ? place.param() : nullptr;
 }
 
+std::set<const ParamState*> Executor::used_params(const Place& place) const {
+  const PlanInstr& instr = place.get();
+  std::set<const ParamState*> used{place.param()};
+  if (instr.region < 0) return used;
+  for (const PlanOperand& input :
+       place.loaded->plan.regions[static_cast<size_t>(instr.region)].inputs) {
+    if (input.is_param) used.insert(place.loaded->params[static_cast<size_t>(input.index)]);
+  }
+  return used;
+}
+
 std::set<int32_t> Executor::used_slots(const Place& place) const {
   const PlanInstr& instr = place.get();
   std::set<int32_t> used(place.part().outputs.begin(), place.part().outputs.end());
@@ -286,6 +298,10 @@ int64_t Executor::coming_bytes(const Place& place, const Frame& frame) const {
   const bool updates = instr.op == Op::kUpdate && param->gradient.defined();
   const bool applies = (instr.op == Op::kUpdate || instr.op == Op::kGather) && param->due;
   if (updates || applies || instr.op == Op::kReloadStates) bytes += states_.missing_bytes(*param);
+  for (const ParamState* used : used_params(place)) {
+    if (used == nullptr || !used->full_is_away()) continue;
+    bytes += used->padded_numel() * static_cast<int64_t>(c10::elementSize(used->dtype()));
+  }
   if (instr.op == Op::kReload || instr.op == Op::kRun || instr.op == Op::kReduce) {
     for (const int32_t slot : used_slots(place)) bytes += ValueMover::missing_bytes(frame, slot);
   }

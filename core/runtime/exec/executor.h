@@ -93,7 +93,8 @@ class Executor {
   bool on_compute(const Place& place) const;
   int64_t coming_bytes(const Place& place, const Frame& frame) const;
   std::set<int32_t> used_slots(const Place& place) const;
-  const ParamState* user_of_states(const Place& place) const;  // null: it touches none
+  std::set<const ParamState*> used_params(const Place& place) const;  // may hold null
+  const ParamState* user_of_states(const Place& place) const;         // null: it touches none
   void recover(bool reachable);
   std::string describe(const Place& place) const;
 

@@ -71,12 +71,12 @@ void Relief::check(const Frame& frame, int64_t more) const {
                                   std::to_string(limit_));
 }
 
-bool Relief::relieve(int attempt, Frame* frame, const ParamState* user,
-                     const std::set<int32_t>& used) {
+bool Relief::relieve(int attempt, Frame* frame, const Needed& needed) {
   const int64_t wanted =
       limit_ > 0 ? std::max<int64_t>(1, limit_ >> 3) : kFirstWish << std::min(attempt, 20);
-  int64_t freed = evict_states(wanted, user);
-  if (freed < wanted) freed += evict_values(wanted - freed, frame, used);
+  int64_t freed = evict_states(wanted, needed.states);
+  if (freed < wanted) freed += evict_values(wanted - freed, frame, needed.slots);
+  if (freed < wanted) freed += evict_params(wanted - freed, needed.params);
   if (freed == 0) return false;
   ++report_.times;
   // What came free may be too cut up: let the allocator give it back and ask anew.
@@ -112,6 +112,16 @@ int64_t Relief::evict_values(int64_t wanted, Frame* frame, const std::set<int32_
   evict(frame, used);
   for (const std::shared_ptr<Call>& call : calls_.open_calls()) evict(&call->frame, {});
   report_.values_bytes += freed;
+  return freed;
+}
+
+int64_t Relief::evict_params(int64_t wanted, const std::set<const ParamState*>& used) {
+  int64_t freed = 0;
+  for (const auto& param : store_.params()) {
+    if (freed >= wanted) break;
+    if (used.count(param.get()) == 0) freed += param->send_full_away();
+  }
+  report_.params_bytes += freed;
   return freed;
 }
 

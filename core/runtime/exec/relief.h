@@ -3,8 +3,9 @@
 //
 // No rank may leave out a collective, so a rank without memory helps itself:
 // first optimizer states go to the host, then saved values that the
-// instruction does not use, of this call and of all that are open. They come
-// back when something needs them. The bits stay; the time goes.
+// instruction does not use, of this call and of all that are open, then the
+// full buffers of parameters that a plan keeps whole. They come back when
+// something needs them. The bits stay; the time goes.
 //
 // Callers: the executor, under the runtime's lock.
 #pragma once
@@ -23,6 +24,14 @@ struct ReliefReport {
   int64_t times = 0;  // instructions that were tried again
   int64_t states_bytes = 0;
   int64_t values_bytes = 0;
+  int64_t params_bytes = 0;
+};
+
+// What an instruction uses, and so must stay.
+struct Needed {
+  const ParamState* states = nullptr;  // whose optimizer states; null: none
+  std::set<const ParamState*> params;
+  std::set<int32_t> slots;
 };
 
 class Relief {
@@ -41,8 +50,7 @@ class Relief {
   // Throws c10::OutOfMemoryError if what is held and `more` bytes pass the limit.
   void check(const Frame& frame, int64_t more) const;
   // Frees more with every attempt, from 0. False if nothing is left to free.
-  // Spares the states of `user` and the values in `used`.
-  bool relieve(int attempt, Frame* frame, const ParamState* user, const std::set<int32_t>& used);
+  bool relieve(int attempt, Frame* frame, const Needed& needed);
 
   int64_t held_bytes(const Frame& frame) const;  // on the device, that the runtime knows of
   ReliefReport take_report();
@@ -50,6 +58,7 @@ class Relief {
  private:
   int64_t evict_states(int64_t wanted, const ParamState* user);
   int64_t evict_values(int64_t wanted, Frame* frame, const std::set<int32_t>& used);
+  int64_t evict_params(int64_t wanted, const std::set<const ParamState*>& used);
 
   ParamStore& store_;
   StateMover& states_;

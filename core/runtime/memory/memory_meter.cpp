@@ -56,7 +56,7 @@ class MemoryMeter::Counter final : public torch::profiler::impl::ProfilerStateBa
 
 MemoryMeter::Section::Section(std::shared_ptr<c10::DebugInfoBase> counter) {
   // A profiler of the user's keeps its place.
-  constexpr auto kPlace = c10::DebugInfoKind::PROFILER_STATE;
+  const auto kPlace = c10::DebugInfoKind::PROFILER_STATE;
   if (!counter || c10::ThreadLocalDebugInfo::get(kPlace) != nullptr) return;
   guard_.emplace(kPlace, std::move(counter));
 }

@@ -134,7 +134,27 @@ void ParamState::drop_full() {
   DC_CHECK(placement == Placement::kSharded, "parameter " + name + " lives in its full buffer");
   for (Member& member : members) member.slot.unbind();
   full.reset();
+  away_.reset();
   presence = Presence::kShard;
+}
+
+int64_t ParamState::send_full_away() {
+  const bool movable = placement == Placement::kSharded && world > 1 && !due;
+  if (!movable || presence != Presence::kWhole || !full.defined()) return 0;
+  const auto bytes = static_cast<int64_t>(full.nbytes());
+  const at::Tensor values = full.to(c10::kCPU, /*non_blocking=*/false, /*copy=*/true);
+  drop_full();
+  presence = Presence::kWhole;
+  away_ = values;
+  return bytes;
+}
+
+void ParamState::bring_full_back() {
+  if (!away_.defined()) return;
+  allocate_full();
+  full.copy_(away_);
+  away_.reset();
+  bind_members();
 }
 
 void ParamState::store_from_full() {

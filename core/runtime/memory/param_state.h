@@ -121,7 +121,12 @@ class ParamState {
 
   void allocate_full();  // nothing if it is allocated
   void bind_members();
-  void drop_full();          // sharded parameters only
+  void drop_full();  // sharded parameters only
+  // In an emergency: the full buffer of a sharded parameter that is whole goes
+  // to the host, which no other rank notices, and comes back before it is read.
+  int64_t send_full_away();  // bytes of device memory given back
+  void bring_full_back();    // nothing if it is not away
+  bool full_is_away() const { return away_.defined(); }
   void store_from_full();    // shard and master := the full buffer's values
   void store_from_master();  // owned weights := the master's values
   void drop_gradient();
@@ -164,6 +169,7 @@ class ParamState {
   c10::ScalarType dtype_;
   c10::Device device_;
   int64_t shard_numel_ = 0;
+  at::Tensor away_;   // the full buffer's values on the host, while it is away
   at::Tensor shard_;  // undefined if the shard is a piece of the full buffer
   bool has_master_copy_ = false;
   at::Tensor master_copy_;  // undefined if the weights are their own master, or if it is away

@@ -82,7 +82,7 @@ void ParamStore::gather(ParamState& param, std::shared_ptr<Span> span) {
 }
 
 void ParamStore::wait(ParamState& param) {
-  if (param.presence == Presence::kWhole) return;
+  if (param.presence == Presence::kWhole) return param.bring_full_back();
   if (param.presence == Presence::kShard) {
     throw UserError("[runtime] parameter " + param.name +
                     " is waited for, but no gather of it was started. Gather it first.");
@@ -94,7 +94,8 @@ void ParamStore::wait(ParamState& param) {
 }
 
 void ParamStore::release(ParamState& param) {
-  if (param.placement != Placement::kSharded || !param.full.defined()) return;
+  if (param.placement != Placement::kSharded) return;
+  if (!param.full.defined() && !param.full_is_away()) return;
   if (param.presence == Presence::kInFlight) wait(param);
   param.drop_full();
 }
@@ -217,6 +218,7 @@ void ParamStore::zero_grad() {
 void ParamStore::owned_changed(ParamState& param) {
   if (world_ == 1 || param.placement == Placement::kReplicated) return;
   if (param.presence == Presence::kInFlight) wait(param);
+  if (param.full_is_away()) return param.drop_full();
   param.presence = Presence::kShard;
 }
 

@@ -15,6 +15,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from deepcompile.capture.joint import is_factory, is_getitem, is_overload, is_view, op_name
+from deepcompile.capture.rng import dropout_of
 
 MARK = "deepcompile_checkpoint"
 """In a node's meta: it is inside a part that the user checkpoints."""
@@ -33,7 +34,10 @@ def _has_effect(node: fx.Node, compiled: bool) -> bool:
         return True
     if op_name(node) in _SEEDED:
         return not compiled
-    return torch.Tag.nondeterministic_seeded in node.target.tags
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    # Attention is tagged for its dropout: without, it draws nothing.
+    return dropout_of(node.target, node.args, node.kwargs) != 0
 
 
 def runs_once(nodes: list[fx.Node], compiled: bool) -> bool:

@@ -20,7 +20,7 @@ from deepcompile.capture.sources import output_node, outputs
 _HOP = torch.ops.higher_order
 
 
-def _dropout(op: Any, args: tuple, kwargs: dict[str, Any]) -> float | None:
+def dropout_of(op: Any, args: tuple, kwargs: dict[str, Any]) -> float | None:
     """The dropout probability of a call; None if the operator has no such argument."""
     for i, arg in enumerate(op._schema.arguments):
         if arg.name == "dropout_p":
@@ -83,7 +83,7 @@ def unwrap_rng(forward: fx.GraphModule, backward: fx.GraphModule) -> int:
     for gm in (forward, backward):
         for node in list(gm.graph.nodes):
             wrapped = _parse(node) if node.op == "call_function" else None
-            if wrapped is not None and _dropout(*wrapped[1:]) == 0:
+            if wrapped is not None and dropout_of(*wrapped[1:]) == 0:
                 states += _unwrap(node)
                 count += 1
     for state in states:
