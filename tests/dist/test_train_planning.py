@@ -96,7 +96,7 @@ def _full(rank: int, world: int) -> dict:
     losses = cases.train_steps(engine, 0, 5)[0]
     peak = engine.trace.peak_bytes
     if rank == 1:
-        engine.runtime.limit_bytes(int(0.9 * engine.planner.agreed.predicted_peak))
+        engine.runtime.limit_bytes(int(0.7 * engine.planner.agreed.predicted_peak))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         losses += cases.train_steps(engine, 5, 12)[0]
