@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -580,3 +582,15 @@ def test_bf16_casts_what_is_saved_and_keeps_the_rest():
     assert {p.dtype for p in engine.parameters()} == {torch.bfloat16}
     state = engine.state_dict(fp32=True)
     assert state["0.weight"].dtype == torch.float32
+
+
+def test_a_dropped_engine_gives_its_memory_back():
+    engine = start()
+    engine.compile(backend="eager")
+    for number in range(2):
+        step(engine, number)
+    runtime = weakref.ref(engine.runtime)
+    del engine
+    torch._dynamo.reset()  # what Dynamo compiled holds the engine
+    gc.collect()
+    assert runtime() is None
