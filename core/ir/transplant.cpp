@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ir/transplant.h"
 
-#include <cinttypes>
-#include <cstdio>
 #include <unordered_map>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "ir/text.h"
 
 namespace deepcompile {
@@ -98,15 +97,9 @@ class ShapeReader {
 };
 
 std::string digits(const std::vector<std::string>& texts) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (const std::string& text : texts) {
-    for (const char c : text + '\0') {
-      hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-    }
-  }
-  char out[17];
-  std::snprintf(out, sizeof(out), "%016" PRIx64, hash);
-  return out;
+  Hash hash;
+  for (const std::string& text : texts) hash.add(text + '\0');
+  return hash.digits();
 }
 
 class Transplant {

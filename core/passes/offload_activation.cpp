@@ -372,15 +372,15 @@ class Offloader {
 void OffloadActivation::run(StepProgram& program, PassContext& context) const {
   const PassEnvironment& environment = context.environment();
   const auto budget = environment.memory_budget;
-  if (!options_.values && !budget) {
-    return context.because("all activations stay: no memory budget is given");
-  }
   // What is named needs no peak but for its reasons.
   const bool measured = !options_.values || environment.reasons;
-  const Bytes peak = measured ? peak_of(program, environment) : Bytes{};
-  if (!options_.values && peak <= *budget) {
-    return context.because("all activations stay: the peak of " + pretty(peak) +
-                           " is within the budget of " + pretty(*budget));
+  Bytes peak;
+  if (options_.values) {
+    if (measured) peak = peak_of(program, environment);
+  } else {
+    const auto above = peak_above_budget(program, context, "all activations stay");
+    if (!above) return;
+    peak = *above;
   }
   const Offloader offloader(program, environment);
   const Result result = options_.values ? offloader.named(*options_.values)

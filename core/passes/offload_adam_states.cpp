@@ -347,15 +347,15 @@ Contract OffloadAdamStates::contract() const {
 void OffloadAdamStates::run(StepProgram& program, PassContext& context) const {
   const PassEnvironment& environment = context.environment();
   const auto budget = environment.memory_budget;
-  if (!options_.params && !budget) {
-    return context.because("all optimizer states stay: no memory budget is given");
-  }
   // What is named needs no peak but for its reasons.
   const bool measured = !options_.params || environment.reasons;
-  const Bytes peak = measured ? peak_of(program, environment) : Bytes{};
-  if (!options_.params && peak <= *budget) {
-    return context.because("all optimizer states stay: the peak of " + pretty(peak) +
-                           " is within the budget of " + pretty(*budget));
+  Bytes peak;
+  if (options_.params) {
+    if (measured) peak = peak_of(program, environment);
+  } else {
+    const auto above = peak_above_budget(program, context, "all optimizer states stay");
+    if (!above) return;
+    peak = *above;
   }
   const Offloader offloader(program, environment, options_.synchronous);
   const Result result =

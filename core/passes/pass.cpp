@@ -18,4 +18,18 @@ void PassContext::because(std::string text) {
   program_.reasons.push_back({pass_, "", std::move(text)});
 }
 
+std::optional<Bytes> peak_above_budget(const StepProgram& program, PassContext& context,
+                                       const std::string& what) {
+  const auto budget = context.environment().memory_budget;
+  if (!budget) {
+    context.because(what + ": no memory budget is given");
+    return std::nullopt;
+  }
+  const Bytes peak = peak_of(program, context.environment());
+  if (peak > *budget) return peak;
+  context.because(what + ": the peak of " + pretty(peak) + " is within the budget of " +
+                  pretty(*budget));
+  return std::nullopt;
+}
+
 }  // namespace deepcompile

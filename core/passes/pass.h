@@ -6,6 +6,7 @@
 // UserError; the pipeline then leaves the program as it was.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -37,6 +38,12 @@ class PassContext {
   std::string pass_;
   PassEnvironment environment_;
 };
+
+// For passes that give memory back: the peak that is above the budget. Nothing
+// if there is no budget or the peak is within it; then the reason is `what`,
+// e.g. "all activations stay".
+std::optional<Bytes> peak_above_budget(const StepProgram& program, PassContext& context,
+                                       const std::string& what);
 
 class Pass {
  public:

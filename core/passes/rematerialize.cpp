@@ -137,14 +137,11 @@ Sum explain_regions(const StepProgram& program, const std::vector<RecomputableGr
 void Rematerialize::run(StepProgram& program, PassContext& context) const {
   const PassEnvironment& environment = context.environment();
   const auto budget = environment.memory_budget;
-  if (!options_.recompute && !budget) {
-    return context.because("nothing is recomputed: no memory budget is given");
-  }
-  const Bytes peak = peak_of(program, environment);
-  if (!options_.recompute && peak <= *budget) {
-    return context.because("nothing is recomputed: the peak of " + pretty(peak) +
-                           " is within the budget of " + pretty(*budget));
-  }
+  const std::optional<Bytes> before =
+      options_.recompute ? peak_of(program, environment)
+                         : peak_above_budget(program, context, "nothing is recomputed");
+  if (!before) return;
+  const Bytes peak = *before;
   const std::vector<RecomputableGraph> graphs = recomputable_graphs(program);
   const Result result =
       options_.recompute

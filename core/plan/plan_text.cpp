@@ -1,12 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The text form of a plan: JSON, one region and one instruction a line, so that
 // two plans can be compared with diff.
-#include <cinttypes>
-#include <cstdio>
 #include <nlohmann/json.hpp>
 #include <optional>
 
 #include "base/error.h"
+#include "base/hash.h"
 #include "base/json_reader.h"
 #include "plan/plan.h"
 
@@ -215,13 +214,9 @@ class Parser {
 }  // namespace
 
 std::string content_hash(const Plan& plan) {
-  uint64_t hash = 0xcbf29ce484222325u;
-  for (const char c : text_without_hash(plan)) {
-    hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3u;
-  }
-  char digits[17];
-  std::snprintf(digits, sizeof(digits), "%016" PRIx64, hash);
-  return digits;
+  Hash hash;
+  hash.add(text_without_hash(plan));
+  return hash.digits();
 }
 
 std::string serialize(const Plan& plan) {

@@ -90,9 +90,7 @@ void Executor::perform_with_relief(const Place& place, Frame* frame,
   for (int attempt = 0;; ++attempt) {
     std::string why;
     try {
-      const int64_t coming = coming_bytes(place, *frame);
-      const Op op = place.get().op;
-      if (coming > 0 || op == Op::kRun || op == Op::kUpdate) relief_.check(*frame, coming);
+      if (relief_.limited()) check_limit(place, *frame);
       return perform(place, frame, span, &held);
     } catch (const c10::OutOfMemoryError& error) {
       why = error.what_without_backtrace();
@@ -109,6 +107,12 @@ void Executor::perform_with_relief(const Place& place, Frame* frame,
                       " bytes. Use a smaller batch or more ranks, or let the plan keep less "
                       "(compile.memory_budget).");
   }
+}
+
+void Executor::check_limit(const Place& place, const Frame& frame) const {
+  const int64_t coming = coming_bytes(place, frame);
+  const Op op = place.get().op;
+  if (coming > 0 || op == Op::kRun || op == Op::kUpdate) relief_.check(frame, coming);
 }
 
 void Executor::perform(const Place& place, Frame* frame, const std::shared_ptr<Span>& span,

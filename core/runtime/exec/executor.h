@@ -91,6 +91,7 @@ class Executor {
 
   bool sums_locally(const Place& place) const;
   bool on_compute(const Place& place) const;
+  void check_limit(const Place& place, const Frame& frame) const;
   int64_t coming_bytes(const Place& place, const Frame& frame) const;
   std::set<int32_t> used_slots(const Place& place) const;
   std::set<const ParamState*> used_params(const Place& place) const;  // may hold null

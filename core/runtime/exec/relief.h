@@ -41,6 +41,7 @@ class Relief {
 
   // As if the device had `bytes`; 0: as it is.
   void limit(int64_t bytes) { limit_ = bytes; }
+  bool limited() const { return limit_ > 0; }
   // Looks how much room the device has: once a section, as it asks the driver.
   void look();
   // Whether memory is short, so that a region may have to be tried again and
