@@ -3,22 +3,26 @@
 // the size of Llama-3-70B: 80 layers, 9 regions a layer forward and as many
 // backward, 560 large parameters. Prints the median and the fastest of the
 // calls, once for a plain ZeRO-3 plan and once for one that defers updates,
-// recomputes, and moves states and activations to the host and back.
+// recomputes, and moves states and activations to the host and back; then how
+// long `auto` takes to plan that step under budgets from loose to tight. Times
+// are the processor's, in which other work on the machine has no part.
 //
 //   cmake -S . -B build -DDEEPCOMPILE_BUILD_BENCHMARKS=ON && cmake --build build
 //   build/benchmarks/micro/simulator_speed python/deepcompile/machines/4xh200.json [layers]
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <ctime>
 #include <functional>
 #include <string>
 #include <vector>
 
 #include "analysis/liveness.h"
 #include "analysis/memory_timeline.h"
+#include "base/error.h"
 #include "ir/text.h"
 #include "ir/verifier.h"
+#include "passes/auto_plan.h"
 #include "passes/pipeline.h"
 #include "sim/simulator.h"
 
@@ -30,22 +34,29 @@ constexpr int kParamsPerLayer = 7;
 constexpr int kSavedPerRegion = 3;
 constexpr int kCalls = 50;
 
+// Where the memory goes: mostly to optimizer states, or mostly to activations.
+struct Sizes {
+  int64_t numel;  // of a parameter, bf16
+  int64_t saved;  // MiB of each saved value
+};
+constexpr Sizes kStates{134217728, 8}, kActivations{33554432, 40};
+
 // A chain of regions; the first seven of a layer have a parameter each.
-std::string step_text(int layers) {
+std::string step_text(int layers, const Sizes& sizes) {
   const int regions = layers * kRegionsPerLayer;
   std::string params, values, tables, forward, backward;
   for (int i = 0; i < regions; ++i) {
     const std::string n = std::to_string(i);
     std::string param, grad, saved;
     if (i % kRegionsPerLayer < kParamsPerLayer) {
-      params += "param w." + n + " bf16 134217728\n";
-      values += "value g." + n + " 256MiB grad=w." + n + "\n";
+      params += "param w." + n + " bf16 " + std::to_string(sizes.numel) + "\n";
+      values += "value g." + n + " " + std::to_string(sizes.numel * 2) + "B grad=w." + n + "\n";
       param = ", w." + n;
       grad = ", g." + n;
     }
     for (int k = 0; k < kSavedPerRegion; ++k) {
       const std::string name = "s." + n + "." + std::to_string(k);
-      values += "value " + name + " 8MiB\n";
+      values += "value " + name + " " + std::to_string(sizes.saved) + "MiB\n";
       saved += ", " + name;
     }
     values += "value h." + n + " 16MiB\nvalue d." + n + " 16MiB\n";
@@ -106,16 +117,15 @@ void use_everything(StepProgram& program) {
   }
 }
 
-void report(const char* what, const std::function<void()>& call) {
+void report(const char* what, int calls, const std::function<void()>& call) {
   std::vector<double> times;
-  for (int i = 0; i < kCalls; ++i) {
-    const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < calls; ++i) {
+    const std::clock_t start = std::clock();
     call();
-    const std::chrono::duration<double, std::milli> time = std::chrono::steady_clock::now() - start;
-    times.push_back(time.count());
+    times.push_back(static_cast<double>(std::clock() - start) * 1e3 / CLOCKS_PER_SEC);
   }
   std::sort(times.begin(), times.end());
-  std::printf("  %-18s %7.3f ms   (fastest %.3f)\n", what, times[times.size() / 2], times[0]);
+  std::printf("  %-21s %7.3f ms   (fastest %.3f)\n", what, times[times.size() / 2], times[0]);
 }
 
 void measure(const char* title, const StepProgram& program, const Estimator& costs) {
@@ -124,13 +134,44 @@ void measure(const char* title, const StepProgram& program, const Estimator& cos
   const SimSummary step = simulate_summary(program, costs);
   std::printf("%s: %zu instructions, simulated step %s, peak %s\n", title, instrs,
               pretty(step.time).c_str(), pretty(step.peak).c_str());
-  report("copy", [&] { StepProgram copy = program; });
-  report("verify", [&] { verify(program); });
-  report("liveness", [&] { analyze_liveness(program); });
-  report("memory_timeline", [&] { memory_timeline(program); });
-  report("memory_peak", [&] { memory_peak(program); });
-  report("simulate", [&] { simulate(program, costs); });
-  report("simulate_summary", [&] { simulate_summary(program, costs); });
+  report("copy", kCalls, [&] { StepProgram copy = program; });
+  report("verify", kCalls, [&] { verify(program); });
+  report("liveness", kCalls, [&] { analyze_liveness(program); });
+  report("memory_timeline", kCalls, [&] { memory_timeline(program); });
+  report("memory_peak", kCalls, [&] { memory_peak(program); });
+  report("simulate", kCalls, [&] { simulate(program, costs); });
+  report("simulate_summary", kCalls, [&] { simulate_summary(program, costs); });
+}
+
+// Of the plain plan's simulated peak.
+constexpr int kBudgets[] = {130, 100, 80, 60, 50, 40, 30, 25, 22, 20};
+constexpr int kPlans = 5;
+
+void measure_auto(const char* title, const StepProgram& plain, const Estimator& costs) {
+  StepProgram classical = plain;
+  run_pipeline(classical, PassRegistry::with_builtins(), {"zero3_compile"});
+  const Bytes peak = simulate_summary(classical, costs).peak;
+  std::printf("auto, %s:\n", title);
+  PassEnvironment environment;
+  environment.estimator = &costs;
+  environment.simulate = [&costs](const StepProgram& each) {
+    return simulate_summary(each, costs);
+  };
+  for (const int percent : kBudgets) {
+    environment.memory_budget = Bytes{peak.value / 100 * percent};
+    std::string found;
+    report((std::to_string(percent) + "% of the plain peak").c_str(), kPlans, [&] {
+      StepProgram program = plain;
+      PassContext context(program, "auto", environment);
+      try {
+        AutoPlan().run(program, context);
+        found = program.reasons.empty() ? "" : program.reasons.front().text;
+      } catch (const UserError& error) {
+        found = error.what();
+      }
+    });
+    std::printf("    %s\n", found.c_str());
+  }
 }
 
 int run(int argc, char** argv) {
@@ -140,11 +181,14 @@ int run(int argc, char** argv) {
   }
   const int layers = argc > 2 ? std::max(1, std::atoi(argv[2])) : 80;
   const MachineCosts costs(load_machine(argv[1]));
-  StepProgram program = parse_program(step_text(layers));
+  const StepProgram plain = parse_program(step_text(layers, kStates));
+  StepProgram program = plain;
   run_pipeline(program, PassRegistry::with_builtins(), {"zero3_compile"});
   measure("ZeRO-3", program, costs);
   use_everything(program);
   measure("everything", program, costs);
+  measure_auto("states fill the memory", plain, costs);
+  measure_auto("activations fill it", parse_program(step_text(layers, kActivations)), costs);
   return 0;
 }
 

@@ -103,6 +103,16 @@ void set_overhead(CostTable& table, std::optional<int64_t> ns) {
   table.run_overhead = ns ? std::optional(Nanos{*ns}) : std::nullopt;
 }
 
+void set_section_overhead(CostTable& table, const std::string& word, std::optional<int64_t> ns) {
+  const auto kind = parse_section_kind(word);
+  if (!kind) {
+    throw UserError("[cost] cost table: there is no kind of section " + word +
+                    ". Known: forward, backward, inference, update.");
+  }
+  if (ns && *ns < 0) throw UserError("[cost] cost table: a section's overhead must be 0 or more.");
+  table.overhead(*kind) = ns ? std::optional(Nanos{*ns}) : std::nullopt;
+}
+
 CostTable new_table(int64_t world) {
   if (world < 1) throw UserError("[cost] cost table: world must be 1 or more.");
   CostTable table;
@@ -110,12 +120,19 @@ CostTable new_table(int64_t world) {
   return table;
 }
 
+void bind_norm(py::module_& m) {
+  m.def(
+      "norm_bytes", [](const StepProgram& program) { return norm_bytes(program).value; },
+      py::arg("program"), "Of all gradient shards of a rank: what the norm reads.");
+}
+
 void bind_cost_table(py::module_& m) {
+  bind_norm(m);
   py::class_<CostTable>(m, "CostTable",
                         "What was measured on the machine a job runs on; goes before a Machine's\n"
                         "numbers. Curves are gather, reduce (bytes of the whole), to_host,\n"
                         "to_device (of one tensor), update, accumulate (of a rank's shard), norm\n"
-                        "(of all a rank's gradients).")
+                        "(of all a rank's gradients), staging (of the whole gradient).")
       .def(py::init(&new_table), py::arg("world"), "Empty; `world` ranks take the measurements.")
       .def_static(
           "parse",
@@ -140,6 +157,17 @@ void bind_cost_table(py::module_& m) {
             return table.run_overhead ? std::optional(table.run_overhead->value) : std::nullopt;
           },
           &set_overhead, "Added to every measured run; or None.")
+      .def("set_section_overhead", &set_section_overhead, py::arg("kind"), py::arg("ns"),
+           "What the user's code takes before a section of this kind, with nothing to wait for;\n"
+           "None takes it away.")
+      .def(
+          "section_overhead",
+          [](CostTable& table, const std::string& word) -> std::optional<int64_t> {
+            const auto kind = parse_section_kind(word);
+            if (!kind || !table.overhead(*kind)) return std::nullopt;
+            return table.overhead(*kind)->value;
+          },
+          py::arg("kind"), "ns; None if it was not measured.")
       .def("__eq__", [](const CostTable& a, const CostTable& b) { return a == b; });
 }
 

@@ -52,9 +52,22 @@ void check_same(const StepProgram& program, const Simulated& sim) {
   }
 }
 
+void bind_kinds(py::module_& m) {
+  py::class_<KindRow>(m, "KindRow", "All executions of one kind of instruction, added up.")
+      .def_readonly("kind", &KindRow::kind, "'run', 'gather', ...")
+      .def_readonly("executions", &KindRow::executions, "Predicted ones.")
+      .def_readonly("samples", &KindRow::samples, "Measured ones.")
+      .def_property_readonly("predicted_ns", [](const KindRow& r) { return r.predicted.value; })
+      .def_property_readonly("measured_ns", [](const KindRow& r) { return r.measured.value; });
+  m.def("compare_kinds", &compare_kinds, py::arg("rows"),
+        "compare's rows added up: a KindRow for each kind of instruction that takes time.");
+  m.def("kind_table", &kind_table, py::arg("rows"), "The kinds as an aligned text table.");
+}
+
 }  // namespace
 
 void bind_report(py::module_& m) {
+  bind_kinds(m);
   py::class_<CompareRow>(m, "CompareRow", "One instruction, predicted and measured.")
       .def_readonly("section", &CompareRow::section)
       .def_readonly("index", &CompareRow::instr)
@@ -71,6 +84,7 @@ void bind_report(py::module_& m) {
           },
           "Mean over the samples.")
       .def_readonly("samples", &CompareRow::samples)
+      .def_readonly("executions", &CompareRow::executions, "Predicted ones.")
       .def_property_readonly("ratio", &CompareRow::ratio, "measured / predicted, or None.");
 
   m.def(

@@ -80,10 +80,21 @@ void bind_item(py::module_& m) {
       });
 }
 
+void bind_slowdown(py::module_& m) {
+  m.def(
+      "compute_slowdown",
+      [](const StepProgram& program, const Machine& machine, const CostTable* costs) {
+        return estimator_of(machine, costs)->compute_slowdown(program);
+      },
+      py::arg("program"), py::arg("machine"), py::arg("costs") = nullptr,
+      "What simulate() multiplies kernels beside transfers between ranks by.");
+}
+
 }  // namespace
 
 void bind_sim(py::module_& m) {
   bind_item(m);
+  bind_slowdown(m);
   py::class_<Simulated>(m, "SimResult", "What a step would take: times in ns, sizes in bytes.")
       .def_property_readonly("time_ns", [](const Simulated& s) { return s.result.time.value; })
       .def_property_readonly("peak_bytes", [](const Simulated& s) { return s.result.peak.value; })

@@ -2,6 +2,7 @@
 #include "analysis/liveness.h"
 
 #include <algorithm>
+#include <cstddef>
 
 namespace deepcompile {
 namespace {
@@ -11,35 +12,38 @@ namespace {
 class Walk {
  public:
   explicit Walk(const StepProgram& program)
-      : program_(program), needed_(program.values.size(), false) {}
+      : program_(program),
+        needed_(program.values.size(), false),
+        known_(program.values.size(), false) {}
 
   SectionLiveness section(const Section& section) {
     SectionLiveness out;
-    out.frees.resize(section.instrs.size());
+    out.frees = FreeLists(section.instrs.size());
     out.saved = needed_by_graph(section);
     for (ValueId id : section.outputs) needed_[index(id)] = true;
-    for (size_t i = section.instrs.size(); i-- > 0;) instr(section.instrs[i], &out.frees[i]);
+    for (size_t i = section.instrs.size(); i-- > 0;) {
+      instr(section.instrs[i], &out.frees);
+      out.frees.finish(i);
+    }
+    const bool any = out.frees.size() > 0;
     for (ValueId id : section.inputs) {
-      if (!needed_[index(id)] && !out.frees.empty()) out.frees.front().push_back(id);
+      if (!needed_[index(id)] && any) out.frees.add(id);
       needed_[index(id)] = false;
     }
-    for (auto& each : out.frees) {
-      std::sort(each.begin(), each.end());
-      each.erase(std::unique(each.begin(), each.end()), each.end());
-    }
+    if (any) out.frees.finish(0);
     return out;
   }
 
  private:
-  void instr(const Instr& instr, std::vector<ValueId>* frees) {
+  void instr(const Instr& instr, FreeLists* frees) {
     const auto use = [&](ValueId id) {
-      if (!needed_[index(id)]) frees->push_back(id);
+      if (!needed_[index(id)]) frees->add(id);
       needed_[index(id)] = true;
     };
     if (instr.op == Op::kRun) {
       const Region& region = program_.region(*instr.region);
       for (ValueId id : region.outputs) {
-        if (!needed_[index(id)]) frees->push_back(id);
+        if (!needed_[index(id)]) frees->add(id);
       }
       for (ValueId id : region.outputs) needed_[index(id)] = false;
       for (const Operand& operand : region.inputs) {
@@ -51,26 +55,38 @@ class Walk {
 
   // What a later section of this graph needs: values belong to one graph, so
   // it is enough to look at those that this section or its forward makes.
-  std::vector<ValueId> needed_by_graph(const Section& section) const {
-    std::vector<ValueId> out;
-    const auto add = [&](ValueId id) {
-      if (needed_[index(id)]) out.push_back(id);
-    };
+  std::vector<ValueId> needed_by_graph(const Section& section) {
+    if (std::find(needed_.begin(), needed_.end(), true) == needed_.end()) return {};
+    std::fill(known_.begin(), known_.end(), 0);
+    const auto add = [&](ValueId id) { known_[index(id)] = needed_[index(id)]; };
     for (ValueId id : section.inputs) add(id);
     for (const Instr& each : section.instrs) {
       if (each.op != Op::kRun) continue;
       for (ValueId id : program_.region(*each.region).outputs) add(id);
     }
-    std::sort(out.begin(), out.end());
-    out.erase(std::unique(out.begin(), out.end()), out.end());
+    std::vector<ValueId> out;
+    for (size_t i = 0; i < known_.size(); ++i) {
+      if (known_[i]) out.push_back(ValueId{static_cast<uint32_t>(i)});
+    }
     return out;
   }
 
   const StepProgram& program_;
-  std::vector<bool> needed_;
+  std::vector<uint8_t> needed_;
+  std::vector<uint8_t> known_;  // by value: needed, and this graph's
 };
 
 }  // namespace
+
+void FreeLists::finish(size_t instr) {
+  const size_t begin = instr + 1 < ends_.size() ? ends_[instr + 1] : 0;
+  const auto first = ids_.begin() + static_cast<std::ptrdiff_t>(begin);
+  if (ids_.size() - begin > 1) {
+    std::sort(first, ids_.end());
+    ids_.erase(std::unique(first, ids_.end()), ids_.end());
+  }
+  ends_[instr] = static_cast<uint32_t>(ids_.size());
+}
 
 Liveness analyze_liveness(const StepProgram& program) {
   Liveness out;

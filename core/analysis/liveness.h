@@ -8,16 +8,42 @@
 // dead between its last use before and the second making.
 #pragma once
 
+#include <cstdint>
+#include <span>
 #include <vector>
 
 #include "ir/program.h"
 
 namespace deepcompile {
 
+// A list of values for each instruction of a section, all in one buffer: a
+// planner makes these by the hundred. Written from the last instruction to the
+// first, as the analysis walks.
+class FreeLists {
+ public:
+  explicit FreeLists(size_t instrs = 0) : ends_(instrs, 0) {}
+
+  size_t size() const { return ends_.size(); }
+  std::span<const ValueId> operator[](size_t instr) const {
+    const size_t begin = instr + 1 < ends_.size() ? ends_[instr + 1] : 0;
+    return {ids_.data() + begin, ends_[instr] - begin};
+  }
+
+  // To the list of the instruction that is finished next.
+  void add(ValueId id) { ids_.push_back(id); }
+  // Sorts the list of this instruction, each value once. The first's may be
+  // finished again, with more added.
+  void finish(size_t instr);
+
+ private:
+  std::vector<ValueId> ids_;
+  std::vector<uint32_t> ends_;  // by instruction: where its list ends in ids_
+};
+
 struct SectionLiveness {
   // frees[i]: values that nothing needs once instruction i is done. An input
   // that nothing reads dies after the first instruction.
-  std::vector<std::vector<ValueId>> frees;
+  FreeLists frees;
   // Alive at the section's end for the graph's later section: saved activations.
   std::vector<ValueId> saved;
 };

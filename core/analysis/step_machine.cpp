@@ -27,6 +27,8 @@ StepMachine::StepMachine(const StepProgram& program)
     footprints_.push_back(footprint(program, ParamId{static_cast<uint32_t>(i)}));
     params_[i].whole = program.params[i].placement != Placement::kSharded;
   }
+  // Here, as the program's table is large and visited again and again.
+  for (size_t i = 0; i < values_.size(); ++i) values_[i].bytes = program.values[i].bytes.value;
   for (const Section& section : program.sections) {
     for (const Instr& instr : section.instrs) foreign_gradients_ &= instr.op != Op::kReduce;
   }
@@ -73,12 +75,15 @@ void StepMachine::run(StepEvents& events, int64_t micro_batches) {
 void StepMachine::run_section(size_t at, int64_t micro_batch) {
   const Section& section = program_.sections[at];
   kind_ = section.kind;
+  events_->begin_section(kind_);
   for (ValueId id : section.inputs) make(id);
   for (size_t i = 0; i < section.instrs.size(); ++i) {
     const Instr& instr = section.instrs[i];
     events_->begin(at, i, micro_batch);
     step(instr);
-    for (ValueId id : liveness_.sections[at].frees[i]) free(id);
+    int64_t freed = 0;
+    for (ValueId id : liveness_.sections[at].frees[i]) freed += drop(id);
+    if (freed != 0) events_->memory(MemoryPart::kValues, -freed);
     if (std::exchange(stages_after_, false)) {
       events_->memory(MemoryPart::kReductions, bytes(instr).reduction_input.value);
     }
@@ -160,7 +165,10 @@ void StepMachine::reduce(const Instr& instr) {
     s.sum = false;
   } else {
     stages_after_ = is_in_place(instr);
-    if (!stages_after_) events_->memory(MemoryPart::kReductions, input);
+    if (!stages_after_) {
+      events_->memory(MemoryPart::kReductions, input);
+      events_->stage(instr);
+    }
   }
   events_->memory(MemoryPart::kReductions, of.reduction_result.value);
   events_->transfer(Resource::kLink, Op::kReduce, instr);
@@ -216,7 +224,9 @@ void StepMachine::apply_update(const Instr& instr) {
 void StepMachine::run_region(const Region& region, const Instr& instr) {
   const int64_t workspace = region.workspace.value;
   if (workspace != 0) events_->memory(MemoryPart::kWorkspace, workspace);
-  for (ValueId id : region.outputs) make(id);
+  int64_t made = 0;  // in one piece: nothing is freed between
+  for (ValueId id : region.outputs) made += renew(id);
+  if (made != 0) events_->memory(MemoryPart::kValues, made);
   events_->kernel(Op::kRun, instr);
   if (workspace != 0) events_->memory(MemoryPart::kWorkspace, -workspace);
 }
@@ -254,7 +264,7 @@ void StepMachine::step_values(const Instr& instr) {
   if (out || in) {
     for (ValueId id : instr.values) {
       values_[index(id)].home = out ? Home::kLeaving : Home::kComing;
-      if (in) events_->memory(MemoryPart::kValues, program_.value(id).bytes.value);
+      if (in) events_->memory(MemoryPart::kValues, values_[index(id)].bytes);
     }
     events_->transfer(traits(instr.op).resource, instr.op, instr);
     for (ValueId id : instr.values) events_->mark(slot(id));
@@ -264,30 +274,35 @@ void StepMachine::step_values(const Instr& instr) {
     events_->wait(slot(id));
     const bool evict = instr.op == Op::kEvict;
     values_[index(id)].home = evict ? Home::kHost : Home::kDevice;
-    if (evict) events_->memory(MemoryPart::kValues, -program_.value(id).bytes.value);
+    if (evict) events_->memory(MemoryPart::kValues, -values_[index(id)].bytes);
   }
-}
-
-void StepMachine::value_memory(ValueId id, int sign) {
-  const int64_t bytes = program_.value(id).bytes.value;
-  if (bytes != 0) events_->memory(MemoryPart::kValues, sign * bytes);
 }
 
 // A value made again (recomputed, or the next micro batch's) replaces the old
 // one; but what the caller holds stays his.
-void StepMachine::make(ValueId id) {
+int64_t StepMachine::renew(ValueId id) {
   ValueState& value = values_[index(id)];
   const bool replaces = value.alive && value.home != Home::kHost && !value.shared;
-  if (!replaces) value_memory(id, 1);
   value.alive = true;
   value.home = Home::kDevice;
   value.shared = false;
+  return replaces ? 0 : value.bytes;
+}
+
+int64_t StepMachine::drop(ValueId id) {
+  ValueState& value = values_[index(id)];
+  if (!std::exchange(value.alive, false)) return 0;
+  return value.home != Home::kHost && !value.shared ? value.bytes : 0;
+}
+
+void StepMachine::make(ValueId id) {
+  const int64_t bytes = renew(id);
+  if (bytes != 0) events_->memory(MemoryPart::kValues, bytes);
 }
 
 void StepMachine::free(ValueId id) {
-  ValueState& value = values_[index(id)];
-  if (!std::exchange(value.alive, false)) return;
-  if (value.home != Home::kHost && !value.shared) value_memory(id, -1);
+  const int64_t bytes = drop(id);
+  if (bytes != 0) events_->memory(MemoryPart::kValues, -bytes);
 }
 
 void StepMachine::hold(ValueId id) {
@@ -300,7 +315,8 @@ void StepMachine::give_up(ValueId id) {
   ValueState& value = values_[index(id)];
   const bool held = std::exchange(value.held, false);
   const bool shared = std::exchange(value.shared, false);
-  if (held && !(value.alive && shared)) value_memory(id, -1);
+  const bool his_alone = held && !(value.alive && shared);
+  if (his_alone && value.bytes != 0) events_->memory(MemoryPart::kValues, -value.bytes);
   free(id);
 }
 

@@ -45,11 +45,14 @@ class StepEvents {
  public:
   virtual ~StepEvents() = default;
 
+  virtual void begin_section(SectionKind) {}
   virtual void begin(size_t section, size_t instr, int64_t micro_batch) = 0;
   virtual void memory(MemoryPart part, int64_t bytes) = 0;  // allocated; negative: freed
   // Compute runs `op` of this instruction's operand: the instruction itself, a
   // deferred update at a gather, or (kReduce) the sum on this rank alone.
   virtual void kernel(Op op, const Instr& instr) = 0;
+  // Compute copies gradients into the staging buffer of this reduce.
+  virtual void stage(const Instr&) {}
   // A copy is issued; `mark` says what it is called from now on.
   virtual void transfer(Resource queue, Op op, const Instr& instr) = 0;
   virtual void mark(TransferSlot slot) = 0;
@@ -86,6 +89,7 @@ class StepMachine {
     bool operator==(const ParamState&) const = default;
   };
   struct ValueState {
+    int64_t bytes = 0;
     Home home = Home::kDevice;
     bool alive = false;   // in the environment of its graph
     bool held = false;    // by the caller
@@ -111,11 +115,12 @@ class StepMachine {
   void move_states(const Instr& instr);
   void states_memory(const Instr& instr, int sign);
 
+  int64_t renew(ValueId id);  // bytes that are to be allocated
+  int64_t drop(ValueId id);   // bytes that are to be freed
   void make(ValueId id);
   void free(ValueId id);
   void hold(ValueId id);
   void give_up(ValueId id);
-  void value_memory(ValueId id, int sign);
 
   bool is_in_place(const Instr& instr) const;
   ParamState& state(const Instr& instr) { return params_[index(*instr.param)]; }

@@ -131,6 +131,13 @@ Nanos MachineCosts::local_sum(const StepProgram& program, ParamId id) const {
   return memory_time(to_double(of.reduction_input + of.local_sum * 2));
 }
 
+Nanos MachineCosts::staging(const StepProgram& program, ParamId id) const {
+  const auto more = static_cast<int64_t>(program.param(id).members.size()) - 1;
+  const Bytes written = footprint(program, id).reduction_input;
+  return memory_time(to_double(program.full_bytes(id) + written)) +
+         machine_.device.launch_overhead * std::max<int64_t>(0, more);
+}
+
 // Reads this rank's piece of every gradient; one small all-reduce.
 Nanos MachineCosts::norm_time(const StepProgram& program) const {
   Nanos time = memory_time(to_double(norm_bytes(program)));

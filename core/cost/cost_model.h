@@ -9,7 +9,8 @@
 //               across nodes see collective_time
 //   reduce      the same with elements of reduce_dtype; a replicated parameter
 //               pays a reduce-scatter and an all-gather
-//   accumulate, norm, update   device memory traffic over bandwidth, plus a launch
+//   accumulate, norm, update   device memory traffic over bandwidth, plus a launch; so does the
+//               copy of a gradient into a reduction's buffer, with a launch a member
 //   offload_states, reload_states, offload, reload   bytes over the host link's
 //               bandwidth in that direction, plus a launch a tensor
 // What only waits or gives memory back is free. MeasuredCosts (measured_costs.h)
@@ -38,6 +39,14 @@ class Estimator {
     return duration(program, {Op::kAccumulate, id, std::nullopt, {}});
   }
 
+  // Copying P's gradients into the buffer that its reduction reads, where the gradient is not one
+  // tensor of that size and element type; nothing if nobody knows.
+  virtual Nanos staging(const StepProgram&, ParamId) const { return {}; }
+
+  // From the end of a section's work to the start of the next one's, when nothing is waited for:
+  // the user's code, autograd, the call. Of the section that begins; nothing if nobody knows.
+  virtual Nanos section_overhead(const StepProgram&, SectionKind) const { return {}; }
+
   // Kernels take this many times as long while the link is busy; at least 1.
   virtual double compute_slowdown(const StepProgram& program) const = 0;
 };
@@ -50,6 +59,7 @@ class MachineCosts : public Estimator {
   // All throw UserError if the program's world does not fit on the machine.
   Nanos duration(const StepProgram& program, const Instr& instr) const override;
   Nanos local_sum(const StepProgram& program, ParamId id) const override;
+  Nanos staging(const StepProgram& program, ParamId id) const override;
   double compute_slowdown(const StepProgram& program) const override;
 
   // Time of a region without its measured time.

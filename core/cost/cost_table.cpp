@@ -11,7 +11,7 @@ namespace deepcompile {
 namespace {
 
 constexpr std::string_view kNames[kCurveKindCount] = {
-    "gather", "reduce", "to_host", "to_device", "update", "accumulate", "norm"};
+    "gather", "reduce", "to_host", "to_device", "update", "accumulate", "norm", "staging"};
 constexpr double kMostSlowdown = 100;  // as in machine descriptions
 constexpr int64_t kMostRanks = 1 << 20;
 
@@ -84,6 +84,12 @@ std::string serialize(const CostTable& table) {
   }
   if (table.compute_slowdown) json["compute_slowdown"] = *table.compute_slowdown;
   if (table.run_overhead) json["run_overhead_ns"] = table.run_overhead->value;
+  for (int i = 0; i < kSectionKindCount; ++i) {
+    const auto& overhead = table.section_overhead[static_cast<size_t>(i)];
+    if (!overhead) continue;
+    const std::string kind(to_string(static_cast<SectionKind>(i)));
+    json["section_overhead_ns"][kind] = overhead->value;
+  }
   return json.dump();
 }
 
@@ -92,7 +98,7 @@ CostTable parse_cost_table(std::string_view json, const std::string& where) {
   const nlohmann::json document = parse_json(json, stage);
   const JsonReader root(document, stage);
   root.only({"world", "gather", "reduce", "to_host", "to_device", "update", "accumulate", "norm",
-             "compute_slowdown", "run_overhead_ns"});
+             "staging", "compute_slowdown", "run_overhead_ns", "section_overhead_ns"});
   CostTable table;
   table.world = root.at("world").integer(1, kMostRanks);
   for (int i = 0; i < kCurveKindCount; ++i) {
@@ -110,6 +116,16 @@ CostTable parse_cost_table(std::string_view json, const std::string& where) {
   }
   if (const auto overhead = root.find("run_overhead_ns")) {
     table.run_overhead = Nanos{overhead->integer(0, INT64_MAX)};
+  }
+  if (const auto overheads = root.find("section_overhead_ns")) {
+    for (const std::string& name : overheads->keys()) {
+      const auto kind = parse_section_kind(name);
+      if (!kind) {
+        overheads->fail("has no kind of section \"" + name +
+                        "\". Known: forward, backward, inference, update.");
+      }
+      table.overhead(*kind) = Nanos{overheads->at(name).integer(0, INT64_MAX)};
+    }
   }
   return table;
 }

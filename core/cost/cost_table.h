@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/units.h"
+#include "ir/program.h"
 
 namespace deepcompile {
 
@@ -48,8 +49,9 @@ enum class CurveKind : uint8_t {
   kUpdate,      // one rank's shard of the weights
   kAccumulate,  // one rank's shard of the reduction's result
   kNorm,        // all gradient shards of a rank
+  kStaging,     // the whole gradient in the element type it is reduced in
 };
-inline constexpr int kCurveKindCount = 7;
+inline constexpr int kCurveKindCount = 8;
 
 std::string_view to_string(CurveKind kind);  // "gather", "to_host", ...
 std::optional<CurveKind> parse_curve_kind(std::string_view word);
@@ -61,15 +63,21 @@ struct CostTable {
   std::optional<double> compute_slowdown;
   // Added to every run with a measured time: what a launch costs the host.
   std::optional<Nanos> run_overhead;
+  // Before a section of this kind, with nothing to wait for: what the user's code takes.
+  std::array<std::optional<Nanos>, kSectionKindCount> section_overhead;
 
   Curve& curve(CurveKind kind) { return curves[static_cast<size_t>(kind)]; }
+  std::optional<Nanos>& overhead(SectionKind kind) {
+    return section_overhead[static_cast<size_t>(kind)];
+  }
   const Curve& curve(CurveKind kind) const { return curves[static_cast<size_t>(kind)]; }
 
   bool operator==(const CostTable&) const = default;
 };
 
 // JSON: {"world": 4, "gather": [[bytes, ns], ...], ..., "compute_slowdown": 1.1,
-// "run_overhead_ns": 20000}; what was not measured is absent.
+// "run_overhead_ns": 20000, "section_overhead_ns": {"forward": 90000}}; what was not measured is
+// absent.
 std::string serialize(const CostTable& table);
 // `where` names the document in errors. Throws UserError for the first defect.
 CostTable parse_cost_table(std::string_view json, const std::string& where = "cost table");

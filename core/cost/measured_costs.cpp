@@ -19,6 +19,17 @@ Nanos MeasuredCosts::duration(const StepProgram& program, const Instr& instr) co
   return time ? *time : MachineCosts::duration(program, instr);
 }
 
+Nanos MeasuredCosts::staging(const StepProgram& program, ParamId id) const {
+  check(program);
+  const std::optional<Nanos> time = at(CurveKind::kStaging, footprint(program, id).reduction_input);
+  return time ? *time : MachineCosts::staging(program, id);
+}
+
+Nanos MeasuredCosts::section_overhead(const StepProgram& program, SectionKind kind) const {
+  check(program);
+  return table_.section_overhead[static_cast<size_t>(kind)].value_or(Nanos{});
+}
+
 double MeasuredCosts::compute_slowdown(const StepProgram& program) const {
   check(program);
   if (program.world > 1 && table_.compute_slowdown) return *table_.compute_slowdown;

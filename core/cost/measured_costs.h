@@ -19,6 +19,8 @@ class MeasuredCosts final : public MachineCosts {
 
   // All throw UserError if the program is for other than the table's ranks.
   Nanos duration(const StepProgram& program, const Instr& instr) const override;
+  Nanos staging(const StepProgram& program, ParamId id) const override;
+  Nanos section_overhead(const StepProgram& program, SectionKind kind) const override;
   double compute_slowdown(const StepProgram& program) const override;
 
   const CostTable& table() const { return table_; }

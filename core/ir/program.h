@@ -90,6 +90,7 @@ struct Instr {
 };
 
 enum class SectionKind : uint8_t { kForward, kBackward, kInference, kUpdate };
+inline constexpr int kSectionKindCount = 4;
 
 struct Section {
   SectionKind kind = SectionKind::kForward;

@@ -21,6 +21,8 @@ namespace {
 
 // More than any machine has; far enough from overflow.
 constexpr Bytes kNoBudget{std::numeric_limits<int64_t>::max() / 4};
+// Programs remembered of each stage.
+constexpr size_t kStages = 4;
 
 void run_pass(const Pass& pass, StepProgram& program, const PassEnvironment& environment) {
   PassContext context(program, std::string(pass.name()), environment);
@@ -98,24 +100,34 @@ bool keeps(const AutoChoice& choice) {
   return !choice.keep || !choice.keep->empty();
 }
 
-void run_keep(const AutoChoice& choice, StepProgram& program, const PassEnvironment& environment) {
+// `timeline`: the program's, if it is known.
+void run_keep(const AutoChoice& choice, StepProgram& program, const PassEnvironment& environment,
+              const MemoryTimeline* timeline = nullptr) {
   if (!keeps(choice)) return;
-  run_pass(SelectiveGather({.reserve = choice.reserve, .keep = choice.keep}), program, environment);
+  run_pass(SelectiveGather({.reserve = choice.reserve, .keep = choice.keep, .timeline = timeline}),
+           program, environment);
+}
+
+bool prefetches(const AutoChoice& choice) {
+  return !choice.limits.empty() || choice.prefetch;
 }
 
 void run_prefetch(const AutoChoice& choice, StepProgram& program,
-                  const PassEnvironment& environment) {
-  if (!choice.limits.empty()) {
-    run_pass(Prefetch({.most = choice.limits, .any_order = true}), program, environment);
-  } else if (choice.prefetch) {
-    run_pass(Prefetch({.ahead = *choice.prefetch, .any_order = true}), program, environment);
-  }
+                  const PassEnvironment& environment, const MemoryTimeline* timeline = nullptr) {
+  if (!prefetches(choice)) return;
+  PrefetchOptions options{.most = choice.limits, .any_order = true, .timeline = timeline};
+  if (options.most.empty()) options.ahead = *choice.prefetch;
+  run_pass(Prefetch(std::move(options)), program, environment);
 }
 
 bool same_memory(const AutoChoice& a, const AutoChoice& b) {
   return a.recompute == b.recompute && a.offload_values == b.offload_values &&
          a.offload_states == b.offload_states && a.place == b.place && a.ahead == b.ahead &&
          a.spare == b.spare;
+}
+
+bool same_keep(const AutoChoice& a, const AutoChoice& b) {
+  return a.keep == b.keep && a.reserve == b.reserve && same_memory(a, b);
 }
 
 SectionInstrs instrs_of(const StepProgram& program) {
@@ -141,22 +153,59 @@ AutoBuilder::AutoBuilder(const StepProgram& plain, PassEnvironment environment)
   run_classical(classical_, trial_environment_);
   scratch_ = classical_;
   graphs_ = recomputable_graphs(classical_);
-  classical_instrs_ = memory_instrs_ = instrs_of(classical_);
+  classical_instrs_ = instrs_of(classical_);
 }
 
 void AutoBuilder::restore(const SectionInstrs& instrs) {
   for (size_t s = 0; s < instrs.size(); ++s) scratch_.sections[s].instrs = instrs[s];
 }
 
-void AutoBuilder::memory_stage(const AutoChoice& choice) {
-  if (same_memory(choice, memory_choice_)) return restore(memory_instrs_);
+// The stage of a choice that is `same`, first in line from here on.
+AutoBuilder::Stage* AutoBuilder::find(std::vector<Stage>& stages, const AutoChoice& choice,
+                                      Same same) {
+  const auto found = std::find_if(stages.begin(), stages.end(),
+                                  [&](const Stage& each) { return same(each.choice, choice); });
+  if (found == stages.end()) return nullptr;
+  std::rotate(stages.begin(), found, found + 1);
+  return &stages.front();
+}
+
+// The program as it is, as this choice's stage; the one asked for longest ago goes.
+AutoBuilder::Stage& AutoBuilder::remember(std::vector<Stage>& stages, const AutoChoice& choice) {
+  if (stages.size() == kStages) stages.pop_back();
+  stages.insert(stages.begin(), Stage{choice, instrs_of(scratch_), std::nullopt});
+  return stages.front();
+}
+
+// The program is as the stage has left it.
+const MemoryTimeline& AutoBuilder::timeline_of(Stage& stage) const {
+  if (!stage.timeline) stage.timeline = memory_timeline(scratch_);
+  return *stage.timeline;
+}
+
+AutoBuilder::Stage& AutoBuilder::memory_stage(const AutoChoice& choice) {
+  if (Stage* known = find(memory_stages_, choice, same_memory)) {
+    restore(known->instrs);
+    return *known;
+  }
   restore(classical_instrs_);
   if (!choice.recompute.empty()) recompute_quickly(graphs_, choice.recompute, scratch_);
   run_offload_values(choice, scratch_, trial_environment_);
   run_place(choice, scratch_, trial_environment_);
   run_offload_states(choice, scratch_, trial_environment_);
-  memory_instrs_ = instrs_of(scratch_);
-  memory_choice_ = choice;
+  return remember(memory_stages_, choice);
+}
+
+// After memory_stage. Throws as selective_gather does if the budget does not hold the program.
+AutoBuilder::Stage& AutoBuilder::keep_stage(const AutoChoice& choice) {
+  if (!keeps(choice)) return memory_stages_.front();
+  if (Stage* known = find(keep_stages_, choice, same_keep)) {
+    restore(known->instrs);
+    return *known;
+  }
+  const MemoryTimeline* timeline = choice.keep ? nullptr : &timeline_of(memory_stages_.front());
+  run_keep(choice, scratch_, trial_environment_, timeline);
+  return remember(keep_stages_, choice);
 }
 
 Trial AutoBuilder::measure(const AutoChoice& choice) {
@@ -170,8 +219,10 @@ Trial AutoBuilder::measure(const AutoChoice& choice) {
   }
   bool fits = true;
   try {  // these refuse programs above the budget, and leave them as they are
-    run_keep(choice, scratch_, trial_environment_);
-    run_prefetch(choice, scratch_, trial_environment_);
+    Stage& kept = keep_stage(choice);
+    if (prefetches(choice)) {
+      run_prefetch(choice, scratch_, trial_environment_, &timeline_of(kept));
+    }
     if (choice.order_simulations > 0) {
       PassEnvironment environment = trial_environment_;
       environment.simulate = environment_.simulate;
@@ -185,7 +236,7 @@ Trial AutoBuilder::measure(const AutoChoice& choice) {
   trial.time = summary.time;
   trial.peak = summary.peak;
   if (fits && summary.peak <= budget()) {
-    trial.peak = std::max(trial.peak, memory_timeline(scratch_).peak);
+    trial.peak = std::max(trial.peak, memory_peak(scratch_));
     trial.fits = trial.peak <= budget();
   } else if (!fits) {
     trial.peak = std::max(trial.peak, budget() + Bytes{1});
@@ -195,11 +246,10 @@ Trial AutoBuilder::measure(const AutoChoice& choice) {
 
 Bytes AutoBuilder::peak_of_memory_choices(const AutoChoice& choice) {
   try {
-    memory_stage(choice);
+    return timeline_of(memory_stage(choice)).peak;
   } catch (const UserError&) {
     return kNoBudget;
   }
-  return memory_timeline(scratch_).peak;
 }
 
 AutoChoice AutoBuilder::spelled_out(const AutoChoice& choice) {
@@ -210,8 +260,9 @@ AutoChoice AutoBuilder::spelled_out(const AutoChoice& choice) {
   }
   if (choice.keep) return out;
   try {
-    memory_stage(choice);
-    out.keep = gaps_worth_closing(scratch_, trial_environment_, {.reserve = choice.reserve});
+    const MemoryTimeline& timeline = timeline_of(memory_stage(choice));
+    out.keep = gaps_worth_closing(scratch_, trial_environment_,
+                                  {.reserve = choice.reserve, .timeline = &timeline});
   } catch (const UserError&) {
     out.keep = std::vector<GapId>{};  // above the budget: nothing is kept
   }

@@ -3,6 +3,7 @@
 // the program, and asks the simulator. `auto` and next_best try choices by it.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -44,18 +45,28 @@ class AutoBuilder {
   void apply(const AutoChoice& choice, StepProgram& program) const;
 
  private:
+  // A program on the way to a choice's plan: trials in a row mostly share some.
+  struct Stage {
+    AutoChoice choice;
+    SectionInstrs instrs;
+    std::optional<MemoryTimeline> timeline;  // once asked for
+  };
+  using Same = bool (*)(const AutoChoice&, const AutoChoice&);
+
   void restore(const SectionInstrs& instrs);
-  void memory_stage(const AutoChoice& choice);
+  Stage* find(std::vector<Stage>& stages, const AutoChoice& choice, Same same);
+  Stage& remember(std::vector<Stage>& stages, const AutoChoice& choice);
+  const MemoryTimeline& timeline_of(Stage& stage) const;
+  Stage& memory_stage(const AutoChoice& choice);
+  Stage& keep_stage(const AutoChoice& choice);
 
   PassEnvironment environment_;        // the caller's
   PassEnvironment trial_environment_;  // without simulator and reasons
   StepProgram classical_;
   StepProgram scratch_;
   SectionInstrs classical_instrs_;
-  std::vector<RecomputableGraph> graphs_;  // of the classical program
-  // The last memory stage: trials in a row mostly share it.
-  AutoChoice memory_choice_;
-  SectionInstrs memory_instrs_;
+  std::vector<RecomputableGraph> graphs_;           // of the classical program
+  std::vector<Stage> memory_stages_, keep_stages_;  // the last few, latest first
   int simulations_ = 0;
 };
 

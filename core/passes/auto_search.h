@@ -45,6 +45,7 @@ class LevelSearch {
   };
   using Recipe = std::vector<Part>;
 
+  Trial measure(const AutoChoice& choice);
   bool attempt(const AutoChoice& choice);
   bool attempt_keeping(const AutoChoice& choice);
   AutoChoice fill(const Recipe& recipe, Bytes need) const;
@@ -67,6 +68,7 @@ class LevelSearch {
   Found classical_, best_;
   Recipe recipe_;  // of best_
   std::map<Recipe, Bytes> bias_;
+  std::vector<Found> measured_;
 };
 
 // Improves `start` one toggle, then two, at a time.

@@ -24,8 +24,8 @@ std::string point_name(const StepProgram& program, const MemoryAt& at) {
 }
 
 MemoryTimeline timeline_within(const StepProgram& program, std::optional<Bytes> budget,
-                               std::string_view pass) {
-  MemoryTimeline timeline = memory_timeline(program);
+                               std::string_view pass, const MemoryTimeline* known) {
+  MemoryTimeline timeline = known != nullptr ? *known : memory_timeline(program);
   if (!budget || timeline.peak <= *budget) return timeline;
   // A peak below every instruction's is what is there between steps.
   const bool somewhere = timeline.peak_point < timeline.points.size() &&

@@ -33,8 +33,9 @@ struct PassEnvironment {
 
 // The program's memory timeline. Throws UserError, in the name of `pass` and
 // with the numbers, if its peak is above the budget already.
+// `known` is that timeline where the caller has it already.
 MemoryTimeline timeline_within(const StepProgram& program, std::optional<Bytes> budget,
-                               std::string_view pass);
+                               std::string_view pass, const MemoryTimeline* known = nullptr);
 
 // The peak of the program's memory timeline, or that of the simulated step if
 // there is a simulator and it is larger.

@@ -41,6 +41,8 @@ class Sites {
       }
     }
     for (size_t p = 0; p < updates_.size(); ++p) add(ParamId{static_cast<uint32_t>(p)}, estimator);
+    std::stable_sort(sites_.begin(), sites_.end(),
+                     [](const Site& a, const Site& b) { return a.point < b.point; });
   }
 
   // In the order of their updates.
@@ -74,9 +76,7 @@ class Sites {
                     footprint(program_, id).states(),
                     time(Op::kReloadStates),
                     time(Op::kOffloadStates)};
-    const auto after = std::find_if(sites_.begin(), sites_.end(),
-                                    [&](const Site& each) { return each.point > site.point; });
-    sites_.insert(after, site);
+    sites_.push_back(site);
   }
 
   const StepProgram& program_;
@@ -184,8 +184,8 @@ class MovePlacer {
   MemoryUse use_;            // by point
 };
 
-StepProgram with_moves(const StepProgram& program, const StepClock& clock,
-                       const std::vector<Site>& sites, const std::vector<Moves>& moves) {
+SectionInstrs with_moves(const StepProgram& program, const StepClock& clock,
+                         const std::vector<Site>& sites, const std::vector<Moves>& moves) {
   // At one place: what leaves first, then what comes.
   std::vector<std::tuple<uint32_t, size_t, Op, ParamId>> instrs;
   const auto add = [&](uint32_t section, size_t point, Op op, ParamId param) {
@@ -205,11 +205,12 @@ StepProgram with_moves(const StepProgram& program, const StepClock& clock,
     return key(a) < key(b);
   });
   std::vector<SectionEdit> edits;
+  edits.reserve(program.sections.size());
   for (const Section& section : program.sections) edits.emplace_back(section.instrs);
   for (const auto& [section, at, op, param] : instrs)
     edits[section].insert(at, on_param(op, param));
-  StepProgram out = program;
-  for (size_t s = 0; s < edits.size(); ++s) out.sections[s].instrs = std::move(edits[s]).apply();
+  SectionInstrs out;
+  for (SectionEdit& edit : edits) out.push_back(std::move(edit).apply());
   return out;
 }
 
@@ -260,7 +261,7 @@ class SiteChoice {
 };
 
 struct Result {
-  StepProgram program;
+  SectionInstrs instrs;  // empty: as they were
   std::vector<Site> sites;
   std::vector<Moves> moves;
   Bytes peak;
@@ -281,15 +282,15 @@ class Offloader {
   Result build(std::vector<Site> sites, bool measured = true) const {
     MovePlacer placer(program_, clock_, timeline_, environment_.memory_budget, sites);
     std::vector<Moves> moves = synchronous_ ? placer.at_updates() : placer.beside_compute();
-    StepProgram program = with_moves(program_, clock_, sites, moves);
-    const Bytes peak = measured ? peak_of(program, environment_) : Bytes{};
-    return {std::move(program), std::move(sites), std::move(moves), peak};
+    SectionInstrs instrs = with_moves(program_, clock_, sites, moves);
+    const Bytes peak = measured ? peak_with(instrs) : Bytes{};
+    return {std::move(instrs), std::move(sites), std::move(moves), peak};
   }
 
   Result choose(Bytes peak) const {
     const Bytes budget = *environment_.memory_budget;
     SiteChoice choice(sites(), timeline_);
-    Result best{program_, {}, {}, peak};
+    Result best{{}, {}, {}, peak};
     Bytes limit = budget;
     for (int round = 0; round < kMostRounds && !sites().empty(); ++round) {
       const bool reached = choice.reach(limit);
@@ -310,6 +311,12 @@ class Offloader {
   }
 
  private:
+  Bytes peak_with(const SectionInstrs& instrs) const {
+    StepProgram trial = program_;
+    for (size_t s = 0; s < instrs.size(); ++s) trial.sections[s].instrs = instrs[s];
+    return peak_of(trial, environment_);
+  }
+
   const StepProgram& program_;
   const PassEnvironment& environment_;
   bool synchronous_;
@@ -358,7 +365,7 @@ void OffloadAdamStates::run(StepProgram& program, PassContext& context) const {
     peak = *above;
   }
   const Offloader offloader(program, environment, options_.synchronous);
-  const Result result =
+  Result result =
       options_.params
           ? offloader.build(named_sites(program, offloader.sites(), *options_.params, name()),
                             measured)
@@ -385,8 +392,8 @@ void OffloadAdamStates::run(StepProgram& program, PassContext& context) const {
   if (budget) text += " of " + pretty(*budget);
   if (budget && result.peak > *budget) text += ", and no other states lower it";
   context.because(std::move(text));
-  for (size_t s = 0; s < program.sections.size(); ++s) {
-    program.sections[s].instrs = result.program.sections[s].instrs;
+  for (size_t s = 0; s < result.instrs.size(); ++s) {
+    program.sections[s].instrs = std::move(result.instrs[s]);
   }
 }
 

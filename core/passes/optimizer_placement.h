@@ -7,10 +7,9 @@
 #include <vector>
 
 #include "passes/place_optimizer.h"
+#include "passes/section_edit.h"
 
 namespace deepcompile {
-
-using SectionInstrs = std::vector<std::vector<Instr>>;  // one list a section
 
 struct PlacedUpdate {
   ParamId param{};

@@ -156,9 +156,8 @@ class Orderer {
     std::swap(now, instrs);
     const SimSummary after = context_.environment().simulate(program_);
     const auto budget = context_.environment().memory_budget;
-    const bool fits =
-        !budget || (after.peak <= *budget && memory_timeline(program_).peak <= *budget);
-    if (!fits || after.time >= best_.time) {
+    const bool better = after.time < best_.time && (!budget || after.peak <= *budget);
+    if (!better || (budget && memory_peak(program_) > *budget)) {
       std::swap(now, instrs);
       return;
     }

@@ -151,7 +151,8 @@ class Planner {
       : program_(program),
         environment_(environment),
         options_(options),
-        timeline_(timeline_within(program, environment_.memory_budget, "prefetch")) {
+        timeline_(
+            timeline_within(program, environment_.memory_budget, "prefetch", options.timeline)) {
     DC_CHECK(options.most.empty() || options.most.size() == program.sections.size(),
              "prefetch takes one limit a section");
     size_t at = 0;

@@ -48,6 +48,8 @@ struct PrefetchOptions {
   // Not empty: use exactly these limits, one a section, instead of choosing.
   // A negative one leaves its section as it is.
   std::vector<Bytes> agreed = {};
+  // The program's timeline, if the caller has it already.
+  const MemoryTimeline* timeline = nullptr;
 };
 
 class Prefetch final : public Pass {

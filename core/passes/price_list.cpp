@@ -54,6 +54,10 @@ PriceList::PriceList(const StepProgram& program, const Estimator& estimator) {
   }
   for (uint32_t p = 0; p < program.params.size(); ++p) {
     local_sums_.push_back(estimator.local_sum(program, ParamId{p}).value);
+    stagings_.push_back(estimator.staging(program, ParamId{p}).value);
+  }
+  for (int i = 0; i < kSectionKindCount; ++i) {
+    sections_.push_back(estimator.section_overhead(program, static_cast<SectionKind>(i)).value);
   }
 }
 
@@ -62,6 +66,8 @@ PriceList::PriceList(std::string_view json, const std::string& where) {
   const JsonReader root(document, where);
   slowdown_ = root.at("slowdown").positive();
   local_sums_ = integers(root.at("local_sums"));
+  stagings_ = integers(root.at("stagings"));
+  sections_ = integers(root.at("sections"));
   const JsonReader ops = root.at("ops");
   for (int i = 0; i < kOpCount; ++i) {
     const OpTraits& kind = traits(static_cast<Op>(i));
@@ -87,7 +93,12 @@ std::string PriceList::json() const {
                                   : kind.takes_values ? values_[i]
                                                       : std::vector<int64_t>{alone_[i]};
   }
-  return nlohmann::json{{"slowdown", slowdown_}, {"local_sums", local_sums_}, {"ops", ops}}.dump();
+  return nlohmann::json{{"slowdown", slowdown_},
+                        {"local_sums", local_sums_},
+                        {"stagings", stagings_},
+                        {"sections", sections_},
+                        {"ops", ops}}
+      .dump();
 }
 
 Nanos PriceList::duration(const StepProgram&, const Instr& instr) const {
@@ -102,6 +113,14 @@ Nanos PriceList::duration(const StepProgram&, const Instr& instr) const {
 
 Nanos PriceList::local_sum(const StepProgram&, ParamId id) const {
   return Nanos{price(local_sums_, index(id))};
+}
+
+Nanos PriceList::staging(const StepProgram&, ParamId id) const {
+  return Nanos{price(stagings_, index(id))};
+}
+
+Nanos PriceList::section_overhead(const StepProgram&, SectionKind kind) const {
+  return Nanos{price(sections_, static_cast<size_t>(kind))};
 }
 
 double PriceList::compute_slowdown(const StepProgram&) const {

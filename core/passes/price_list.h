@@ -27,6 +27,8 @@ class PriceList final : public Estimator {
   // on several values take the sum.
   Nanos duration(const StepProgram& program, const Instr& instr) const override;
   Nanos local_sum(const StepProgram& program, ParamId id) const override;
+  Nanos staging(const StepProgram& program, ParamId id) const override;
+  Nanos section_overhead(const StepProgram& program, SectionKind kind) const override;
   double compute_slowdown(const StepProgram& program) const override;
 
  private:
@@ -34,7 +36,8 @@ class PriceList final : public Estimator {
 
   ByOp params_, regions_, values_;
   std::array<int64_t, kOpCount> alone_{};  // instructions without operands
-  std::vector<int64_t> local_sums_;
+  std::vector<int64_t> local_sums_, stagings_;
+  std::vector<int64_t> sections_;  // by kind
   double slowdown_ = 1;
 };
 

@@ -12,6 +12,8 @@
 
 namespace deepcompile {
 
+using SectionInstrs = std::vector<std::vector<Instr>>;  // one list a section
+
 inline Instr on_param(Op op, ParamId param) {
   return {op, param, std::nullopt, {}};
 }

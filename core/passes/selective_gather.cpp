@@ -129,7 +129,7 @@ std::vector<GapId> gaps_worth_closing(const StepProgram& program,
                                       const PassEnvironment& environment,
                                       const SelectiveGatherOptions& options) {
   const MemoryTimeline timeline =
-      timeline_within(program, environment.memory_budget, "selective_gather");
+      timeline_within(program, environment.memory_budget, "selective_gather", options.timeline);
   std::vector<Gap> gaps = find_gaps(program, *environment.estimator);
   Budget budget(timeline, *environment.memory_budget - options.reserve);
   close_gaps(program, gaps, options.least_saving, budget, false);
@@ -155,7 +155,8 @@ void SelectiveGather::run(StepProgram& program, PassContext& context) const {
   }
   std::vector<Gap> gaps = find_gaps(program, *environment.estimator);
   if (options_.keep) return keep_these(program, gaps, *options_.keep, context);
-  const MemoryTimeline timeline = timeline_within(program, environment.memory_budget, name());
+  const MemoryTimeline timeline =
+      timeline_within(program, environment.memory_budget, name(), options_.timeline);
   Budget budget(timeline, *environment.memory_budget - options_.reserve);
   Reasons reasons = close_gaps(program, gaps, options_.least_saving, budget, environment.reasons);
   if (!environment.simulate && !environment.reasons) return close_in(program, gaps);

@@ -42,6 +42,8 @@ struct SelectiveGatherOptions {
   Nanos least_saving{0};
   // Set: close exactly these gaps, whatever the budget, instead of choosing.
   std::optional<std::vector<GapId>> keep = std::nullopt;
+  // The program's timeline, if the caller has it already.
+  const MemoryTimeline* timeline = nullptr;
 };
 
 // The gaps that the pass would close if it did not simulate, sorted. Throws

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <span>
+
 #include "analysis/liveness.h"
 #include "base/error.h"
 #include "ir/verifier.h"
@@ -12,7 +14,7 @@ int32_t slot(Id id) {
   return static_cast<int32_t>(index(id));
 }
 
-std::vector<int32_t> slots(const std::vector<ValueId>& ids) {
+std::vector<int32_t> slots(std::span<const ValueId> ids) {
   std::vector<int32_t> result;
   result.reserve(ids.size());
   for (ValueId id : ids) result.push_back(slot(id));

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <utility>
 
@@ -46,7 +47,10 @@ std::vector<CompareRow> compare(const StepProgram& program, const SimResult& pre
     Sum& sum = predictions[{section_name(section), item.instr}];
     const bool timed = item.resource != Resource::kNone;
     // All that one execution did is one sample.
-    sum.time += timed ? item.end - item.start : item.stall;
+    // A span of compute has in it what the instruction waited for.
+    const bool waits = !timed || item.resource == Resource::kCompute;
+    if (timed) sum.time += item.end - item.start;
+    if (waits) sum.time += item.stall;
     if (last == nullptr || !same_execution(*last, item)) ++sum.count;
     last = &item;
   }
@@ -62,9 +66,10 @@ std::vector<CompareRow> compare(const StepProgram& program, const SimResult& pre
   for (const Section& section : program.sections) {
     for (size_t i = 0; i < section.instrs.size(); ++i) {
       const Key key{section_name(section), static_cast<uint32_t>(i)};
-      CompareRow row{key.first, key.second, instr_label(program, section.instrs[i]), {}, {}, 0};
+      CompareRow row{key.first, key.second, instr_label(program, section.instrs[i]), {}, {}};
       if (const auto found = predictions.find(key); found != predictions.end()) {
         row.predicted = found->second.mean();
+        row.executions = found->second.count;
       }
       if (const auto found = measurements.find(key); found != measurements.end()) {
         row.measured = found->second.mean();
@@ -77,9 +82,36 @@ std::vector<CompareRow> compare(const StepProgram& program, const SimResult& pre
     }
   }
   for (const auto& [key, sum] : measurements) {
-    rows.push_back({key.first, key.second, labels[key], {}, sum.mean(), sum.count});
+    rows.push_back({key.first, key.second, labels[key], {}, sum.mean(), sum.count, 0});
   }
   return rows;
+}
+
+std::vector<KindRow> compare_kinds(const std::vector<CompareRow>& rows) {
+  std::vector<KindRow> kinds;
+  for (int i = 0; i < kOpCount; ++i) {
+    KindRow sum{std::string(traits(static_cast<Op>(i)).name), 0, 0, {}, {}};
+    for (const CompareRow& row : rows) {
+      if (row.label.substr(0, row.label.find(' ')) != sum.kind) continue;
+      sum.executions += row.executions;
+      sum.samples += row.samples;
+      sum.predicted += row.predicted.value_or(Nanos{}) * row.executions;
+      sum.measured += row.measured.value_or(Nanos{}) * row.samples;
+    }
+    if (sum.predicted > Nanos{0} || sum.measured > Nanos{0}) kinds.push_back(std::move(sum));
+  }
+  return kinds;
+}
+
+std::string kind_table(const std::vector<KindRow>& rows) {
+  Table table({"kind", "predicted", "of", "measured", "of", "difference"});
+  for (const KindRow& row : rows) {
+    const Nanos more = row.measured - row.predicted;
+    table.add({row.kind, pretty(row.predicted), std::to_string(row.executions),
+               pretty(row.measured), std::to_string(row.samples),
+               (more < Nanos{0} ? "-" : "+") + pretty(Nanos{std::abs(more.value)})});
+  }
+  return table.text();
 }
 
 std::string compare_table(const std::vector<CompareRow>& rows) {

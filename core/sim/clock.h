@@ -31,6 +31,8 @@ class Clock {
 
   // On a transfer queue: from now, or when it is free.
   Span transfer(Resource queue, Nanos duration);
+  // Compute does nothing for so long; transfers go on.
+  void idle(Nanos duration) { now_ += duration; }
   // Returns how long compute stands still.
   Nanos wait_until(Nanos time);
   // Runs a kernel of this undisturbed duration, stretched beside the link.

@@ -37,6 +37,16 @@ class Durations {
     return of_param(op, instr);
   }
 
+  Nanos staging(const Instr& instr) {
+    return cached(entry(stagings_, instr),
+                  [&] { return estimator_.staging(program_, *instr.param); });
+  }
+
+  Nanos section_overhead(SectionKind kind) {
+    return cached(sections_[static_cast<size_t>(kind)],
+                  [&] { return estimator_.section_overhead(program_, kind); });
+  }
+
   Nanos transfer(Op op, const Instr& instr) {
     if (!instr.param) return estimator_.duration(program_, instr);
     return of_param(op, instr);
@@ -66,7 +76,8 @@ class Durations {
   const Estimator& estimator_;
   std::vector<Nanos> runs_;  // by region
   std::array<ByParam, kOpCount> params_;
-  ByParam local_sums_;
+  ByParam local_sums_, stagings_;
+  std::array<Nanos, kSectionKindCount> sections_{kUnknown, kUnknown, kUnknown, kUnknown};
   Nanos norm_ = kUnknown;
 };
 
@@ -104,6 +115,8 @@ class Simulation final : public StepEvents {
     return std::move(result_);
   }
 
+  void begin_section(SectionKind kind) override { clock_.idle(durations_.section_overhead(kind)); }
+
   void begin(size_t section, size_t instr, int64_t micro_batch) override {
     if (!records_) return;
     item_ = SimItem{};
@@ -122,6 +135,12 @@ class Simulation final : public StepEvents {
     result_.compute_busy += span.end - span.start;
     // An accumulate's stall and kernel are one item: it is issued before both.
     if (records_) work(Resource::kCompute, op, issue, span);
+  }
+
+  // No item of its own: the reduction is issued once it is over.
+  void stage(const Instr& instr) override {
+    const Span span = clock_.kernel(durations_.staging(instr));
+    result_.compute_busy += span.end - span.start;
   }
 
   void transfer(Resource queue, Op op, const Instr& instr) override {

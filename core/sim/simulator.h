@@ -7,9 +7,11 @@
 // order: a transfer starts when compute has reached it and its queue is free,
 // and compute goes on at once. A wait stops compute until the parameter is
 // whole, an accumulate until the reduction is done, an evict or an await until
-// the copy is. Kernels slow down by the estimator's factor for as long as a
-// transfer between ranks runs beside them; copies to and from the host don't
-// slow them.
+// the copy is. Before a section compute does nothing for as long as the
+// estimator says that the user's code takes; before a reduction whose gradient
+// is not what goes on the wire it copies that into a buffer. Kernels slow down by the estimator's
+// factor for as long as a transfer between ranks runs beside them; copies to and from the host
+// don't slow them.
 //
 // The forward and backward sections run `accumulation` times in their order,
 // then the update once. What is reported is a step of the steady state: it

@@ -28,15 +28,14 @@ class Profile:
 
     step: int
     records: list[tuple[int, ...]]
-    """(plan, section, instruction, start ns, end ns, workspace bytes or -1)."""
+    """(plan, section, instruction, start ns, end ns, workspace bytes or -1); times from the
+    step's start."""
     plans: list[tuple[int, Any]]
     """(the runtime's plan id, program) of what ran, in order; the update's last."""
     order: list[int]
     """Graphs with a forward in it, by number, in the order of their first forward."""
     costs: dict[int, RegionCost] = field(default_factory=dict)
     """By code."""
-    updates: list[tuple[int, int]] = field(default_factory=list)
-    """[(bytes of a rank's shard, ns)]."""
     peak_bytes: int | None = None
     """Most bytes of tensors on the device; None where nobody counts."""
     seconds: float = 0.0
@@ -73,23 +72,11 @@ def region_costs(
     }
 
 
-def update_curve(
-    records: Iterable[Sequence[int]], plans: Iterable[tuple[int, Any]]
-) -> list[tuple[int, int]]:
-    """[(bytes of a rank's shard, ns)] of the optimizer's updates, sizes rising."""
-    programs, times = dict(plans), {}
-    for plan_id, section, index, start, end, *_ in records:
-        program = programs.get(plan_id)
-        if program is None:
-            continue
-        instr = program.sections[section].instrs[index]
-        if instr.op == "update":
-            times.setdefault((plan_id, instr.operand), []).append(end - start)
-    sizes: dict[int, list[int]] = {}
-    for (plan_id, name), each in times.items():
-        param = next(p for p in programs[plan_id].params if p.name == name)
-        sizes.setdefault(param.shard_bytes, []).extend(each)
-    return [(size, round(statistics.median(sizes[size]))) for size in sorted(sizes)]
+def take_times(costs: dict[int, RegionCost], times: dict[int, int]) -> None:
+    """Put better times, by code, in the place of what was measured."""
+    for code, time_ns in times.items():
+        if code in costs:
+            costs[code].time_ns = time_ns
 
 
 def apply_costs(program: Any, costs: dict[int, RegionCost]) -> Any:

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <span>
+
 #include "analysis/liveness.h"
 #include "ir/text.h"
 #include "test_support.h"
@@ -8,7 +10,7 @@
 namespace deepcompile {
 namespace {
 
-std::string names(const StepProgram& program, const std::vector<ValueId>& ids) {
+std::string names(const StepProgram& program, std::span<const ValueId> ids) {
   std::string out;
   for (ValueId id : ids) out += (out.empty() ? "" : " ") + program.value(id).name;
   return out;

@@ -164,6 +164,30 @@ TEST(MeasuredCosts, LeaveTheRestToTheMachine) {
             Nanos{256 + 5});
 }
 
+TEST(MeasuredCosts, KnowWhatIsBetweenInstructions) {
+  const StepProgram program = parse_program(kProgram);
+  const ParamId a = *program.find_param("a"), b = *program.find_param("b");
+  CostTable table;
+  table.world = 2;
+  const MeasuredCosts guessed(parse_machine(kMachine), table);
+  // 512 B read and written, or 256 read and 512 written, at 2 B/ns, and a launch.
+  EXPECT_EQ(guessed.staging(program, a), Nanos{512 + 5});
+  EXPECT_EQ(guessed.staging(program, b), Nanos{384 + 5});
+  EXPECT_EQ(guessed.section_overhead(program, SectionKind::kBackward), Nanos{0});
+  table.curve(CurveKind::kStaging) = curve({{512, 70}});
+  table.overhead(SectionKind::kBackward) = Nanos{9};
+  EXPECT_EQ(parse_cost_table(serialize(table)), table);
+  const MeasuredCosts costs(parse_machine(kMachine), table);
+  EXPECT_EQ(costs.staging(program, b), Nanos{70});
+  EXPECT_EQ(costs.section_overhead(program, SectionKind::kBackward), Nanos{9});
+  EXPECT_EQ(costs.section_overhead(program, SectionKind::kForward), Nanos{0});
+  EXPECT_EQ(error_of([] {
+              parse_cost_table(R"({"world": 2, "section_overhead_ns": {"forwards": 1}})", "t");
+            }),
+            "[cost] t: section_overhead_ns: has no kind of section \"forwards\". Known: forward, "
+            "backward, inference, update.");
+}
+
 TEST(MeasuredCosts, AreOfOneWorld) {
   CostTable table = full_table();
   EXPECT_EQ(MeasuredCosts(parse_machine(kMachine), table).compute_slowdown(parse_program(kProgram)),

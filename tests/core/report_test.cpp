@@ -96,6 +96,26 @@ TEST(Compare, PairsPredictionsWithMeasurements) {
   EXPECT_TRUE(contains(compare_table(rows), "inference 0  2  run f"));
 }
 
+TEST(Compare, AddsUpKinds) {
+  StepProgram p = program();
+  p.sections[0].graph = 0;
+  const StepProgram graph = program();
+  const std::vector<Record> records = {{1, 0, 1, Nanos{0}, Nanos{40}},
+                                       {1, 0, 2, Nanos{100}, Nanos{800}}};
+  const auto kinds = compare_kinds(compare(p, simulate(p, UnitCost()), {{1, &graph}}, records));
+  ASSERT_EQ(kinds.size(), 3u);
+  EXPECT_EQ(kinds[0].kind, "gather");
+  EXPECT_EQ(kinds[0].samples, 0);
+  EXPECT_EQ(kinds[1].kind, "wait");
+  EXPECT_EQ(kinds[1].predicted, Nanos{512});
+  EXPECT_EQ(kinds[1].measured, Nanos{40});
+  EXPECT_EQ(kinds[2].kind, "run");
+  EXPECT_EQ(kinds[2].executions, 1);
+  EXPECT_EQ(kinds[2].measured, Nanos{700});
+  EXPECT_TRUE(contains(kind_table(kinds), "run     600 ns     1   700 ns    1   +100 ns"))
+      << kind_table(kinds);
+}
+
 TEST(Compare, UnknownRecordsAreErrors) {
   const StepProgram p = program();
   const RecordNames names({{1, &p}});

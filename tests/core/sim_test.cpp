@@ -232,5 +232,77 @@ TEST(Simulator, RefusesAProgramThatUsesWhatIsNotThere) {
   EXPECT_THROW(simulate(two_layers("  gather a\n  run fa\n  run fb\n"), UnitCost()), UserError);
 }
 
+// The user's code before each section; transfers under way go on.
+TEST(Simulator, CountsTheTimeBetweenSections) {
+  const StepProgram program = parse_program(R"(
+step two world=2
+param a f32 128 frozen
+value x 100B
+value y 200B
+value t 4B
+value d 100B
+region f time=600ns (x) -> (y)
+region b time=300ns (t, y, a) -> (d)
+forward 0 (x) -> ()
+  run f
+  gather a
+end
+backward 0 (t) -> ()
+  gather a
+  wait a
+  run b
+  release a
+end
+)");
+  UnitCost costs;
+  EXPECT_EQ(simulate(program, costs).time, Nanos{600 + 512 + 300});
+  // 0-100 the user's, f to 700, gather 700-1212 beside his 100, b to 1512.
+  costs.between = Nanos{100};
+  EXPECT_EQ(simulate(program, costs).time, Nanos{100 + 600 + 512 + 300});
+  // Longer than the gather: 600 and 600.
+  costs.between = Nanos{600};
+  const SimResult result = simulate(program, costs);
+  EXPECT_EQ(result.time, Nanos{600 + 600 + 600 + 300});
+  EXPECT_EQ(result.stall, Nanos{0});
+  EXPECT_EQ(item_of(program, result, "run b").start, Nanos{1800});
+}
+
+// A gradient that does not go on the wire as it is: its copy keeps compute busy.
+TEST(Simulator, CopiesGradientsIntoTheirReductionsBuffer) {
+  const std::string text = R"(
+step s world=2
+param a f32 128
+value x 8B
+value y 8B
+value t 4B
+value g 512B grad=a
+region f time=100ns (x) -> (y)
+region b time=300ns (t) -> (g)
+forward 0 (x) -> (y)
+  run f
+end
+backward 0 (t) -> ()
+  run b
+  reduce a (g)
+  accumulate a
+end
+update
+  update a
+end
+)";
+  UnitCost costs;
+  costs.copy = Nanos{40};
+  // In place: 100, 300, 512 on the link, 10, 50.
+  EXPECT_EQ(simulate(parse_program(text), costs).time, Nanos{972});
+  std::string narrow = text;
+  narrow.replace(narrow.find("param a f32"), 11, "param a bf16");
+  narrow.replace(narrow.find("value g 512B"), 12, "value g 256B");
+  const StepProgram program = parse_program(narrow);
+  const SimResult result = simulate(program, costs);
+  EXPECT_EQ(result.time, Nanos{972 + 40});
+  EXPECT_EQ(result.compute_busy, Nanos{100 + 300 + 40 + 10 + 50});
+  EXPECT_EQ(item_of(program, result, "reduce a").start, Nanos{440});
+}
+
 }  // namespace
 }  // namespace deepcompile

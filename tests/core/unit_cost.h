@@ -14,7 +14,9 @@ class UnitCost final : public Estimator {
   Nanos accumulate{10};
   Nanos norm{20};
   Nanos update{50};
-  Nanos sum{15};  // of a rank's own gradients
+  Nanos sum{15};     // of a rank's own gradients
+  Nanos copy{0};     // of a gradient into its reduction's buffer
+  Nanos between{0};  // sections
   double slowdown = 1;
   int64_t host_rate = 1;  // bytes a ns, to the host and back
 
@@ -46,6 +48,8 @@ class UnitCost final : public Estimator {
     }
   }
   Nanos local_sum(const StepProgram&, ParamId) const override { return sum; }
+  Nanos staging(const StepProgram&, ParamId) const override { return copy; }
+  Nanos section_overhead(const StepProgram&, SectionKind) const override { return between; }
   double compute_slowdown(const StepProgram&) const override { return slowdown; }
 };
 

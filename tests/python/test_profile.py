@@ -2,7 +2,7 @@
 """From a trace's records to costs."""
 
 from deepcompile import _core
-from deepcompile.profile import apply_costs, region_costs, update_curve
+from deepcompile.profile import apply_costs, region_costs, take_times
 
 PROGRAM = _core.StepProgram.parse(
     """
@@ -20,18 +20,7 @@ forward 0 (x) -> (z)
 end
 """
 )
-UPDATE = _core.StepProgram.parse(
-    """
-step u world=2 accumulation=1 reduce=f32
-param a f32 128
-param b f32 1280
-update
-  update a
-  update b
-end
-"""
-)
-PLANS = [(10, PROGRAM), (11, UPDATE)]
+PLANS = [(10, PROGRAM)]
 
 
 def test_equal_regions_share_the_median_and_the_largest_workspace():
@@ -54,7 +43,8 @@ def test_no_workspace_leaves_the_estimate():
     assert apply_costs(PROGRAM, cost).regions[0].workspace == 0
 
 
-def test_updates_by_the_bytes_of_a_shard():
-    records = [(11, 0, 1, 0, 900, -1), (11, 0, 0, 0, 100, -1), (11, 0, 0, 0, 300, -1)]
-    sizes = {p.name: p.shard_bytes for p in UPDATE.params}
-    assert update_curve(records, PLANS) == [(sizes["a"], 200), (sizes["b"], 900)]
+def test_better_times_go_before_the_median():
+    cost = region_costs([(10, 0, 0, 0, 5, 7)], PLANS)
+    take_times(cost, {4: 3, 9: 1})
+    assert set(cost) == {4}
+    assert (cost[4].time_ns, cost[4].workspace) == (3, 7)
