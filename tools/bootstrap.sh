@@ -6,6 +6,7 @@
 #
 # Each phase is skipped when nothing it depends on has changed, so running this
 # again costs seconds. PYTHON names the Python to start from (default python3).
+# FOR_TESTS=1 also installs what single tests need that are skipped without it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?name of the virtual environment}
@@ -62,6 +63,27 @@ system_packages() {
   [ -z "$needed" ] || die "still missing after installing: $needed (is PYTHON=$python the right one?)"
 }
 
+# An ssh server for the tests of `deepcompile launch`. Only in containers: elsewhere the package
+# would start a server for everyone. A failure only means that those tests are skipped.
+ssh_server() {
+  [ "${FOR_TESTS:-0}" = 1 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || return 0
+  [ ! -d /run/systemd/system ] || return 0
+  (PATH=$PATH:/usr/sbin:/sbin && command -v sshd && command -v ssh && command -v ip) >/dev/null &&
+    return 0
+  local packages="openssh-server openssh-client iproute2" policy=/usr/sbin/policy-rc.d
+  say "installing $packages"
+  if [ -e "$policy" ]; then
+    policy=
+  else  # Debian's way to install a service without starting it
+    printf '#!/bin/sh\nexit 101\n' >"$policy" && chmod 755 "$policy" || return 0
+  fi
+  # shellcheck disable=SC2086
+  { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+      apt-get install -y -qq --no-install-recommends $packages; } >/dev/null 2>&1 ||
+    say "could not install them: the tests of launch on two nodes will be skipped"
+  [ -z "$policy" ] || rm -f "$policy"
+}
+
 digest() { sha256sum | cut -d' ' -f1; }
 
 # Runs a phase unless its stamp holds the same key.
@@ -112,6 +134,7 @@ sources() {
 }
 
 system_packages
+ssh_server
 create_venv
 phase packages "$( (cat pyproject.toml; echo "$torch") | digest)" \
   "installing $torch and what else is needed from PyPI (some minutes the first time)" install_packages

@@ -38,7 +38,7 @@ def check_file(path: Path, root: Path = ROOT) -> list[str]:
 
 
 def main() -> int:
-    files = [p for p in repo_files(".h", ".cpp") if p.relative_to(ROOT).parts[0] == "core"]
+    files = [p for p in repo_files(".h", ".cpp", ".cu") if p.relative_to(ROOT).parts[0] == "core"]
     return report([error for path in files for error in check_file(path)])
 
 

@@ -59,14 +59,14 @@ def check_file(path: Path, root: Path = ROOT) -> list[str]:
     if lines > limit_of(place):
         errors.append(f"{place}: {lines} lines, the limit is {limit_of(place)}: split it")
     functions = long_python_functions if path.suffix == ".py" else long_cpp_functions
-    if path.suffix in (".py", ".cpp", ".h"):
+    if path.suffix in (".py", ".cpp", ".cu", ".h"):
         for name, line, length in functions(text):
             errors.append(f"{place}:{line}: {name} has {length} lines, the limit is {FUNCTION}")
     return errors
 
 
 def main() -> int:
-    files = repo_files(".h", ".cpp", ".py", ".js", ".css", ".sh", ".j2")
+    files = repo_files(".h", ".cpp", ".cu", ".py", ".js", ".css", ".sh", ".j2")
     return report([error for path in files for error in check_file(path)])
 
 

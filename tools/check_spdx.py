@@ -9,7 +9,8 @@ from pathlib import Path
 from repo_files import ROOT, repo_files, report
 
 LINE = "SPDX-License-Identifier: Apache-2.0"
-KINDS = (".h", ".cpp", ".py", ".sh", ".js", ".css", ".j2", ".cmake", "CMakeLists.txt", "Makefile")
+KINDS = (".h", ".cpp", ".cu", ".py", ".sh", ".js", ".css", ".j2", ".cmake", "CMakeLists.txt",
+         "Makefile")  # fmt: skip
 
 
 def check_file(path: Path, root: Path = ROOT) -> list[str]:

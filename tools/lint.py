@@ -27,8 +27,8 @@ def tool(name: str) -> str:
 
 def commands(fix: bool) -> list[tuple[str, list[str]]]:
     """(name, command) of each check."""
-    cpp = [str(p.relative_to(ROOT)) for p in repo_files(".h", ".cpp")]
-    prose = [str(p.relative_to(ROOT)) for p in repo_files(".md", ".h", ".cpp", ".py", ".js")]
+    cpp = [str(p.relative_to(ROOT)) for p in repo_files(".h", ".cpp", ".cu")]
+    prose = [str(p.relative_to(ROOT)) for p in repo_files(".md", ".h", ".cpp", ".cu", ".py", ".js")]
     form = ["-i"] if fix else ["--dry-run", "-Werror"]
     ruff = tool("ruff")
     found = [

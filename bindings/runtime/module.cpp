@@ -15,9 +15,30 @@ namespace {
 using NoGil = py::call_guard<py::gil_scoped_release>;
 using MemberTuple = std::tuple<std::string, at::Tensor, int64_t>;
 
+GatherOptions gather_options(const std::string& transport, const py::dict& more) {
+  GatherOptions options{.transport = transport};
+  for (const auto& [key, value] : more) {
+    const auto name = key.cast<std::string>();
+    if (name == "library") {
+      options.library = value.cast<std::string>();
+    } else if (name == "host") {
+      options.host = value.cast<std::string>();
+    } else if (name == "least_bytes") {
+      options.least_bytes = value.cast<int64_t>();
+    } else if (name == "overlap") {
+      options.copies = value.cast<bool>() ? CopyKind::kOverlap : CopyKind::kPlain;
+    } else {
+      throw UserError("[runtime] gather_options has no \"" + name +
+                      "\". Use library, host, least_bytes or overlap.");
+    }
+  }
+  return options;
+}
+
 std::unique_ptr<Runtime> make_runtime(const py::object& group, int64_t rank, int64_t world,
                                       const at::Device& device, const std::string& reduce_dtype,
-                                      double clip, int64_t accumulation, double timeout_s) {
+                                      double clip, int64_t accumulation, double timeout_s,
+                                      const std::string& gather, const py::dict& more) {
   DType dtype;
   if (!parse_dtype(reduce_dtype, &dtype)) {
     throw UserError("[runtime] reduce_dtype is \"" + reduce_dtype +
@@ -31,7 +52,8 @@ std::unique_ptr<Runtime> make_runtime(const py::object& group, int64_t rank, int
       .reduce_dtype = scalar_type(dtype),
       .clip = clip,
       .accumulation = accumulation,
-      .timeout_s = timeout_s};
+      .timeout_s = timeout_s,
+      .gather = gather_options(gather, more)};
   const py::gil_scoped_release no_gil;
   return std::make_unique<Runtime>(options);
 }
@@ -154,6 +176,19 @@ py::dict relieved(Runtime& runtime) {
   return report;
 }
 
+py::dict kernels(Runtime& runtime) {
+  KernelReport found;
+  {
+    const py::gil_scoped_release no_gil;
+    found = runtime.kernels();
+  }
+  py::dict report;
+  report["adamw"] = found.adamw;
+  report["norm"] = found.norm;
+  report["library"] = found.library;
+  return report;
+}
+
 // deepcompile._core owns the Python classes; this module throws the same ones.
 void register_errors(py::module_& module) {
   const py::module_ core = py::module_::import("deepcompile._core");
@@ -268,6 +303,20 @@ void bind_resources(py::class_<Runtime>& runtime) {
            py::arg("repeats") = 5,
            "{gather, reduce, to_host, to_device: [(bytes, ns)]}: medians of the slowest rank, the\n"
            "same on all ranks. Collective.")
+      .def_property_readonly(
+          "gathers",
+          [](const Runtime& self) {
+            py::dict found;
+            found["transport"] = self.gathers().first;
+            found["why"] = self.gathers().second;
+            return found;
+          },
+          "{transport: what gathers go over, nccl or copy_engine; why}.")
+      .def("outside_bytes", &Runtime::outside_bytes, NoGil(),
+           "Bytes of device memory in use that torch's allocator does not count.")
+      .def("kernels", &kernels,
+           "{adamw, norm: whose kernels compute them, deepcompile_cuda, torch or cpu; library:\n"
+           "deepcompile_cuda's path, or why it is not used}.")
       .def("relieved", &relieved,
            "{times, states_bytes, values_bytes, params_bytes} moved to the host because an "
            "instruction found no\n"
@@ -290,10 +339,16 @@ PYBIND11_MODULE(_runtime, m) {
   py::module_::import("torch");
   register_errors(m);
   py::class_<Runtime> runtime(m, "Runtime");
-  runtime.def(py::init(&make_runtime), py::arg("process_group"), py::arg("rank"), py::arg("world"),
-              py::arg("device"), py::arg("reduce_dtype") = "f32", py::arg("clip") = 0.0,
-              py::arg("accumulation") = 1, py::arg("timeout_s") = 600.0,
-              "One engine's runtime on one rank. process_group may be None for one rank.");
+  runtime.def(
+      py::init(&make_runtime), py::arg("process_group"), py::arg("rank"), py::arg("world"),
+      py::arg("device"), py::arg("reduce_dtype") = "f32", py::arg("clip") = 0.0,
+      py::arg("accumulation") = 1, py::arg("timeout_s") = 600.0, py::arg("gather") = "nccl",
+      py::arg("gather_options") = py::dict(),
+      "One engine's runtime on one rank. process_group may be None for one rank. gather:\n"
+      "what gathers go over, nccl (the process group), copy_engine or auto; not nccl: making\n"
+      "the runtime is collective. gather_options, for tests and benchmarks: library (a file\n"
+      "in libcuda's place), host (a name in this host's place), least_bytes (of a shard that\n"
+      "is pulled), overlap (copies that prefer to run beside compute).");
   bind_params(runtime);
   bind_steps(runtime);
   bind_resources(runtime);

@@ -6,12 +6,13 @@
 
 #include "base/error.h"
 #include "runtime/comm/c10d_transport.h"
+#include "runtime/comm/copy_engine.h"
 #include "runtime/runtime_scope.h"
 
 namespace deepcompile {
 namespace {
 
-std::unique_ptr<Transport> make_transport(const RuntimeOptions& options) {
+GatherChoice make_transport(const RuntimeOptions& options) {
   if (options.world < 1 || options.rank < 0 || options.rank >= options.world) {
     throw UserError("[runtime] rank " + std::to_string(options.rank) + " of " +
                     std::to_string(options.world) + " ranks does not exist.");
@@ -23,21 +24,28 @@ std::unique_ptr<Transport> make_transport(const RuntimeOptions& options) {
   if (!(options.timeout_s > 0.0) || !(options.clip >= 0.0)) {
     throw UserError("[runtime] the timeout must be positive and the clipping norm not negative.");
   }
-  if (options.world == 1) return make_loopback_transport();
+  const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(options.timeout_s * 1e3));
+  const auto choose = [&](C10dTransport base) {
+    return choose_gathers(options.gather, std::move(base.transport), options.rank, options.world,
+                          options.device, timeout, std::move(base.streams));
+  };
+  if (options.world == 1) return choose({make_loopback_transport(), nullptr});
   if (options.group_name.empty()) {
     throw UserError("[runtime] " + std::to_string(options.world) +
                     " ranks need a process group. Call torch.distributed.init_process_group.");
   }
-  const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(options.timeout_s * 1e3));
-  return make_c10d_transport(options.group_name, options.rank, options.world, options.device,
-                             timeout);
+  return choose(make_c10d_transport(options.group_name, options.rank, options.world, options.device,
+                                    timeout));
 }
 
 }  // namespace
 
-Runtime::Runtime(const RuntimeOptions& options)
+Runtime::Runtime(const RuntimeOptions& options) : Runtime(options, make_transport(options)) {}
+
+Runtime::Runtime(const RuntimeOptions& options, GatherChoice gathers)
     : options_(options),
-      transport_(make_transport(options)),
+      gathers_{gathers.name, gathers.why},
+      transport_(std::move(gathers.transport)),
       link_(options.device),
       flags_(*transport_, options.device),
       store_(*transport_, options.rank, options.world, options.device, options.reduce_dtype,
@@ -121,6 +129,7 @@ void Runtime::store(const std::vector<std::string>& names) {
     }
     const bool away = states_.on_host(param);
     states_.need(param);
+    eagerly("store", name, [&] { store_.before_change(param); });
     param.store_from_full();
     if (away) put_back(param);
   }

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "runtime/comm/copy_engine.h"
 #include "runtime/comm/flag_exchange.h"
 #include "runtime/comm/link_measure.h"
 #include "runtime/exec/call_table.h"
@@ -38,6 +39,7 @@ struct RuntimeOptions {
   double clip = 0.0;                           // largest global gradient norm; 0: no clipping
   int64_t accumulation = 1;                    // micro-steps a step
   double timeout_s = 600.0;                    // for one transfer
+  GatherOptions gather;
 };
 
 // This rank's part of one member, for checkpoints. Tensors are views: writing
@@ -55,9 +57,22 @@ struct Piece {
   int64_t step = 0;
 };
 
+// Who computes an update and the gradient norm: deepcompile_cuda (the library
+// beside this one), torch, or cpu (this library itself).
+struct KernelReport {
+  std::string adamw;
+  std::string norm;
+  std::string library;  // deepcompile_cuda's path, or why it is not used
+};
+
 class Runtime {
  public:
   explicit Runtime(const RuntimeOptions& options);
+
+  // What gathers go over, and why: "nccl" (the process group) or "copy_engine".
+  const std::pair<std::string, std::string>& gathers() const { return gathers_; }
+  // Device memory in use that torch's allocator does not count.
+  int64_t outside_bytes();
 
   void add_param(const ParamSpec& spec);
   void set_hyper(const std::string& member, const Hyper& hyper);
@@ -103,6 +118,8 @@ class Runtime {
   int64_t shared();
   LinkTimes measure_links(const std::vector<int64_t>& bytes, int64_t repeats);  // collective
 
+  // Whose kernels serve this runtime's device.
+  KernelReport kernels();
   // What was moved to the host for want of memory, since the last call.
   ReliefReport relieved();
   // Behave as if the device had `bytes` (0: as it is).
@@ -116,6 +133,7 @@ class Runtime {
  private:
   class Scope;
 
+  Runtime(const RuntimeOptions& options, GatherChoice gathers);
   template <typename Action>
   void eagerly(const char* what, const std::string& name, Action&& action);
   void settle_here();                // what needs no other rank
@@ -129,6 +147,7 @@ class Runtime {
 
   std::recursive_mutex mutex_;
   const RuntimeOptions options_;
+  const std::pair<std::string, std::string> gathers_;
   std::unique_ptr<Transport> transport_;  // outlives every transfer below
   HostLink link_;
   FlagExchange flags_;

@@ -79,6 +79,8 @@ std::vector<Piece> Runtime::pieces() {
   settle_here();
   std::vector<Piece> pieces;
   for (const auto& param : store_.params()) {
+    // The caller may write to them.
+    eagerly("pieces", param->name, [&] { store_.before_change(*param); });
     const Range owned = param->owned_range();
     std::array<at::Tensor, 3> states;
     if (param->trainable) states = states_.at_rest(*param);
@@ -112,6 +114,7 @@ void Runtime::masters_changed() {
     eagerly("gather", param->name, [&] {
       const bool away = states_.on_host(*param);
       states_.need(*param);
+      store_.before_change(*param);
       param->store_from_master();
       if (away) put_back(*param);
       store_.owned_changed(*param);
@@ -172,6 +175,14 @@ LinkTimes Runtime::measure_links(const std::vector<int64_t>& bytes, int64_t repe
   return times;
 }
 
+KernelReport Runtime::kernels() {
+  const Scope scope(*this);
+  const KernelChoice& choice = optimizer_.kernels();
+  const std::string who =
+      options_.device.is_cpu() ? "cpu" : (choice.library ? "deepcompile_cuda" : "torch");
+  return {who, who, choice.why};
+}
+
 ReliefReport Runtime::relieved() {
   const Scope scope(*this);
   return relief_.take_report();
@@ -184,12 +195,17 @@ void Runtime::limit_bytes(int64_t bytes) {
 
 int64_t Runtime::peak_bytes() {
   const Scope scope(*this);
-  return meter_.peak_bytes();
+  return meter_.peak_bytes() + transport_->outside_bytes();
 }
 
 void Runtime::reset_peak_bytes() {
   const Scope scope(*this);
   meter_.reset_peak();
+}
+
+int64_t Runtime::outside_bytes() {
+  const Scope scope(*this);
+  return transport_->outside_bytes();
 }
 
 BufferReport Runtime::buffer_report() {

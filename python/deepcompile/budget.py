@@ -59,13 +59,14 @@ def local_ranks(world: int) -> int:
     return max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
 
 
-def measure(ranks: Ranks, held: int) -> Memory:
-    """Memory as it is now, between steps; `held`: bytes of the runtime's buffers."""
+def measure(ranks: Ranks, held: int, outside: int = 0) -> Memory:
+    """Memory as it is now, between steps; `held`: bytes of the runtime's buffers, `outside`: those
+    that torch's allocator does not count."""
     if ranks.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(ranks.device)
         used = torch.cuda.memory_allocated(ranks.device)
         cached = torch.cuda.memory_reserved(ranks.device) - used
-        return Memory(total, free + cached, held, max(0, used - held))
+        return Memory(total, free + cached, held, max(0, used + outside - held))
     share = local_ranks(ranks.world)
     total, available = host_memory()
     return Memory(total // share, available // share, held, 0)

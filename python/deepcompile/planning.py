@@ -25,9 +25,10 @@ from .config import Config
 from .distributed import Ranks
 from .errors import UserError
 from .params import ParamTable
-from .profile import Profile, RegionCost, apply_costs
+from .profile import Profile, RegionCost, apply_costs, take_times
 from .runner import PlanRunner, StepWatch, section_kinds
 from .schedule import STAGE_PASS, Entry, check_schedule, default_schedule, entry_at
+from .trace_costs import trace_costs
 
 log = logging.getLogger("deepcompile")
 
@@ -261,13 +262,15 @@ class Planner:
 
     def plan_whole(self, step: int, why: str = "") -> bool:
         """Plan the step of the newest profile by the entry that holds; collective. False, with a
-        warning, if the default schedule's planner finds no plan (or, with `why`, any's)."""
+        warning, if there is no plan and the user asked neither for a schedule nor for a budget, or
+        if `why` says that it is not the user's doing."""
         start = time.perf_counter()
         self._entry, self.pending = self.measured_entry() or self._entry, False
         try:
             agreed = self._make_agreed()
         except UserError as error:
-            if not self._is_default and not why:
+            asked = not self._is_default or self._config.compile.memory_budget is not None
+            if asked and not why:
                 raise
             self.failures.append(str(error))
             if self._ranks.rank == 0:
@@ -330,9 +333,8 @@ class Planner:
     def agree_budget(self) -> int:
         """Bytes for a plan on the rank that has least; collective."""
         held = budget.held_bytes(self._runtime.buffer_report())
-        mine = budget.plan_budget(
-            self._config.compile, budget.measure(self._ranks, held), self._ranks.device.type
-        )
+        memory = budget.measure(self._ranks, held, self._runtime.outside_bytes())
+        mine = budget.plan_budget(self._config.compile, memory, self._ranks.device.type)
         least = min(self._ranks.gather(mine))
         if self.budget_limit is not None:
             least = min(least, self.budget_limit)
@@ -340,11 +342,17 @@ class Planner:
         return least
 
     def _measured_costs(self) -> Any:
-        """What transfers and updates take here; collective the first time."""
+        """What transfers, updates and the time between instructions take here; collective the
+        first time."""
         if self.costs is None:
             self.costs = links.measure(self._runtime, self._ranks)
-        if self.profile.updates:
-            self.costs.set_curve("update", self.profile.updates)
+        profile = self.profile
+        if profile.records:
+            machine = links.machine_for(self._config, self._ranks)
+            slowdown = _core.compute_slowdown(profile.plans[-1][1], machine, self.costs)
+            traced = trace_costs(profile.records, profile.plans, slowdown)
+            traced.put_into(self.costs)
+            take_times(profile.costs, traced.runs)
         return self.costs
 
     def adopt(self, agreed: Agreed, step: int, why: str, start: float) -> None:

@@ -246,11 +246,14 @@ class Toy:
         hyper: dict | None = None,
         plan: str = "",
         boundary: bool = False,
+        gather: str = "nccl",
+        gather_options: dict | None = None,
     ):
         self.model = Reference(dtype=dtype).to(device)
         self.runtime = _runtime.Runtime(
-            group, rank, world, torch.device(device), reduce, clip, accumulation, timeout_s
-        )
+            group, rank, world, torch.device(device), reduce, clip, accumulation, timeout_s,
+            gather, gather_options or {},
+        )  # fmt: skip
         big, pack = PLACEMENTS[stage], PLACEMENTS[min(stage, 1)]
         for name in ("w1", "w2"):
             tensor = getattr(self.model, name)

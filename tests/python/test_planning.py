@@ -142,12 +142,21 @@ def test_a_new_shape_after_the_plan_takes_the_plan_of_its_skeleton():
     assert all(order == orders[0] for order in orders)
 
 
-def test_a_planner_that_fails_is_an_error_if_it_was_asked_for():
-    tiny = {"compile": {"memory_budget": 64}}
-    engine = compiled(schedule=SEED_STYLE, **tiny)
-    step(engine)
+@pytest.mark.parametrize("schedule", [SEED_STYLE, None])
+def test_a_budget_that_no_plan_meets_is_an_error(schedule):
+    engine = compiled(schedule=schedule, compile={"memory_budget": 64})
     with pytest.raises(UserError, match="budget"):
-        step(engine, 1)
+        for number in range(WARMUP + 1):
+            step(engine, number)
+
+
+def test_without_a_budget_of_the_users_the_stages_plan_stays():
+    engine = compiled()
+    engine.planner.budget_limit = 64
+    with pytest.warns(UserWarning, match="The plan stays as it is"):
+        for number in range(WARMUP + 1):
+            step(engine, number)
+    assert engine.planner.agreed is None and engine.compile_report()["plan_failures"]
 
 
 def planned_pair() -> tuple:

@@ -2,7 +2,6 @@
 #include "runtime/comm/c10d_transport.h"
 
 #include <c10/core/StreamGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -149,62 +148,10 @@ class HostTransport final : public Transport {
   milliseconds timeout_;
 };
 
-// The transport's stream and how it meets the compute stream, which is always
-// the current stream of the calling thread.
-class StreamPair {
- public:
-  explicit StreamPair(c10::Device device)
-      : device_(device),
-        guard_(device.type()),
-        comm_(guard_.getStreamFromGlobalPool(device, /*isHighPriority=*/true)) {}
-
-  c10::Stream compute() const { return guard_.getStream(device_); }
-  const c10::Stream& comm() const { return comm_; }
-
-  c10::Event mark(const c10::Stream& stream) const {
-    c10::Event event(device_.type());
-    event.record(stream);
-    return event;
-  }
-
- private:
-  c10::Device device_;
-  c10::impl::VirtualGuardImpl guard_;
-  c10::Stream comm_;
-};
-
-class StreamTransfer final : public Transfer {
- public:
-  StreamTransfer(const StreamPair& streams, std::vector<at::Tensor> buffers)
-      : streams_(streams), buffers_(std::move(buffers)), done_(streams.mark(streams.comm())) {}
-  ~StreamTransfer() override {
-    try {
-      wait();
-    } catch (...) {  // the device is lost; whoever uses it next reports that
-    }
-  }
-
-  void wait() override {
-    if (buffers_.empty()) return;
-    // Order: collective (comm) -> use, or reuse of the buffers' memory (compute).
-    // The buffers were allocated on the compute stream, so dropping them here
-    // gives them back to that stream only after the collective.
-    done_.block(streams_.compute());
-    buffers_.clear();
-  }
-
- private:
-  const StreamPair& streams_;
-  std::vector<at::Tensor> buffers_;
-  c10::Event done_;
-};
-
 class StreamTransport final : public Transport {
  public:
-  StreamTransport(Group group, c10::Device device, milliseconds timeout)
-      : device_(device),
-        streams_(device),
-        collectives_(std::move(group), timeout, /*async=*/false) {}
+  StreamTransport(Group group, std::shared_ptr<const StreamPair> streams, milliseconds timeout)
+      : streams_(std::move(streams)), collectives_(std::move(group), timeout, /*async=*/false) {}
 
   std::unique_ptr<Transfer> gather(at::Tensor full, at::Tensor shard,
                                    std::shared_ptr<Span> span) override {
@@ -226,8 +173,9 @@ class StreamTransport final : public Transport {
   void barrier() override {
     translated([&] {
       // A backend that works on the current stream hands nothing back to wait for.
-      if (const Work work = collectives_.barrier(device_)) work->wait();
-      c10::impl::VirtualGuardImpl(device_.type()).synchronizeStream(streams_.compute());
+      const c10::Device device = streams_->device();
+      if (const Work work = collectives_.barrier(device)) work->wait();
+      c10::impl::VirtualGuardImpl(device.type()).synchronizeStream(streams_->compute());
     });
   }
   bool in_order() const override { return true; }
@@ -238,26 +186,24 @@ class StreamTransport final : public Transport {
                                   const std::shared_ptr<Span>& span, Call&& call) {
     // Order: whatever wrote the inputs, or last used the output's memory
     // (compute) -> collective (comm).
-    streams_.mark(streams_.compute()).block(streams_.comm());
-    const c10::StreamGuard on_comm(streams_.comm());
-    if (span) span->start(streams_.comm());
+    streams_->mark(streams_->compute()).block(streams_->comm());
+    const c10::StreamGuard on_comm(streams_->comm());
+    if (span) span->start(streams_->comm());
     // With asyncOp false the backend uses the current stream, ours. Waiting
     // then costs nothing, and orders our stream after backends that do not.
     if (const Work work = translated(call)) translated([&] { work->wait(); });
-    if (span) span->stop(streams_.comm());
+    if (span) span->stop(streams_->comm());
     return std::make_unique<StreamTransfer>(streams_, std::move(buffers));
   }
 
-  c10::Device device_;
-  StreamPair streams_;
+  std::shared_ptr<const StreamPair> streams_;
   Collectives collectives_;
 };
 
 }  // namespace
 
-std::unique_ptr<Transport> make_c10d_transport(const std::string& group_name, int64_t rank,
-                                               int64_t world, c10::Device device,
-                                               milliseconds timeout) {
+C10dTransport make_c10d_transport(const std::string& group_name, int64_t rank, int64_t world,
+                                  c10::Device device, milliseconds timeout) {
   Group group;
   std::string backend;
   try {
@@ -274,12 +220,15 @@ std::unique_ptr<Transport> make_c10d_transport(const std::string& group_name, in
                     ", the runtime was given rank " + std::to_string(rank) + " of " +
                     std::to_string(world) + ". Pass the group's own rank and size.");
   }
-  if (device.is_cpu()) return std::make_unique<HostTransport>(std::move(group), timeout);
+  if (device.is_cpu()) {
+    return {std::make_unique<HostTransport>(std::move(group), timeout), nullptr};
+  }
   if (backend == "gloo") {
     throw UserError("[runtime] process group \"" + group_name + "\" uses gloo for device " +
                     device.str() + ", which copies through the host. Use nccl.");
   }
-  return std::make_unique<StreamTransport>(std::move(group), device, timeout);
+  const auto streams = std::make_shared<const StreamPair>(device);
+  return {std::make_unique<StreamTransport>(std::move(group), streams, timeout), streams};
 }
 
 }  // namespace deepcompile

@@ -11,15 +11,20 @@
 #include <memory>
 #include <string>
 
+#include "runtime/comm/stream_pair.h"
 #include "runtime/comm/transport.h"
 
 namespace deepcompile {
 
+struct C10dTransport {
+  std::unique_ptr<Transport> transport;
+  std::shared_ptr<const StreamPair> streams;  // that transfers run on; null on a CPU
+};
+
 // `group_name` is ProcessGroup.group_name, under which c10d registers each
 // group. Throws UserError if there is no such group, if its rank or size are
 // not these, or if it has no backend for the device.
-std::unique_ptr<Transport> make_c10d_transport(const std::string& group_name, int64_t rank,
-                                               int64_t world, c10::Device device,
-                                               std::chrono::milliseconds timeout);
+C10dTransport make_c10d_transport(const std::string& group_name, int64_t rank, int64_t world,
+                                  c10::Device device, std::chrono::milliseconds timeout);
 
 }  // namespace deepcompile

@@ -42,24 +42,33 @@ LinkTimes measure_links(Transport& transport, HostLink& link, int64_t world,
   const auto options = c10::TensorOptions().device(device);
   const auto pool = std::make_shared<HostPool>(!device.is_cpu());
   const auto item = static_cast<int64_t>(c10::elementSize(reduce_dtype));
+  int64_t gathered = 0;
   for (const int64_t wanted : bytes) {
     const int64_t numel = std::max<int64_t>(1, wanted / item / world);
     const int64_t whole_bytes = numel * world * item;
     const at::Tensor whole = at::zeros({numel * world}, options.dtype(reduce_dtype));
     const at::Tensor piece = at::zeros({numel}, options.dtype(reduce_dtype));
-    const auto add = [&](const char* what, const auto& transfer) {
+    const auto add = [&](const char* what, int64_t size, const auto& transfer) {
       transport.barrier();
-      times[what].emplace_back(whole_bytes, median_ns(device, repeats, transfer));
+      times[what].emplace_back(size, median_ns(device, repeats, transfer));
     };
     if (world > 1) {
-      add("gather", [&](const auto& span) { transport.gather(whole, piece, span)->wait(); });
-      add("reduce",
+      // Real shards, where only those go the way of the parameters: up to their size.
+      const at::Tensor sample = transport.sample_shard(numel * item);
+      const at::Tensor shard = sample.defined() ? sample : piece.view(c10::kByte);
+      const int64_t size = world * shard.numel();
+      const at::Tensor into = whole.view(c10::kByte).narrow(0, 0, size);
+      if (size > gathered) {
+        add("gather", size, [&](const auto& span) { transport.gather(into, shard, span)->wait(); });
+      }
+      gathered = std::max(gathered, size);
+      add("reduce", whole_bytes,
           [&](const auto& span) { transport.reduce_scatter(piece, whole, span)->wait(); });
     }
     const HostBuffer buffer = pool->take(whole_bytes);
     const at::Tensor host = buffer.flat(numel * world, reduce_dtype);
-    add("to_host", [&](const auto& span) { link.out({{whole, host}}, span).wait(); });
-    add("to_device", [&](const auto& span) { link.in({{host, whole}}, span).wait(); });
+    add("to_host", whole_bytes, [&](const auto& span) { link.out({{whole, host}}, span).wait(); });
+    add("to_device", whole_bytes, [&](const auto& span) { link.in({{host, whole}}, span).wait(); });
     finish(device);
   }
   std::vector<double> flat;

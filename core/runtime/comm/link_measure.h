@@ -18,7 +18,8 @@ using LinkTimes = std::map<std::string, std::vector<std::pair<int64_t, int64_t>>
 
 // The median of `repeats` transfers of each size, and of the slowest rank, so
 // that all ranks get the same. Sizes of gathers and reductions are those of
-// the whole buffer; with one rank there are none. Collective.
+// the whole buffer, of gathers by copy engine at most those of the parameters; with one rank there
+// are none. Collective.
 LinkTimes measure_links(Transport& transport, HostLink& link, int64_t world,
                         c10::ScalarType reduce_dtype, const std::vector<int64_t>& bytes,
                         int64_t repeats);

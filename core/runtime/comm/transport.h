@@ -65,6 +65,24 @@ class Transport {
   // True if transfers run one after another in the order they were started, so
   // that one may read what an earlier one writes without a wait between.
   virtual bool in_order() const = 0;
+
+  // What one-sided transports ask of shards; others do nothing.
+  //
+  // Zeros for a shard of `numel` elements that `gather` is asked for later, or,
+  // if `in_place`, for a full buffer of world * numel that holds the shard of
+  // this rank. Undefined: any memory will do. Called for the same shards in the
+  // same order on every rank.
+  virtual at::Tensor shard_memory(const std::string& name, int64_t numel, bool in_place,
+                                  c10::TensorOptions options) {
+    return {};
+  }
+  // The current stream's next work may write to the shard: no peer still reads
+  // what its gathers so far asked for. Not a collective.
+  virtual void before_write(const at::Tensor& shard) {}
+  // Some shard of about `bytes`, to measure gathers with; undefined: any memory will do.
+  virtual at::Tensor sample_shard(int64_t bytes) { return {}; }
+  // Device memory in use that torch's allocator does not know of.
+  virtual int64_t outside_bytes() const { return 0; }
 };
 
 // One rank: every transfer is a copy, or nothing.

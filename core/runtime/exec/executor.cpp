@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "runtime/exec/executor.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/add.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
@@ -104,7 +105,8 @@ void Executor::perform_with_relief(const Place& place, Frame* frame,
                       " found no memory on the device, and nothing is left that could go to the "
                       "host: " +
                       why + ". The runtime holds " + std::to_string(relief_.held_bytes(*frame)) +
-                      " bytes. Use a smaller batch or more ranks, or let the plan keep less "
+                      " bytes (" + relief_.held_by_kind(*frame) +
+                      "). Use a smaller batch or more ranks, or let the plan keep less "
                       "(compile.memory_budget).");
   }
 }
@@ -119,7 +121,13 @@ void Executor::perform(const Place& place, Frame* frame, const std::shared_ptr<S
                        HeldInputs* held) {
   const PlanInstr& instr = place.get();
   ParamState* param = place.param();
+  if (instr.op == Op::kRun) return run_region(place, frame, span, held);
+  // Nothing below requires gradients or is a view of what does. Regions may be
+  // eager code, which counts its writes by the dispatch that this leaves out.
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
   switch (instr.op) {
+    case Op::kRun:
+      break;
     case Op::kGather:
       return gather(*param, span);
     case Op::kWait:
@@ -128,8 +136,6 @@ void Executor::perform(const Place& place, Frame* frame, const std::shared_ptr<S
       store_.release(*param);
       gathered_.erase(std::remove(gathered_.begin(), gathered_.end(), param), gathered_.end());
       return;
-    case Op::kRun:
-      return run_region(place, frame, span, held);
     case Op::kReduce:
       return reduce(place, frame, span);
     case Op::kAccumulate:
@@ -213,23 +219,31 @@ void Executor::accumulate(const Place& place) {
 }
 
 Executor::Inputs Executor::region_inputs(const Place& place, Frame* frame) {
-  const PlanRegion& region = place.loaded->plan.regions[static_cast<size_t>(place.get().region)];
-  Inputs inputs;
-  inputs.reserve(region.inputs.size());
-  for (const PlanOperand& input : region.inputs) {
-    if (!input.is_param) {
-      values_.fetch(frame, input.index);
-      inputs.push_back(frame->at(input.index));
+  const std::vector<LoadedInput>& wanted = place.loaded->inputs[place.section][place.instr];
+  // All that can fail first: it can be tried again while the frame is as it was.
+  for (const LoadedInput& input : wanted) {
+    if (input.param == nullptr) {
+      values_.fetch(frame, input.slot);
       continue;
     }
-    ParamState& param = *place.loaded->params[static_cast<size_t>(input.index)];
+    ParamState& param = *input.param;
     param.bring_full_back();
     if (param.presence != Presence::kWhole || param.due) {
       throw UserError("[runtime] " + describe(place) + ": parameter " + param.name +
                       (param.due ? " has an update outstanding" : " is not whole") +
                       ". The plan must gather it and wait for it first.");
     }
-    inputs.push_back(param.members[static_cast<size_t>(input.member)].slot.tensor());
+  }
+  Inputs inputs;
+  inputs.reserve(wanted.size());
+  for (const LoadedInput& input : wanted) {
+    if (input.param != nullptr) {
+      inputs.emplace_back(input.member->tensor());
+    } else if (input.last) {
+      inputs.push_back(std::move(frame->at(input.slot)));
+    } else {
+      inputs.push_back(frame->at(input.slot));
+    }
   }
   return inputs;
 }
@@ -257,7 +271,7 @@ void Executor::run_region(const Place& place, Frame* frame, const std::shared_pt
                     ". The code and the plan are of different captures.");
   }
   for (size_t i = 0; i < outputs.size(); ++i) {
-    frame->moved.erase(region.outputs[i]);
+    if (!frame->moved.empty()) frame->moved.erase(region.outputs[i]);
     frame->at(region.outputs[i]) = std::move(outputs[i]);
   }
 }

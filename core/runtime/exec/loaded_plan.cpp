@@ -101,6 +101,26 @@ std::vector<int32_t> read_by_backward(const Plan& plan, uint32_t graph) {
   return {read.begin(), read.end()};
 }
 
+std::vector<LoadedInput> resolve_inputs(const LoadedPlan& loaded, const PlanInstr& instr) {
+  std::vector<LoadedInput> inputs;
+  if (instr.op != Op::kRun) return inputs;
+  const PlanRegion& region = loaded.plan.regions.at(static_cast<size_t>(instr.region));
+  for (const PlanOperand& operand : region.inputs) {
+    if (!operand.is_param) {
+      inputs.push_back({.slot = operand.index});
+      continue;
+    }
+    ParamState* param = loaded.params.at(static_cast<size_t>(operand.index));
+    const Member& member = param->members.at(static_cast<size_t>(operand.member));
+    inputs.push_back({.param = param, .member = &member.slot});
+  }
+  std::set<int32_t> dying(instr.frees.begin(), instr.frees.end());
+  for (auto input = inputs.rbegin(); input != inputs.rend(); ++input) {
+    if (input->param == nullptr) input->last = dying.erase(input->slot) != 0;
+  }
+  return inputs;
+}
+
 }  // namespace
 
 c10::ScalarType scalar_type(DType dtype) {
@@ -136,6 +156,8 @@ LoadedPlan load_plan(std::string_view text, std::vector<std::shared_ptr<RegionCo
     loaded.kept.push_back(section.kind == SectionKind::kForward
                               ? read_by_backward(loaded.plan, section.graph)
                               : std::vector<int32_t>{});
+    auto& inputs = loaded.inputs.emplace_back();
+    for (const PlanInstr& instr : section.instrs) inputs.push_back(resolve_inputs(loaded, instr));
   }
   return loaded;
 }

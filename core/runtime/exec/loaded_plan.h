@@ -13,6 +13,14 @@
 
 namespace deepcompile {
 
+// Where an input of a run comes from, resolved once.
+struct LoadedInput {
+  int32_t slot = -1;            // of a value; -1: a parameter's member
+  bool last = false;            // the value dies with this run, and is not read again by it
+  ParamState* param = nullptr;  // null: a value
+  const MemberSlot* member = nullptr;
+};
+
 struct LoadedPlan {
   int64_t id = 0;
   Plan plan;
@@ -20,6 +28,8 @@ struct LoadedPlan {
   std::vector<std::shared_ptr<RegionCode>> codes;  // by code id
   // For each forward section: the value slots its graph's backward reads.
   std::vector<std::vector<int32_t>> kept;
+  // By section and instruction: the inputs of a run; none for others.
+  std::vector<std::vector<std::vector<LoadedInput>>> inputs;
 };
 
 // What the runtime can run, for comparison with the plan.

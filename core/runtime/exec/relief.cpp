@@ -74,7 +74,9 @@ void Relief::check(const Frame& frame, int64_t more) const {
 bool Relief::relieve(int attempt, Frame* frame, const Needed& needed) {
   const int64_t wanted =
       limit_ > 0 ? std::max<int64_t>(1, limit_ >> 3) : kFirstWish << std::min(attempt, 20);
-  int64_t freed = evict_states(wanted, needed.states);
+  int64_t freed = 0;
+  for (const auto& param : store_.params()) freed += store_.drop_reduced(*param);
+  if (freed < wanted) freed += evict_states(wanted - freed, needed.states);
   if (freed < wanted) freed += evict_values(wanted - freed, frame, needed.slots);
   if (freed < wanted) freed += evict_params(wanted - freed, needed.params);
   if (freed == 0) return false;
@@ -117,12 +119,34 @@ int64_t Relief::evict_values(int64_t wanted, Frame* frame, const std::set<int32_
 
 int64_t Relief::evict_params(int64_t wanted, const std::set<const ParamState*>& used) {
   int64_t freed = 0;
-  for (const auto& param : store_.params()) {
-    if (freed >= wanted) break;
-    if (used.count(param.get()) == 0) freed += param->send_full_away();
+  for (const bool in_flight : {false, true}) {
+    for (const auto& param : store_.params()) {
+      if (freed >= wanted) break;
+      if (used.count(param.get()) != 0) continue;
+      if ((param->presence == Presence::kInFlight) != in_flight) continue;
+      // A transfer that was started here needs nothing more of this rank, so
+      // waiting for it ends.
+      if (in_flight) store_.wait(*param);
+      freed += param->send_full_away();
+    }
   }
   report_.params_bytes += freed;
   return freed;
+}
+
+std::string Relief::held_by_kind(const Frame& frame) const {
+  std::string text;
+  int64_t rest = held_bytes(frame);
+  const auto add = [&](const std::string& kind, int64_t bytes) {
+    if (bytes > 0) text.append(text.empty() ? "" : ", ").append(kind + " " + std::to_string(bytes));
+  };
+  for (const auto& [kind, bytes] : store_.buffer_report()) {
+    if (kind == "masters" || kind == "states") continue;  // may be on the host: in the rest
+    rest -= bytes;
+    add(kind, bytes);
+  }
+  add("values and states", rest);
+  return text;
 }
 
 ReliefReport Relief::take_report() {

@@ -12,6 +12,7 @@
 
 #include <cstdint>
 #include <set>
+#include <string>
 
 #include "runtime/exec/call_table.h"
 #include "runtime/memory/param_store.h"
@@ -53,7 +54,8 @@ class Relief {
   // Frees more with every attempt, from 0. False if nothing is left to free.
   bool relieve(int attempt, Frame* frame, const Needed& needed);
 
-  int64_t held_bytes(const Frame& frame) const;  // on the device, that the runtime knows of
+  int64_t held_bytes(const Frame& frame) const;        // on the device, that the runtime knows of
+  std::string held_by_kind(const Frame& frame) const;  // the same, for a message
   ReliefReport take_report();
 
  private:

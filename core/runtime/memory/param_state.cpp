@@ -12,7 +12,8 @@
 
 namespace deepcompile {
 
-ParamState::ParamState(const ParamSpec& spec, int64_t rank, int64_t world, c10::Device device)
+ParamState::ParamState(const ParamSpec& spec, int64_t rank, int64_t world, c10::Device device,
+                       const ShardMemory& memory)
     : name(spec.name),
       placement(spec.placement),
       trainable(spec.trainable),
@@ -24,10 +25,14 @@ ParamState::ParamState(const ParamSpec& spec, int64_t rank, int64_t world, c10::
       shard_numel_(deepcompile::shard_numel(spec.numel, world)) {
   check(spec);
   if (placement == Placement::kSharded) {
-    shard_ = at::zeros({shard_numel_}, options());
+    shard_ = memory(name, shard_numel_, /*in_place=*/false, options());
+    if (!shard_.defined()) shard_ = at::zeros({shard_numel_}, options());
     copy_values(spec, shard_, shard_range());
   } else {
-    full = at::zeros({padded_numel()}, options());
+    if (placement == Placement::kWhole) {
+      full = memory(name, shard_numel_, /*in_place=*/true, options());
+    }
+    if (!full.defined()) full = at::zeros({padded_numel()}, options());
     copy_values(spec, full, {0, padded_numel()});
   }
   has_master_copy_ = trainable && dtype_ != master_dtype();

@@ -15,6 +15,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -90,12 +91,18 @@ struct DueUpdate {
   bool changed = false;           // some member is updated
 };
 
+// Zeros for a shard of `numel` elements, or, if `in_place`, for a full buffer of
+// all ranks' shards; undefined: any memory will do.
+using ShardMemory = std::function<at::Tensor(const std::string& name, int64_t numel, bool in_place,
+                                             c10::TensorOptions options)>;
+
 class ParamState {
  public:
   // Copies this rank's piece out of the members' values and takes the members'
   // memory: at most one full copy of the parameter exists beside them, and none
   // if it is sharded. Throws UserError if the members do not fit together.
-  ParamState(const ParamSpec& spec, int64_t rank, int64_t world, c10::Device device);
+  ParamState(const ParamSpec& spec, int64_t rank, int64_t world, c10::Device device,
+             const ShardMemory& memory);
 
   const std::string name;
   const Placement placement;

@@ -43,7 +43,11 @@ ParamState& ParamStore::add(const ParamSpec& spec) {
                       " already. Add each tensor once.");
     }
   }
-  params_.push_back(std::make_unique<ParamState>(spec, rank_, world_, device_));
+  const ShardMemory memory = [this](const std::string& name, int64_t numel, bool in_place,
+                                    c10::TensorOptions options) {
+    return transport_.shard_memory(name, numel, in_place, options);
+  };
+  params_.push_back(std::make_unique<ParamState>(spec, rank_, world_, device_, memory));
   ParamState& param = *params_.back();
   by_name_.emplace(param.name, &param);
   for (size_t i = 0; i < param.members.size(); ++i) {
@@ -166,13 +170,20 @@ void ParamStore::reduce(ParamState& param, const MemberGrads& grads, std::shared
 }
 
 void ParamStore::end_reduction(ParamState& param, PendingReduction* pending) {
-  pending->transfer->wait();
+  if (pending->transfer) pending->transfer->wait();
   if (param.placement == Placement::kReplicated && world_ > 1) {
     if (!pending->broadcast) {
       pending->broadcast = transport_.gather(pending->value, pending->piece, nullptr);
     }
     pending->broadcast->wait();
   }
+}
+
+int64_t ParamStore::drop_reduced(ParamState& param) {
+  if (world_ == 1 || !param.pending || !param.pending->transfer) return 0;
+  param.pending->transfer->wait();
+  param.pending->transfer.reset();
+  return static_cast<int64_t>(std::exchange(param.pending->source, {}).nbytes());
 }
 
 void ParamStore::accumulate(ParamState& param) {
@@ -213,6 +224,12 @@ void ParamStore::add_to_gradient(ParamState& param, const at::Tensor& sum) {
 
 void ParamStore::zero_grad() {
   for (const auto& param : params_) param->drop_gradient();
+}
+
+void ParamStore::before_change(ParamState& param) {
+  if (world_ == 1 || param.placement == Placement::kReplicated) return;
+  if (param.presence == Presence::kInFlight) wait(param);
+  transport_.before_write(param.shard());
 }
 
 void ParamStore::owned_changed(ParamState& param) {

@@ -50,8 +50,13 @@ class ParamStore {
   void add_locally(ParamState& param, const MemberGrads& grads);
   // Waits for the sum and adds it, as a mean over ranks, to P's gradient.
   void accumulate(ParamState& param);
+  // In an emergency: waits for P's sum, so that what it was made of can go.
+  // The bytes of that; 0 if no sum is under way.
+  int64_t drop_reduced(ParamState& param);
   void zero_grad();
 
+  // The current stream's next work may change P's owned weights: nobody reads them.
+  void before_change(ParamState& param);
   // The optimizer changed P's owned weights: what other ranks own is stale.
   void owned_changed(ParamState& param);
 

@@ -101,6 +101,7 @@ void ValueMover::await(Frame* frame, const std::vector<int32_t>& slots) {
 }
 
 void ValueMover::fetch(Frame* frame, int32_t slot) {
+  if (frame->moved.empty()) return;
   reload(frame, {slot}, nullptr);
   await(frame, {slot});
 }

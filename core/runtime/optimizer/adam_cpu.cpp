@@ -5,9 +5,9 @@
 
 #include <algorithm>
 #include <array>
-#include <cmath>
 
 #include "base/error.h"
+#include "runtime/cuda/adamw_math.h"
 #include "runtime/optimizer/adam.h"
 
 namespace deepcompile {
@@ -69,44 +69,19 @@ StoreBlock<Real> store_block_for(c10::ScalarType dtype) {
   DC_CHECK(false, "weights with a master copy are f16 or bf16");
 }
 
-// Factors of one update, in f64 as torch's Python computes them, then rounded.
-template <typename Real>
-struct Factors {
-  explicit Factors(const AdamPiece& piece) {
-    const Hyper& hyper = piece.hyper;
-    const double step = static_cast<double>(piece.step);
-    const double correction1 = 1.0 - std::pow(hyper.beta1, step);
-    const double correction2 = 1.0 - std::pow(hyper.beta2, step);
-    keep = static_cast<Real>(hyper.decoupled ? 1.0 - hyper.lr * hyper.weight_decay : 1.0);
-    l2 = static_cast<Real>(hyper.decoupled ? 0.0 : hyper.weight_decay);
-    new1 = static_cast<Real>(1.0 - hyper.beta1);
-    old2 = static_cast<Real>(hyper.beta2);
-    new2 = static_cast<Real>(1.0 - hyper.beta2);
-    step_size = static_cast<Real>(-(hyper.lr / correction1));
-    root2 = static_cast<Real>(std::sqrt(correction2));
-    eps = static_cast<Real>(hyper.eps);
-  }
-  Real keep, l2, new1, old2, new2, step_size, root2, eps;
-};
-
 template <typename Real>
 void update_block(Real* master, Real* exp_avg, Real* exp_avg_sq, const Real* gradient,
-                  int64_t count, const Factors<Real>& f) {
+                  int64_t count, const kernels::AdamFactors<Real>& factors) {
   for (int64_t i = 0; i < count; ++i) {
-    Real p = master[i];
-    const Real g = gradient[i] + f.l2 * p;
-    p = p * f.keep;
-    const Real m = exp_avg[i] + f.new1 * (g - exp_avg[i]);
-    const Real v = exp_avg_sq[i] * f.old2 + f.new2 * g * g;
-    exp_avg[i] = m;
-    exp_avg_sq[i] = v;
-    master[i] = p + f.step_size * (m / (std::sqrt(v) / f.root2 + f.eps));
+    kernels::adam_element(gradient[i], factors, &master[i], &exp_avg[i], &exp_avg_sq[i]);
   }
 }
 
 template <typename Real>
 void adam_typed(const AdamPiece& piece, double factor) {
-  const Factors<Real> factors(piece);
+  const Hyper& hyper = piece.hyper;
+  const auto factors = kernels::adam_factors<Real>(hyper.lr, hyper.beta1, hyper.beta2, hyper.eps,
+                                                   hyper.weight_decay, hyper.decoupled, piece.step);
   const auto scale = scale_block_for<Real>(piece.gradient.scalar_type());
   const bool rounds = piece.weight.defined();
   const StoreBlock<Real> store =

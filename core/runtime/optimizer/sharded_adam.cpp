@@ -3,16 +3,15 @@
 
 #include <ATen/ops/full.h>
 #include <ATen/ops/linalg_vector_norm.h>
-#include <ATen/ops/stack.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "base/error.h"
-#include "runtime/optimizer/adam.h"
 
 namespace deepcompile {
 namespace {
@@ -146,16 +145,15 @@ void ShardedAdam::norm() {
     if (clip_ > 0.0) factor_ *= std::min(1.0, clip_ / (norm + kClipEps));
     return;
   }
-  const c10::TensorOptions options = c10::TensorOptions().dtype(c10::kFloat).device(device_);
-  std::vector<at::Tensor> norms{at::zeros({}, options)};
+  std::vector<ScaledGradient> gradients;
   for (const auto& param : store_.params()) {
-    if (!param->gradient.defined()) continue;
-    norms.push_back(at::linalg_vector_norm(gradient_piece(*param), 2, {}, false, c10::kFloat)
-                        .mul(param->grad_scale));
+    if (param->gradient.defined()) gradients.push_back({gradient_piece(*param), param->grad_scale});
   }
-  const at::Tensor sum = at::stack(norms).square().sum();
+  const KernelLibrary* library = kernels().library;
+  const at::Tensor sum = library ? squared_sum_library(*library, gradients, device_)
+                                 : squared_sum_torch(gradients, device_);
   transport_.all_reduce(sum, Reduction::kSum);
-  result_.norm_tensor = sum.sqrt().mul(options_.loss_scale_inv);
+  result_.norm_tensor = sum.sqrt().mul(options_.loss_scale_inv).to(c10::kFloat);
   if (clip_ > 0.0) {
     const at::Tensor clip =
         result_.norm_tensor.add(kClipEps).reciprocal().mul(clip_).clamp_max(1.0);
@@ -201,18 +199,18 @@ void ShardedAdam::update_early(ParamState& param) {
 
 void ShardedAdam::apply(ParamState& param) {
   if (!param.due) return;
+  store_.before_change(param);
   DueUpdate& due = *param.due;
   // Neighbours with equal settings are one stretch; the gaps between them hold
   // zeros, with zero gradients.
+  std::vector<Run> runs;
   for (size_t first = 0; first < param.members.size();) {
     size_t last = first + 1;
     while (last < param.members.size() && same_update(param, first, last)) ++last;
-    if (due.outstanding[first]) {
-      update_run(param, first, last);
-      due.changed = true;
-    }
+    if (due.outstanding[first]) runs.push_back(run_of(param, first, last));
     first = last;
   }
+  update_runs(param, runs);
   const bool changed = due.changed;
   param.due.reset();
   if (changed) store_.owned_changed(param);
@@ -222,37 +220,68 @@ void ShardedAdam::apply_all() {
   for (const auto& param : store_.params()) apply(*param);
 }
 
-void ShardedAdam::update_run(ParamState& param, size_t first, size_t last) {
+ShardedAdam::Run ShardedAdam::run_of(ParamState& param, size_t first, size_t last) {
   const DueUpdate& due = *param.due;
   const Range owned = param.owned_range();
   const int64_t begin = std::max(param.members[first].offset, owned.start);
   const int64_t end =
       std::min(param.members[last - 1].offset + param.members[last - 1].numel, owned.stop);
-  if (begin < end) {
-    states_.need(param);
-    const auto piece_of = [&](const at::Tensor& tensor) {
-      return tensor.narrow(0, begin - owned.start, end - begin);
-    };
-    AdamPiece piece{.master = piece_of(param.master()),
-                    .exp_avg = piece_of(param.exp_avg()),
-                    .exp_avg_sq = piece_of(param.exp_avg_sq()),
-                    .gradient = piece_of(due.gradient),
-                    .weight = {},
-                    .grad_scale = due.grad_scale,
-                    .step = param.members[first].step + 1,
-                    .hyper = due.hypers[first]};
-    if (param.master_if_copied().defined()) piece.weight = piece_of(param.owned());
-    if (device_.is_cpu()) {
-      adam_cpu(piece, due.factor);
-    } else {
-      adam_device(piece, due.factor_tensor);
+  Run run{.first = first, .last = last, .piece = {}};
+  if (begin >= end) return run;
+  states_.need(param);
+  const auto piece_of = [&](const at::Tensor& tensor) {
+    return tensor.narrow(0, begin - owned.start, end - begin);
+  };
+  run.piece = AdamPiece{.master = piece_of(param.master()),
+                        .exp_avg = piece_of(param.exp_avg()),
+                        .exp_avg_sq = piece_of(param.exp_avg_sq()),
+                        .gradient = piece_of(due.gradient),
+                        .weight = {},
+                        .grad_scale = due.grad_scale,
+                        .step = param.members[first].step + 1,
+                        .hyper = due.hypers[first]};
+  if (param.master_if_copied().defined()) run.piece->weight = piece_of(param.owned());
+  return run;
+}
+
+void ShardedAdam::update_runs(ParamState& param, const std::vector<Run>& runs) {
+  DueUpdate& due = *param.due;
+  // One launch for all runs where the library takes them; it needs no memory.
+  const KernelLibrary* library = device_.is_cpu() ? nullptr : kernels().library;
+  std::vector<AdamPiece> together;
+  for (const Run& run : runs) {
+    if (library && run.piece && library_takes(*run.piece)) together.push_back(*run.piece);
+  }
+  if (!together.empty()) adam_library(*library, together, due.factor_tensor);
+  for (const Run& run : runs) {
+    if (run.piece && together.empty()) {
+      if (device_.is_cpu()) {
+        adam_cpu(*run.piece, due.factor);
+      } else {
+        adam_torch(*run.piece, due.factor_tensor);
+      }
     }
+    // After each, so that a second try after an allocation failed does what is left.
+    for (size_t i = run.first; i < run.last; ++i) {
+      ++param.members[i].step;
+      due.outstanding[i] = false;
+    }
+    due.changed = true;
   }
-  // Last, so that a second try after an allocation failed does what is left.
-  for (size_t i = first; i < last; ++i) {
-    ++param.members[i].step;
-    param.due->outstanding[i] = false;
+}
+
+const KernelChoice& ShardedAdam::kernels() {
+  if (!kernels_) {
+    kernels_ = device_.is_cuda()
+                   ? choose_kernels(KernelLibrary::beside_runtime(), device_index())
+                   : KernelChoice{nullptr, device_.is_cpu() ? "this is a CPU" : "no CUDA device"};
   }
+  return *kernels_;
+}
+
+int ShardedAdam::device_index() const {
+  if (device_.has_index()) return device_.index();
+  return c10::impl::VirtualGuardImpl(device_.type()).getDevice().index();
 }
 
 StepResult ShardedAdam::end() {

@@ -13,9 +13,12 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
+#include "runtime/cuda/library.h"
 #include "runtime/memory/param_store.h"
 #include "runtime/offload/state_mover.h"
+#include "runtime/optimizer/adam.h"
 
 namespace deepcompile {
 
@@ -56,6 +59,9 @@ class ShardedAdam {
   StepResult end();    // drops what gradients are left
   void abandon();      // a failed step: drops the gradients
 
+  // Which kernels serve the device; found when first asked for.
+  const KernelChoice& kernels();
+
   // Set when reductions came from outside a plan, and ranks may disagree.
   bool members_may_differ = false;
 
@@ -68,7 +74,15 @@ class ShardedAdam {
   void check_early(const StepOptions& options) const;
   void reduce_local_sums();
   void make_due(ParamState& param, double factor, const at::Tensor& factor_tensor);
-  void update_run(ParamState& param, size_t first, size_t last);
+  // Members [first, last) with equal settings, and their elements that this rank owns.
+  struct Run {
+    size_t first = 0;
+    size_t last = 0;
+    std::optional<AdamPiece> piece;  // none if it owns none
+  };
+  Run run_of(ParamState& param, size_t first, size_t last);
+  void update_runs(ParamState& param, const std::vector<Run>& runs);
+  int device_index() const;
 
   ParamStore& store_;
   StateMover& states_;
@@ -81,6 +95,7 @@ class ShardedAdam {
   StepResult result_;
   double factor_ = 1.0;       // on a CPU: every gradient's factor in this step
   at::Tensor factor_tensor_;  // on a device
+  std::optional<KernelChoice> kernels_;
 };
 
 }  // namespace deepcompile

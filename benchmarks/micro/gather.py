@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast are gathers, and what do they cost the matmuls beside them?  A table and JSON.
+
+Every size is a sharded bf16 parameter of its own, gathered through the runtime as a plan would.
+"alone": nothing else runs. "beside": matmuls that last about 0.7 of the gathers start with them;
+their slowdown is against the same matmuls alone. Rates count what arrives from other ranks.
+
+    torchrun --standalone --nproc-per-node 4 benchmarks/micro/gather.py --mb 32,128,512,1712
+
+`overlap` is copy_engine with copies that prefer to run beside compute (a hint to the driver).
+Without GPUs, `--library` names a library in libcuda's place; times then say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepcompile import _runtime
+
+WAYS = {
+    "nccl": ("nccl", {}),
+    "copy_engine": ("copy_engine", {}),
+    "overlap": ("copy_engine", {"overlap": True}),
+}
+MATMUL = {"cuda": (1024, 8192, 28672), "cpu": (64, 128, 128)}
+"""Rows, inner and columns of the matmuls beside."""
+PER_ROUND = 3
+"""Gathers under way at once."""
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mb", default="32,128,512,1712", help="whole sizes in MB")
+    parser.add_argument("--ways", default="nccl,copy_engine,overlap", help=", ".join(WAYS))
+    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--library", help="in libcuda's place")
+    parser.add_argument("--json", type=Path, help="also write the rows here")
+    return parser.parse_args()
+
+
+class Clock:
+    """Milliseconds of work on the current stream, the slowest rank's; the host's on a CPU."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def settle(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        dist.barrier()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def mark(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, start: Any, end: Any) -> float:
+        if self._device.type != "cuda":
+            return (end - start) * 1e3
+        torch.cuda.synchronize(self._device)
+        return start.elapsed_time(end)
+
+    def slowest(self, times: list[float]) -> float:
+        """The median over repeats, then the most of the ranks."""
+        worst = torch.tensor([statistics.median(times)], device=self._device)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        return worst.item()
+
+
+class Gathers:
+    """PER_ROUND parameters of one size, and one way to gather them."""
+
+    def __init__(self, way: str, numel: int, device: torch.device, library: str | None):
+        transport, options = WAYS[way]
+        options = dict(options, least_bytes=1) | ({"library": library} if library else {})
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.runtime = _runtime.Runtime(
+            dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 120.0, transport, options
+        )
+        self.names = [f"p{i}" for i in range(PER_ROUND)]
+        for name in self.names:
+            values = torch.nn.Parameter(torch.randn(numel, device=device).bfloat16())
+            self.runtime.add_param(name, [(name, values, 0)], numel, "sharded", False)
+            del values
+
+    def run(self, beside: Callable[[], None], clock: Clock) -> tuple[float, float]:
+        """ms until `beside` is over, and until all gathers are."""
+        begin = clock.mark()
+        self.runtime.gather(self.names)
+        beside()
+        computed = clock.mark()
+        self.runtime.wait(self.names)
+        gathered = clock.mark()
+        self.runtime.release(self.names)
+        return clock.between(begin, computed), clock.between(begin, gathered)
+
+
+def measure(
+    way: str, numel: int, device: torch.device, a: argparse.Namespace, clock: Clock
+) -> dict[str, float]:
+    gathers = Gathers(way, numel, device, a.library)
+    rows, inner, columns = MATMUL[device.type]
+    left = torch.randn(rows, inner, device=device).bfloat16()
+    right = torch.randn(inner, columns, device=device).bfloat16()
+
+    def matmuls(count: int) -> None:
+        for _ in range(count):
+            torch.mm(left, right)
+
+    def repeated(beside: Callable[[], None]) -> tuple[float, float]:
+        rounds = []
+        for _ in range(a.repeats + 2):
+            clock.settle()
+            rounds.append(gathers.run(beside, clock))
+        computed, gathered = zip(*rounds[2:], strict=True)
+        return clock.slowest(list(computed)), clock.slowest(list(gathered))
+
+    def timed(count: int) -> float:
+        clock.settle()
+        start = clock.mark()
+        matmuls(count)
+        return clock.between(start, clock.mark())
+
+    _, alone = repeated(lambda: None)
+    timed(20)
+    one = clock.slowest([timed(20) / 20 for _ in range(3)])
+    count = max(1, round(0.7 * alone / one))
+    base = clock.slowest([timed(count) for _ in range(3)])
+    computed, beside = repeated(lambda: matmuls(count))
+    world = dist.get_world_size()
+    arrived = PER_ROUND * numel * 2 * (world - 1) / world
+    return {
+        "way": way,
+        "mb": numel * 2 / 1e6,
+        "alone_ms": alone / PER_ROUND,
+        "alone_gb_s": arrived / alone / 1e6,
+        "beside_ms": beside / PER_ROUND,
+        "beside_gb_s": arrived / beside / 1e6,
+        "matmul_slowdown": computed / base,
+    }
+
+
+def main() -> int:
+    a = parse()
+    cuda = torch.cuda.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not (cuda or a.library):
+        print("[gather] start this with torchrun on 2 or more GPUs", file=sys.stderr)
+        return 2
+    unknown = [way for way in a.ways.split(",") if way not in WAYS]
+    if unknown:
+        print(f"[gather] --ways: {unknown[0]} is none of {', '.join(WAYS)}", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    clock, rows = Clock(device), []
+    say = print if dist.get_rank() == 0 else lambda *_, **__: None
+    say(f"{'way':<12} {'MB':>8} {'alone ms':>9} {'GB/s':>6} ", end="")
+    say(f"{'beside ms':>10} {'GB/s':>6} {'matmuls':>8}", flush=True)
+    for mb in map(float, a.mb.split(",")):
+        for way in a.ways.split(","):
+            row = measure(way, int(mb * 1e6 / 2), device, a, clock)
+            rows.append(row)
+            say(
+                f"{way:<12} {row['mb']:8.1f} {row['alone_ms']:9.3f} {row['alone_gb_s']:6.0f} "
+                f"{row['beside_ms']:10.3f} {row['beside_gb_s']:6.0f} "
+                f"{row['matmul_slowdown']:7.2f}x",
+                flush=True,
+            )
+    if a.json and dist.get_rank() == 0:
+        name = torch.cuda.get_device_name(device) if cuda else "cpu"
+        facts = {"device": name, "ranks": dist.get_world_size(), "torch": torch.__version__}
+        nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
+        facts |= {"nccl": nccl, "repeats": a.repeats, "gathers_at_once": PER_ROUND}
+        a.json.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// The copy engine transport: on one NVLink node, gathers are pulls from the
+// peers' memory by the GPU's copy engines, so they take no multiprocessor from
+// compute. Everything else goes over the process group, on the same stream.
+//
+// Shards lie in PeerMemory. Gather number n of a shard, on the transfers'
+// stream of each rank:
+//
+//   1. write 2n-1 to every rank's word for (shard, me): "mine is ready";
+//   2. wait until all words for the shard here are at least 2n-1;
+//   3. copy the shards of rank+1, rank+2, ... and mine straight into the full
+//      buffer, one whole shard after another;
+//   4. write 2n: "I have read yours".
+//
+// and before this rank writes to its shard (an update, a store, a load), the
+// compute stream waits until all words are at least 2n, n the last gather here.
+//
+// Why that is enough:
+// - Read after write: step 1 runs after whatever compute had been given before
+//   the gather, the last update among it, and a word is written after all that
+//   its stream and those it waited for wrote before. So after step 2 every
+//   shard has the values of its owner's last update.
+// - Write after read: the owner's wait covers every peer's pull of every gather
+//   that the owner has asked for too; of a later one, no peer can pass step 2
+//   before the owner's next step 1, which comes after its write. No reduction
+//   between a gather and the update is relied on, so updates without one,
+//   gathers for evaluation, store() and loads need no barrier of their own.
+//   After a reduction the wait is over before it begins.
+// - In step: step 2 makes the ranks start a gather together, so that at any
+//   time each peer's memory is read by one rank (rank+d reads from rank+d+1).
+//   Ranks that drift apart read the same peer and halve the rate.
+// - No deadlock: all ranks give their streams the same gathers and reductions in
+//   the same order, each writes its word before it waits, and neither wait needs
+//   anything that its peers were given later.
+// - The host waits for nothing. Values grow by two with each gather and are
+//   compared as differences, so they may go round.
+//
+// A full buffer whose shard is in place is written to by whoever likes once the
+// gather was waited for; there the wait of step 4 is part of the gather's.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "runtime/comm/driver.h"
+#include "runtime/comm/stream_pair.h"
+#include "runtime/comm/transport.h"
+
+namespace deepcompile {
+
+// Shards below this many bytes go over the process group: what a pull costs
+// beside its bytes is then more than what it spares compute.
+constexpr int64_t kLeastPeerBytes = 256 << 10;
+
+constexpr const char* kCudaLibrary = "libcuda.so.1";
+
+struct GatherOptions {
+  std::string transport = "nccl";      // "nccl" (the process group), "copy_engine" or "auto"
+  std::string library = kCudaLibrary;  // another one stands in for the driver, on CPUs too
+  int64_t least_bytes = kLeastPeerBytes;
+  CopyKind copies = CopyKind::kPlain;
+  std::string host;  // what this host is called; empty: by what it calls itself
+};
+
+struct GatherChoice {
+  std::unique_ptr<Transport> transport;
+  std::string name;  // "nccl" or "copy_engine"
+  std::string why;
+};
+
+// What gathers go over, from now on: `base`, or pulls beside it. Collective if
+// pulls are asked for: then every rank maps a peer's memory, writes and reads
+// there, and all find the same. Throws UserError if pulls are demanded and
+// impossible. `streams`: null on a CPU.
+GatherChoice choose_gathers(const GatherOptions& options, std::unique_ptr<Transport> base,
+                            int64_t rank, int64_t world, c10::Device device,
+                            std::chrono::milliseconds timeout,
+                            std::shared_ptr<const StreamPair> streams);
+
+}  // namespace deepcompile

@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+// Driver: the few functions of the CUDA driver that one-sided transfers need.
+//
+// They are looked up in libcuda when the first engine asks, so the runtime
+// builds and runs without CUDA's headers and without a GPU. Each call makes the
+// device's primary context, the one torch uses, current for its duration.
+//
+// Callers: PeerMemory, the copy engine transport and its watch; any thread.
+// Methods throw TransportError with the driver's name for what went wrong.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "runtime/comm/driver_functions.h"
+
+namespace deepcompile {
+
+using DeviceAddress = cuda_driver::Address;
+using IpcHandle = cuda_driver::IpcHandle;
+
+// One step of a stream that writes, or waits for, a 32-bit word of device memory.
+struct MemoryOp {
+  enum class Kind { kWrite, kWaitAtLeast };  // at least: as differences of 32 bits go round
+  Kind kind = Kind::kWrite;
+  DeviceAddress address = 0;
+  uint32_t value = 0;
+};
+
+enum class CopyKind {
+  kPlain,    // as the driver thinks best
+  kOverlap,  // preferably beside compute; needs CUDA 12.8
+};
+
+class Driver {
+ public:
+  using Stream = void*;  // CUstream; null: the default stream
+
+  // `library`: a file name for dlopen. `device`: its number in this process.
+  // Throws TransportError naming the library or the function that is missing.
+  Driver(const std::string& library, int device);
+  ~Driver();
+  Driver(const Driver&) = delete;
+  Driver& operator=(const Driver&) = delete;
+
+  // The device's PCI address: the same in every process of the host.
+  std::string bus_id() const;
+  // Why this device cannot read the memory of that one; empty if it can.
+  std::string why_no_access(const std::string& peer_bus_id) const;
+  bool copies(CopyKind kind) const;
+
+  DeviceAddress allocate(int64_t bytes) const;
+  void free(DeviceAddress address) const;
+  IpcHandle share(DeviceAddress address) const;
+  DeviceAddress open(const IpcHandle& handle) const;
+  void close(DeviceAddress address) const;
+
+  // In the stream's order; the host goes on.
+  void copy(DeviceAddress to, DeviceAddress from, int64_t bytes, Stream stream,
+            CopyKind kind) const;
+  void run(std::vector<MemoryOp> ops, Stream stream) const;
+  bool idle(Stream stream) const;  // all that was started on it is over
+
+  // This thread's calls do not break a capture of a CUDA graph on another thread.
+  void leave_captures_alone() const;
+  // On a stream of the driver's own, beside whatever others wait for; over on return.
+  std::vector<uint32_t> read(DeviceAddress address, int64_t words) const;
+  void write(DeviceAddress address, uint32_t value) const;
+
+ private:
+  struct Functions;
+  class Current;
+
+  void check(int result, const char* function) const;
+  void finish_side() const;
+
+  std::unique_ptr<Functions> functions_;
+  int device_ = 0;            // CUdevice
+  void* context_ = nullptr;   // CUcontext, retained
+  Stream side_ = nullptr;     // the driver's own
+  mutable std::mutex mutex_;  // of `side_`
+};
+
+}  // namespace deepcompile

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/comm/stall_watch.h"
+
+#include <algorithm>
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <utility>
+
+#include "runtime/comm/transport.h"
+
+namespace deepcompile {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+constexpr auto kLongestNap = milliseconds(1000);
+constexpr auto kGrace = std::chrono::seconds(30);  // for a stream to end once it was released
+
+// An event that cannot be asked belongs to a device that is lost: others say so.
+bool is_over(const WatchedWait& wait) {
+  try {
+    return wait.over();
+  } catch (const std::exception&) {
+    return true;
+  }
+}
+
+bool reached(uint32_t word, uint32_t value) {
+  return static_cast<int32_t>(word - value) >= 0;
+}
+
+}  // namespace
+
+StallWatch::StallWatch(std::shared_ptr<const Driver> driver, milliseconds timeout)
+    : driver_(std::move(driver)), timeout_(timeout), thread_([this] { watch(); }) {}
+
+StallWatch::~StallWatch() {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ended_ = true;
+  }
+  changed_.notify_all();
+  thread_.join();
+}
+
+void StallWatch::add(WatchedWait wait) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  waits_.push_back(std::move(wait));
+}
+
+void StallWatch::check() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!failure_.empty()) throw TransportError(failure_);
+}
+
+void StallWatch::watch() {
+  const auto nap = std::clamp(timeout_ / 8, milliseconds(5), milliseconds(kLongestNap));
+  try {
+    driver_->leave_captures_alone();
+  } catch (const std::exception&) {  // there is nothing to capture then
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  while (!ended_) {
+    changed_.wait_for(lock, nap);
+    while (!waits_.empty() && is_over(waits_.front())) waits_.pop_front();
+    if (waits_.empty()) continue;
+    const auto late = steady_clock::now() - waits_.front().since;
+    if (failure_.empty() && late > timeout_) {
+      failure_ = diagnose(waits_.front());
+      std::fprintf(stderr, "[runtime] %s\n", failure_.c_str());
+      release(waits_);
+    } else if (!failure_.empty() && late > timeout_ + kGrace) {
+      std::fprintf(stderr, "[runtime] %s; its stream does not end\n", failure_.c_str());
+      std::abort();
+    }
+  }
+}
+
+std::string StallWatch::diagnose(const WatchedWait& wait) const {
+  std::array<char, 32> seconds{};
+  std::snprintf(seconds.data(), seconds.size(), "%g", static_cast<double>(timeout_.count()) / 1e3);
+  std::string text = wait.what + " waited " + seconds.data() + " s for";
+  try {
+    for (size_t rank = 0; rank < wait.words.size(); ++rank) {
+      if (reached(driver_->read(wait.words[rank], 1).front(), wait.value)) continue;
+      text += " rank " + std::to_string(rank);
+    }
+  } catch (const std::exception& error) {
+    text += std::string(" peers (") + error.what() + ")";
+  }
+  return text;
+}
+
+void StallWatch::release(const std::deque<WatchedWait>& waits) const {
+  try {
+    for (const WatchedWait& wait : waits) {
+      for (const DeviceAddress word : wait.words) {
+        if (!reached(driver_->read(word, 1).front(), wait.value)) driver_->write(word, wait.value);
+      }
+    }
+  } catch (const std::exception&) {  // the grace ends it
+  }
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU kernels of libdeepcompile_cuda.so from Python, on torch tensors.
+
+The runtime calls the library itself; this is for tests, benchmarks, and whoever
+wants its optimizer alone. Work goes to torch's current stream of the tensors'
+device; nothing waits for it. core/runtime/cuda/kernels.h describes the calls.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .errors import UserError
+
+ABI = 1
+NAME = "libdeepcompile_cuda.so"
+_TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
+
+
+@dataclasses.dataclass
+class Segment:
+    """One stretch of elements with one set of settings. All tensors are contiguous, on one
+    device, of one number of elements."""
+
+    master: torch.Tensor
+    """f32; updated, as both moments are."""
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    gradient: torch.Tensor
+    """f32, bf16 or f16; read only."""
+    weight: torch.Tensor | None = None
+    """bf16 or f16: gets the new master, rounded. None: the master is the weight."""
+    grad_scale: float = 1.0
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    step: int = 1
+    """This update's number, from 1."""
+    decoupled: bool = True
+    """AdamW; False: Adam, whose decay is added to the gradient."""
+
+
+class _Segment(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("master", "exp_avg", "exp_avg_sq")),
+        ("gradient", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("grad_scale", "lr", "beta1", "beta2", "eps")),
+        ("weight_decay", ctypes.c_double),
+        ("step", ctypes.c_int64),
+        ("decoupled", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+class _Gradient(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+        ("type", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    ]
+
+
+def library_path() -> Path:
+    """Where the library is, if it was built."""
+    return Path(__file__).parent / NAME
+
+
+def _type(tensor: torch.Tensor | None) -> int:
+    dtype = None if tensor is None else tensor.dtype
+    if dtype not in _TYPES:
+        raise UserError(f"[kernels] {dtype}: the kernels take f32, bf16, f16 and f64")
+    return _TYPES[dtype]
+
+
+def _pointer(tensor: torch.Tensor | None, like: torch.Tensor) -> int | None:
+    if tensor is None:
+        return None
+    if tensor.device != like.device or tensor.numel() != like.numel():
+        raise UserError(
+            f"[kernels] a tensor of {tensor.numel()} elements on {tensor.device} beside one of "
+            f"{like.numel()} on {like.device}: give tensors of one size on one GPU"
+        )
+    if tensor.device.type != "cuda" or not tensor.is_contiguous():
+        raise UserError("[kernels] a tensor is not contiguous, or not on a GPU: copy it first")
+    return tensor.data_ptr()
+
+
+class Kernels:
+    """The library, loaded."""
+
+    def __init__(self, path: Path | None = None):
+        self.path = library_path() if path is None else path
+        try:
+            self._library = ctypes.CDLL(str(self.path))
+        except OSError as error:
+            raise UserError(
+                f"[kernels] {self.path} could not be loaded ({error}): build deepcompile where "
+                "there is a CUDA toolkit"
+            ) from None
+        found = self._library.deepcompile_cuda_abi()
+        if found != ABI:
+            raise UserError(f"[kernels] {self.path} has ABI {found}, not {ABI}: build it again")
+        self._library.deepcompile_cuda_error.restype = ctypes.c_char_p
+        self._library.deepcompile_cuda_squared_sum_partials.restype = ctypes.c_int64
+
+    def check(self, status: int) -> None:
+        """UserError for any other status than 0."""
+        if status:
+            text = self._library.deepcompile_cuda_error(ctypes.c_int(status)).decode()
+            raise UserError(f"[kernels] {self.path.name}: {text} ({status})")
+
+    def usable(self, device: int) -> None:
+        """UserError if the kernels do not run on the GPU of this number."""
+        self.check(self._library.deepcompile_cuda_usable(ctypes.c_int(device)))
+
+    def adamw(self, segments: Sequence[Segment], factor: torch.Tensor | None = None) -> None:
+        """Update all segments, which have one type of gradients and one of weights. factor: one
+        f32 on the GPU, that all gradients are multiplied by; None for 1."""
+        if not segments:
+            return
+        first = segments[0]
+        gradient_type, weight_type = _type(first.gradient), _type(first.weight)
+        table = (_Segment * len(segments))()
+        for row, s in zip(table, segments, strict=True):
+            if (_type(s.gradient), _type(s.weight)) != (gradient_type, weight_type):
+                raise UserError("[kernels] segments of several types: make a call for each")
+            states = (s.master, s.exp_avg, s.exp_avg_sq)
+            if any(t.dtype != torch.float32 for t in states):
+                raise UserError("[kernels] masters and moments are f32: convert them")
+            pointers = [_pointer(t, s.master) for t in (*states, s.gradient, s.weight)]
+            numbers = (s.grad_scale, s.lr, *s.betas, s.eps, s.weight_decay)
+            row.__init__(*pointers, s.master.numel(), *numbers, s.step, int(s.decoupled), 0)
+        device = first.master.device
+        self.check(
+            self._library.deepcompile_cuda_adamw(
+                ctypes.c_int(device.index),
+                ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
+                table,
+                ctypes.c_int64(len(segments)),
+                ctypes.c_int(gradient_type),
+                ctypes.c_int(weight_type),
+                ctypes.c_void_p(None if factor is None else factor.data_ptr()),
+            )
+        )
+
+    def squared_sum(
+        self,
+        gradients: Sequence[torch.Tensor],
+        scales: Sequence[float],
+        out: torch.Tensor,
+        partials: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """out (0-dim f64 or f32 on the GPU) = sum of all (scale * element)^2. partials: f64 on the
+        GPU for the partial sums; None to allocate them."""
+        table = (_Gradient * max(1, len(gradients)))()
+        for row, gradient, scale in zip(table, gradients, scales, strict=len(gradients) > 0):
+            data = _pointer(gradient, gradient)
+            row.__init__(data, gradient.numel(), scale, _type(gradient), 0)
+        count = ctypes.c_int64(len(gradients))
+        if partials is None:
+            needed = self._library.deepcompile_cuda_squared_sum_partials(table, count)
+            partials = torch.empty(needed, dtype=torch.float64, device=out.device)
+        self.check(
+            self._library.deepcompile_cuda_squared_sum(
+                ctypes.c_int(out.device.index),
+                ctypes.c_void_p(torch.cuda.current_stream(out.device).cuda_stream),
+                table,
+                count,
+                ctypes.c_void_p(partials.data_ptr()),
+                ctypes.c_int64(partials.numel()),
+                ctypes.c_void_p(_pointer(out, out)),
+                ctypes.c_int(_type(out)),
+            )
+        )
+        return out

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the runtime asks of libcuda, on a CPU: memory that other processes can
+// map, streams that run their work at once, words that are waited for.
+//
+// A stream's work done at once, in the order it was given, is one order that a
+// GPU may choose, and the hardest for a protocol of waits: what would wait for
+// something given later hangs here.
+//
+// Tests reach the hooks below through ctypes: the library is loaded once.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+#include <thread>
+
+namespace {
+
+using Address = unsigned long long;
+
+constexpr int kSuccess = 0;
+constexpr int kInvalidValue = 1;
+constexpr int kOutOfMemory = 2;
+constexpr int kInvalidDevice = 101;
+constexpr int kMapFailed = 205;
+constexpr int kLaunchTimeout = 702;
+constexpr int kDevices = 64;
+constexpr auto kHang = std::chrono::seconds(60);  // a wait that nobody ends
+
+struct Handle {
+  char bytes[64];
+};
+
+struct BatchOp {
+  int operation;  // 1: wait, 2: write
+  Address address;
+  uint64_t value;
+  unsigned flags;
+  Address alias;
+  uint64_t rest;
+};
+
+struct Allocation {
+  size_t bytes;
+  int file;
+};
+
+std::mutex mutex;
+std::map<Address, Allocation> own;
+std::map<Address, size_t> peers;
+std::map<std::string, std::atomic<int>> hooks;  // see fake_cuda_set
+std::map<std::string, std::atomic<int>> counts;
+int context;
+
+void count(const char* what) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  ++counts[what];
+}
+
+int hook(const char* what) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  return hooks[what];
+}
+
+bool of_a_peer(Address address) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = peers.upper_bound(address);
+  if (found == peers.begin()) return false;
+  --found;
+  return address < found->first + found->second;
+}
+
+void copy(Address to, Address from, size_t bytes) {
+  if (of_a_peer(from)) {
+    count("pulls");
+    std::this_thread::sleep_for(std::chrono::milliseconds(hook("pull_ms")));
+  }
+  std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+}
+
+int wait(const BatchOp& op) {
+  const auto value = static_cast<uint32_t>(op.value);
+  if (hook(value % 2 == 0 ? "ignore_even_waits" : "ignore_odd_waits") != 0) return kSuccess;
+  const auto* word = reinterpret_cast<const uint32_t*>(op.address);
+  const auto deadline = std::chrono::steady_clock::now() + kHang;
+  while (static_cast<int32_t>(__atomic_load_n(word, __ATOMIC_ACQUIRE) - value) < 0) {
+    if (std::chrono::steady_clock::now() > deadline) return kLaunchTimeout;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  return kSuccess;
+}
+
+void* map_file(int file, size_t bytes) {
+  void* const memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+  return memory == MAP_FAILED ? nullptr : memory;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Hooks: pull_ms (each copy from a peer's memory takes so long), ignore_odd_waits and
+// ignore_even_waits (waits for such values are over at once), no_access (between devices),
+// no_mapping (of a peer's memory), deaf (peers' words are not written).
+void fake_cuda_set(const char* what, int value) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  hooks[what] = value;
+}
+
+// Counts: pulls, allocations and mappings (those there are), writes, overlapping (copies).
+int fake_cuda_count(const char* what) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (std::strcmp(what, "allocations") == 0) return static_cast<int>(own.size());
+  if (std::strcmp(what, "mappings") == 0) return static_cast<int>(peers.size());
+  return counts[what];
+}
+
+int cuInit(unsigned) {
+  return kSuccess;
+}
+
+int cuGetErrorName(int error, const char** name) {
+  static const std::map<int, const char*> names{{kInvalidValue, "CUDA_ERROR_INVALID_VALUE"},
+                                                {kOutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY"},
+                                                {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE"},
+                                                {kMapFailed, "CUDA_ERROR_MAP_FAILED"},
+                                                {kLaunchTimeout, "CUDA_ERROR_LAUNCH_TIMEOUT"}};
+  const auto found = names.find(error);
+  if (found == names.end()) return kInvalidValue;
+  *name = found->second;
+  return kSuccess;
+}
+
+int cuDeviceGet(int* device, int ordinal) {
+  *device = ordinal;
+  return ordinal < kDevices ? kSuccess : kInvalidDevice;
+}
+
+int cuDeviceGetPCIBusId(char* text, int length, int device) {
+  std::snprintf(text, static_cast<size_t>(length), "fake:%02d.0", device);
+  return kSuccess;
+}
+
+int cuDeviceGetByPCIBusId(int* device, const char* text) {
+  return std::sscanf(text, "fake:%d.0", device) == 1 ? kSuccess : kInvalidDevice;
+}
+
+int cuDeviceCanAccessPeer(int* can, int, int) {
+  *can = hook("no_access") == 0 ? 1 : 0;
+  return kSuccess;
+}
+
+int cuDevicePrimaryCtxRetain(void** found, int) {
+  *found = &context;
+  return kSuccess;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int) {
+  return kSuccess;
+}
+int cuCtxPushCurrent_v2(void* pushed) {
+  return pushed == &context ? kSuccess : kInvalidValue;
+}
+int cuCtxPopCurrent_v2(void** popped) {
+  *popped = &context;
+  return kSuccess;
+}
+
+int cuMemAlloc_v2(Address* address, size_t bytes) {
+  const int file = memfd_create("fake_cuda", 0);
+  if (file < 0 || ftruncate(file, static_cast<off_t>(bytes)) != 0) return kOutOfMemory;
+  void* const memory = map_file(file, bytes);
+  if (memory == nullptr) return kOutOfMemory;
+  *address = reinterpret_cast<Address>(memory);
+  std::memset(memory, 0xA5, 1 << 16);  // a device's memory is not zero
+  const std::lock_guard<std::mutex> lock(mutex);
+  own[*address] = {bytes, file};
+  return kSuccess;
+}
+
+int cuMemFree_v2(Address address) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = own.find(address);
+  if (found == own.end()) return kInvalidValue;
+  munmap(reinterpret_cast<void*>(address), found->second.bytes);
+  close(found->second.file);
+  own.erase(found);
+  return kSuccess;
+}
+
+int cuIpcGetMemHandle(Handle* handle, Address address) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = own.find(address);
+  if (found == own.end()) return kInvalidValue;
+  std::snprintf(handle->bytes, sizeof(handle->bytes), "%d %d %zu", getpid(), found->second.file,
+                found->second.bytes);
+  return kSuccess;
+}
+
+int cuIpcOpenMemHandle_v2(Address* address, Handle handle, unsigned flags) {
+  int process = 0;
+  int file = 0;
+  size_t bytes = 0;
+  if (flags != 1 || std::sscanf(handle.bytes, "%d %d %zu", &process, &file, &bytes) != 3) {
+    return kInvalidValue;
+  }
+  const std::string path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(file);
+  const int opened = hook("no_mapping") != 0 ? -1 : open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (opened < 0) return kMapFailed;
+  void* const memory = map_file(opened, bytes);
+  close(opened);
+  if (memory == nullptr) return kMapFailed;
+  *address = reinterpret_cast<Address>(memory);
+  const std::lock_guard<std::mutex> lock(mutex);
+  peers[*address] = bytes;
+  return kSuccess;
+}
+
+int cuIpcCloseMemHandle(Address address) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = peers.find(address);
+  if (found == peers.end()) return kInvalidValue;
+  munmap(reinterpret_cast<void*>(address), found->second);
+  peers.erase(found);
+  return kSuccess;
+}
+
+int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void*) {
+  copy(to, from, bytes);
+  return kSuccess;
+}
+
+int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void*) {
+  std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
+  return kSuccess;
+}
+
+struct CopyAttributes {
+  int order;
+  int locations[4];
+  unsigned flags;
+};
+
+int cuMemcpyBatchAsync_v2(Address* to, Address* from, size_t* bytes, size_t copies,
+                          CopyAttributes* attributes, size_t* first, size_t kinds, void*) {
+  if (kinds != 1 || *first != 0 || attributes->order != 1) return kInvalidValue;
+  for (size_t i = 0; i < copies; ++i) copy(to[i], from[i], bytes[i]);
+  if (attributes->flags == 1) count("overlapping");
+  return kSuccess;
+}
+
+int cuStreamBatchMemOp_v2(void*, unsigned ops, BatchOp* op, unsigned flags) {
+  if (flags != 0 || ops > 256) return kInvalidValue;
+  for (unsigned i = 0; i < ops; ++i) {
+    if (op[i].flags != 0 || op[i].address % 4 != 0) return kInvalidValue;
+    if (op[i].operation == 1) {
+      if (const int result = wait(op[i]); result != kSuccess) return result;
+    } else if (op[i].operation == 2) {
+      count("writes");
+      if (hook("deaf") != 0 && of_a_peer(op[i].address)) continue;
+      __atomic_store_n(reinterpret_cast<uint32_t*>(op[i].address),
+                       static_cast<uint32_t>(op[i].value), __ATOMIC_RELEASE);
+    } else {
+      return kInvalidValue;
+    }
+  }
+  return kSuccess;
+}
+
+int cuStreamCreate(void** stream, unsigned) {
+  *stream = &context;
+  return kSuccess;
+}
+
+int cuStreamDestroy_v2(void*) {
+  return kSuccess;
+}
+int cuStreamQuery(void*) {
+  return kSuccess;
+}
+int cuStreamSynchronize(void*) {
+  return kSuccess;
+}
+
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  *mode = 0;
+  return kSuccess;
+}
+
+}  // extern "C"
