@@ -16,6 +16,7 @@ from .config import Config, load_config
 from .distributed import Ranks, join
 from .engine import Engine
 from .errors import UserError
+from .fast_forms import FastForms
 from .links import named_machine
 from .lr_schedules import build_scheduler
 from .optimizer import ShardedOptimizer
@@ -70,7 +71,8 @@ def initialize(
         stage=settings.stage,
         persistence_threshold=settings.zero_optimization.stage3_param_persistence_threshold,
     )
-    engine = Engine(model, settings, ranks, table, _runtime(table, settings, ranks), source)
+    forms = FastForms(model, settings.compile)  # reads the parameters: they are whole until here
+    engine = Engine(model, settings, ranks, table, _runtime(table, settings, ranks), source, forms)
     engine.lr_scheduler = _scheduler(engine.optimizer, settings, lr_scheduler)
     if training_data is not None:
         engine.training_dataloader = _dataloader(training_data, settings, ranks, collate_fn)
@@ -98,6 +100,7 @@ def _runtime(table: ParamTable, config: Config, ranks: Ranks) -> Any:
         clip=config.gradient_clipping,
         accumulation=config.gradient_accumulation_steps,
         timeout_s=config.compile.timeout_s,
+        gather=config.compile.gather,
     )
     for index, spec in enumerate(table.params):
         members = [

@@ -207,11 +207,30 @@ class CompileConfig:
     early_updates: bool = _key(_bool, False)
     """Plans may update parameters inside the last backward of a step: no gradient can be dropped
     or looked at between backward() and step()."""
+    gather: str = _key(_choice("nccl", "copy_engine", "auto"), "nccl")
+    """How sharded parameters are made whole. `nccl`: by the process group, whatever its backend.
+    `copy_engine`: by the GPUs' copy engines, which take no multiprocessor from compute; all ranks
+    on one host whose GPUs can access each other's memory. Auto: `copy_engine` where it works."""
     region_bytes: int = _key(_positive, 4 << 30)
     """Most bytes of parameters that one compiled region uses; one parameter may exceed it."""
+    region_host: str = _key(_choice("cpp", "python"), "python")
+    """What launches the kernels of a compiled region: code that Inductor writes in Python, or in
+    C++, which costs the host less a kernel and takes longer to compile."""
     differentiable_outputs: str = _key(_choice("all", "loss"), "all")
     """Loss: only the output named loss is differentiated; the others are detached, so that no
     gradient as large as the logits is made for them."""
+    loss_only: bool = _key(_bool, False)
+    """True: a training forward with labels returns the loss alone; reading another output of it is
+    an error. The logits are then no output, whose memory the caller holds. Evaluation returns
+    all."""
+    causal_attention: str = _key(_choice("auto", "on", "off"), "auto")
+    """Hugging Face models with sdpa attention. Auto: a batch of ids and labels alone makes no
+    mask, so that flash attention runs; with an `attention_mask`, also one of ones, or positions
+    the model's own mask is made. On: an error where that would not be so. Off: always the mask."""
+    experts: str = _key(_choice("auto", "model", "grouped_mm", "batched_mm"), "auto")
+    """How Hugging Face mixtures of experts multiply in the compiled model. Auto: `grouped_mm` where
+    the device has it and the experts are bf16, `batched_mm` otherwise; a `batched_mm` or kernel
+    library that the model was given stays. Model: what the model was given."""
     cache_dir: str | None = _key(_text, None)
     """Where compiled regions are kept between runs. Default: Inductor's cache folder."""
     machine: str | None = _key(_text, None)

@@ -132,7 +132,7 @@ REFUSED: dict[str, dict[str, tuple[tuple, str]]] = {
     },
     "compile": {
         "offload_parameters": (OFF, "parameters stay on the device; set compile.memory_budget"),
-        "symmetric_memory": (OFF, "gathers go through the process group"),
+        "symmetric_memory": (OFF, "set compile.gather instead"),
     },
     "checkpoint": {},
     "data_types": {},

@@ -13,12 +13,14 @@ that the interrupted one would have read next.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -237,6 +239,28 @@ def _tokens(contents: list[bytes]) -> torch.Tensor:
     return (
         torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
     )
+
+
+def _collate(collate: Callable[[list], Any], key: str, samples: list) -> Any:
+    batch = collate(samples)
+    mask = batch.get(key) if isinstance(batch, Mapping) else None
+    if isinstance(mask, torch.Tensor) and mask.device.type == "cpu" and mask.dim() == 2:
+        if bool((mask != 0).all()):
+            return {name: value for name, value in batch.items() if name != key}
+    return batch
+
+
+def without_full_masks(
+    collate_fn: Callable[[list], Any] | None = None, key: str = "attention_mask"
+) -> Callable[[list], Any]:
+    """`collate_fn` (default: torch's), which leaves out of its batch a mask of shape (batch,
+    sequence) that masks no token. The result is the same and attention is faster, as a compiled
+    model cannot look into a mask on the device. Done on the host, in the loader's workers."""
+    if collate_fn is None:
+        from torch.utils.data import default_collate
+
+        collate_fn = default_collate
+    return functools.partial(_collate, collate_fn, key)
 
 
 def encode(text: str) -> torch.Tensor:

@@ -21,11 +21,19 @@ import torch
 from torch import nn
 
 from . import engine_report, engine_state
-from .capture import CaptureBackend, CaptureOptions, make_backend, make_entry, surface_errors
+from .capture import (
+    CaptureBackend,
+    CaptureOptions,
+    make_backend,
+    make_entry,
+    output_of,
+    surface_errors,
+)
 from .config import Config
 from .distributed import Ranks
 from .eager import EagerHooks
 from .errors import UserError
+from .fast_forms import FastForms
 from .optimizer import ShardedOptimizer
 from .params import ParamTable
 from .planning import Planner
@@ -52,8 +60,10 @@ class Engine:
         table: ParamTable,
         runtime: Any,
         source: torch.optim.Optimizer,
+        forms: FastForms,
     ):
-        """`source`: a fresh torch Adam or AdamW whose numbers the runtime's optimizer uses."""
+        """`source`: a fresh torch Adam or AdamW whose numbers the runtime's optimizer uses.
+        `forms`: what the model is switched to while it runs compiled."""
         self.module = model
         self.config = config
         self.ranks = ranks
@@ -82,7 +92,10 @@ class Engine:
         self._tracing_since: float | None = None
         self._trace_at = TRACED_STEP
         self._eager_reductions = 0
-        self._entry = make_entry(model, config.compile.differentiable_outputs)
+        self.fast_forms = forms
+        self._entry = make_entry(
+            model, config.compile.differentiable_outputs, config.compile.loss_only
+        )
         self._compiled: Callable[..., Any] | None = None
         self._backend: CaptureBackend | None = None
         self._compiled_steps = 0
@@ -150,6 +163,7 @@ class Engine:
         options = CaptureOptions(
             backend=backend,
             region_bytes=settings.region_bytes,
+            region_host=settings.region_host,
             checkpoint_marks=settings.checkpoint_marks,
             dynamic=kwargs.get("dynamic"),
             inductor_options=dict(kwargs.get("options") or {}),
@@ -184,13 +198,18 @@ class Engine:
         return engine_state.compile_times(self.planner.graphs)
 
     def compile_report(self) -> dict[str, Any]:
-        """Seconds by stage, regions and distinct regions, disk cache hits, over all graphs, and
-        the reasons for graph breaks with how often each was met."""
+        """Seconds by stage, regions and distinct regions, disk cache hits, over all graphs; the
+        reasons for graph breaks with how often each was met; what gathers go over, and why; the
+        fast forms in use; whose kernels update ("adamw") and measure gradients ("norm"):
+        deepcompile_cuda, torch or cpu, and the library's path or why there is none."""
         breaks = {} if self._backend is None else self._backend.graph_breaks
         return {
             **engine_state.compile_report(self.planner.graphs),
             **engine_state.plan_report(self),
             "graph_breaks": breaks,
+            "gathers": self.runtime.gathers,
+            "kernels": self.runtime.kernels(),
+            "fast_forms": self.fast_forms.report(),
         }
 
     # ---- a step
@@ -207,9 +226,9 @@ class Engine:
                 self.planner.settle()
         with self._clock("forward"):
             if self._compiled is None:
-                return self._entry(*args, **kwargs)
-            with surface_errors():
-                return self._compiled(*args, **kwargs)
+                return output_of(self._entry(*args, **kwargs))
+            with surface_errors(), self.fast_forms.applied(args, kwargs):
+                return output_of(self._compiled(*args, **kwargs))
 
     def _begin_micro_batch(self) -> None:
         """Tell the runtime where in a step it is, and trace the step if someone wants that."""

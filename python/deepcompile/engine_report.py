@@ -17,6 +17,7 @@ import torch
 from . import _core, agreement
 from .errors import UserError
 from .links import machine_for
+from .trace_costs import TIMED, WAITS
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -57,6 +58,7 @@ def _facts(engine: Engine) -> dict[str, str]:
     device = engine.ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
     count = sum(member.numel for spec in engine.table.params for member in spec.members)
+    kernels = engine.runtime.kernels()
     return {
         "Model": type(engine.module).__name__,
         "Parameters": f"{count:,}",
@@ -64,8 +66,10 @@ def _facts(engine: Engine) -> dict[str, str]:
         "Stage": str(engine.config.stage),
         "Batch": f"{engine.train_batch_size()} = {engine.train_micro_batch_size_per_gpu()} x "
         f"{engine.gradient_accumulation_steps()} accumulation x {engine.ranks.world} ranks",
+        "Gathers": "{transport}: {why}".format(**engine.runtime.gathers),
         "Compute type": "bf16" if engine.config.bf16.enabled else "as the model's",
         "Device": f"{device.type} {name or platform.machine()}",
+        "Optimizer kernels": f"{kernels['adamw']} ({kernels['library']})",
         "PyTorch": torch.__version__,
     }
 
@@ -117,10 +121,19 @@ def _with_measured_regions(view: StepView) -> Any:
     return program
 
 
+def _on_compute(view: StepView) -> int:
+    """ns that compute worked or waited."""
+    ops = {
+        (plan_id, s): [instr.op for instr in section.instrs]
+        for plan_id, program in view.plans
+        for s, section in enumerate(program.sections)
+    }
+    return sum(r[4] - r[3] for r in view.records if ops[r[0], r[1]][r[2]] in (*TIMED, *WAITS))
+
+
 def _compare(engine: Engine, view: StepView, plain: Any, informed: Any) -> list[dict[str, Any]]:
     """Step time and peak: predicted and measured."""
-    start = min(r[3] for r in view.records)
-    measured = max(r[4] for r in view.records) - start
+    measured = max(r[4] for r in view.records)  # from the step's start
     rows = [
         {"what": "Step", "predicted": plain.time_ns, "measured": measured, "unit": "ns",
          "headline": True},
@@ -130,20 +143,29 @@ def _compare(engine: Engine, view: StepView, plain: Any, informed: Any) -> list[
          "measured": engine.trace.peak_bytes, "unit": "B", "headline": True},
         {"what": "Waiting for transfers", "predicted": informed.stall_ns, "unit": "ns"},
     ]  # fmt: skip
-    compared = _core.compare(plain, view.plans, view.records)
-    for kind in ("run", "gather", "reduce", "update"):
-        # A row's times are means over its samples, one for each micro-batch.
-        pairs = [(r, max(1, r.samples)) for r in compared if r.label.split()[0] == kind]
-        if pairs:
-            rows.append(
-                {
-                    "what": f"All {kind} instructions",
-                    "predicted": sum((r.predicted_ns or 0) * n for r, n in pairs),
-                    "measured": sum((r.measured_ns or 0) * n for r, n in pairs),
-                    "unit": "ns",
-                }
-            )
+    rows += _kinds(view, plain, measured)
+    costs = engine.planner.costs
+    if costs is not None:  # what the plan was chosen by
+        planned = _core.simulate(view.program, machine_of(engine), costs)
+        rows.append(
+            {"what": "Step, by measured costs", "predicted": planned.time_ns,
+             "measured": measured, "unit": "ns"}
+        )  # fmt: skip
+        rows += _kinds(view, planned, measured, ", by measured costs")
     return rows
+
+
+def _kinds(view: StepView, sim: Any, measured: int, by: str = "") -> list[dict[str, Any]]:
+    """Each kind of instruction, and what is between them: which part of a prediction is wrong."""
+    kinds = _core.compare_kinds(_core.compare(sim, view.plans, view.records))
+    on_compute = sum(each.predicted_ns for each in kinds if each.kind in (*TIMED, *WAITS))
+    pairs = [(f"All {k.kind} instructions", k.predicted_ns, k.measured_ns) for k in kinds]
+    between = max(0, sim.time_ns - on_compute), max(0, measured - _on_compute(view))
+    pairs.append(("Compute between instructions", *between))
+    return [
+        {"what": what + by, "predicted": predicted, "measured": found, "unit": "ns"}
+        for what, predicted, found in pairs
+    ]
 
 
 def _seconds(nanos: int) -> str:

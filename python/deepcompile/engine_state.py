@@ -14,7 +14,7 @@ from . import checkpoint
 from .checkpoint import FlatShard
 from .errors import UserError
 from .params import MemberRef
-from .profile import Profile, region_costs, update_curve
+from .profile import Profile, region_costs
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -314,7 +314,6 @@ def collect_trace(engine: Engine, seconds: float) -> Profile:
         plans,
         list(planner.watch.forwards),
         region_costs(records, plans),
-        update_curve(records, plans),
         engine.runtime.peak_bytes() or None,
         seconds,
         planner.agreed,

@@ -99,7 +99,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._set_hyper = set_hyper
         self._update = update
         self._clear = clear
-        self._sent: dict[str, tuple] = {}
+        self._sent: dict[int, tuple] = {}
+        """By group: what the runtime has."""
         self._check_members()
         self._ready = True
         self.push()
@@ -119,18 +120,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.covered = frozenset(covered)
 
     def push(self) -> None:
-        """Send each parameter's numbers to the runtime where they changed."""
-        for group in self.param_groups:
+        """Send the numbers of groups that changed to the runtime."""
+        for index, group in enumerate(self.param_groups):
             beta1, beta2 = group["betas"]
             numbers = (
                 float(group["lr"]), float(beta1), float(beta2), float(group["eps"]),
                 float(group["weight_decay"]), _is_decoupled(self._source, group),
             )  # fmt: skip
+            if self._sent.get(index) == numbers:
+                continue
             for param in group["params"]:
-                name = self._member_of[id(param)]
-                if param.requires_grad and self._sent.get(name) != numbers:
-                    self._set_hyper(name, *numbers)
-                    self._sent[name] = numbers
+                self._set_hyper(self._member_of[id(param)], *numbers)
+            self._sent[index] = numbers
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ FORMAT = 1
 _SECTIONS = ("bf16", "zero_optimization")
 _COMPILE_KEYS = (
     "region_bytes", "differentiable_outputs", "memory_budget", "memory_reserve", "early_updates",
-    "checkpoint_marks",
+    "checkpoint_marks", "region_host", "gather", "loss_only", "causal_attention", "experts",
 )  # fmt: skip
 
 

@@ -191,6 +191,7 @@ def test_settings_that_would_hide_failures_are_refused():
     [
         ({"backend": "nvfuser"}, "backend 'nvfuser'"),
         ({"region_bytes": 0}, "region_bytes 0"),
+        ({"region_host": "fortran"}, "region_host 'fortran'"),
         ({"inductor_options": {"max_autotoon": True}}, "max_autotoon"),
     ],
 )
@@ -245,5 +246,14 @@ def test_causal_attention_has_no_mask_and_the_same_loss():
 def test_causal_attention_refuses_what_it_would_change():
     with pytest.raises(UserError, match="no Hugging Face model"):
         use_causal_attention(Sequential())
-    with pytest.raises(UserError, match="window of 16 tokens"):
-        use_causal_attention(mixtral(sliding_window=16))
+    bidirectional = llama()
+    bidirectional.config.is_encoder_decoder = True
+    with pytest.raises(UserError, match="not causal everywhere"):
+        use_causal_attention(bidirectional)
+
+
+def test_causal_attention_leaves_a_short_window_its_mask():
+    reference, model = pair(lambda: mixtral(layers=1, sliding_window=16))
+    use_causal_attention(model)
+    compiled = Compiled(model)
+    torch.testing.assert_close(hf_loss(compiled).detach(), hf_loss(reference).detach())

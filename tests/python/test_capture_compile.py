@@ -57,6 +57,22 @@ def test_inductor_numerics_and_disk_cache(tmp_path):
     assert third.graphs[0].cache["disk_hits"] == n
 
 
+@pytest.mark.parametrize("host", ["python", "cpp"])
+def test_the_host_of_regions_is_inductors_wrapper(host, monkeypatch):
+    # What comes of it is compared in tests/gpu: here C++ takes half a minute to compile.
+    seen = []
+
+    def compile_region(gm, examples, **settings):
+        seen.append((settings["cpp_wrapper"], regions.inductor_config.cpp_wrapper))
+        return regions._eager(gm)
+
+    monkeypatch.setattr(regions, "compile_fx_inner", compile_region)
+    compiled = Compiled(nn.Linear(16, 16), backend="inductor", region_host=host)
+    torch.testing.assert_close(compiled(X).shape, X.shape)
+    assert set(seen) == {(host == "cpp", host == "cpp")}
+    assert not regions.inductor_config.cpp_wrapper  # the process's own setting stays
+
+
 def test_a_lock_that_is_never_released_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(regions, "LOCK_TIMEOUT_S", 0.2)
     pending = regions._Pending(0, "key", "fwd0.3", lambda: None, False, ())

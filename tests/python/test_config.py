@@ -178,6 +178,9 @@ def test_refused(keys, expected):
         ({"compile": {"memory_reserve": 1.0}}, "must be a fraction below 1"),
         ({"compile": {"schedule": [[0]]}}, "[0] is not [step, [passes]]"),
         ({"compile": {"schedule": "best"}}, 'must be "auto" or a list of'),
+        ({"compile": {"causal_attention": True}}, "must be one of auto, on, off"),
+        ({"compile": {"experts": "eager"}}, "one of auto, model, grouped_mm, batched_mm"),
+        ({"compile": {"loss_only": "auto"}}, "compile.loss_only: must be true or false"),
     ],
 )
 def test_wrong_values(keys, expected):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 
 import pytest
@@ -104,6 +105,19 @@ def test_bad_arguments_are_named(tmp_path, folder):
         dataset.batches(4096, 64)
     with pytest.raises(ValueError, match="split 'test'"):
         dataset.batches(1, 8, split="test")
+
+
+def test_masks_that_mask_nothing_are_left_out():
+    ids = torch.arange(6)
+    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    padded = {"input_ids": ids, "attention_mask": torch.tensor([0, 1, 1, 1, 1, 1])}
+    collate = pickle.loads(pickle.dumps(data.without_full_masks()))  # as a loader's worker gets it
+    assert list(collate([sample, sample])) == ["input_ids"]
+    torch.testing.assert_close(collate([sample, padded])["attention_mask"][1], torch.tensor(
+        [0, 1, 1, 1, 1, 1]))  # fmt: skip
+    assert data.without_full_masks(lambda rows: rows)([1, 2]) == [1, 2]  # no batch of names
+    four = {"attention_mask": torch.ones(1, 1, 6, 6)}  # no padding mask: not ours to judge
+    assert data.without_full_masks(lambda rows: four)([]) is four
 
 
 def test_datasets_library_absent_says_what_to_do(monkeypatch):

@@ -537,6 +537,7 @@ def test_compiled_run_checkpoint_and_report(tmp_path):
     counts = engine.compile_report()
     assert counts["graphs"] == 1 and counts["regions"] >= counts["distinct_regions"] > 0
     assert {"dynamo", "aot", "cut", "compile", "passes"} <= set(counts["stages"])
+    assert counts["kernels"] == {"adamw": "cpu", "norm": "cpu", "library": "this is a CPU"}
 
     assert engine.report(tmp_path / "report.html", notes=["hello"]).exists()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

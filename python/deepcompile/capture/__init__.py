@@ -7,7 +7,7 @@ from deepcompile.capture.backend import (
     raise_from_backend,
     surface_errors,
 )
-from deepcompile.capture.entry import make_entry
+from deepcompile.capture.entry import make_entry, output_of
 from deepcompile.capture.graph import CapturedGraph, CaptureOptions, Runner, Sink
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Sink",
     "make_backend",
     "make_entry",
+    "output_of",
     "raise_from_backend",
     "surface_errors",
 ]

@@ -31,6 +31,7 @@ from torch._inductor.virtualized import V
 from deepcompile.capture.assemble import Assembler
 from deepcompile.capture.compile import RegionCompiler
 from deepcompile.capture.decompositions import decomposition_table
+from deepcompile.capture.direct import DirectCall, direct_call, is_plain, wrap
 from deepcompile.capture.effects import mark_checkpointed
 from deepcompile.capture.graph import CapturedGraph, CaptureOptions, Sink
 from deepcompile.capture.joint import refuse_param_mutation, tag_must_recompute
@@ -171,6 +172,7 @@ class _Capture:
         self.forward: fx.GraphModule | None = None
         self.function: Callable | None = None
         self.functions: dict[str, Callable] = {}
+        self.direct: DirectCall | None = None
 
     def run(self, example_inputs: list[Any]) -> Callable[..., Any]:
         table = self.backend.table
@@ -196,7 +198,7 @@ class _Capture:
                 )(self.gm, example_inputs)
         inner = ("partition", "cut", "compile")
         self.times["aot"] -= sum(self.times[s] for s in inner)
-        return compiled
+        return compiled if self.direct is None else wrap(self.direct, compiled)
 
     def _partition(
         self, joint: fx.GraphModule, inputs: Any, **kwargs: Any
@@ -227,7 +229,9 @@ class _Capture:
                 "is not supported in the compiled model."
             )
         # Saved values are the runner's to give away; the runner refuses a second backward.
-        TracingContext.get().fw_metadata.bw_donated_idxs = []
+        metadata = TracingContext.get().fw_metadata
+        metadata.bw_donated_idxs = []
+        plain = is_plain(metadata, self.gm, self.forward.graph)
         assembler = self._assembler()
         with _timed(self.times, "cut"):
             for graph in (self.forward.graph, gm.graph):
@@ -237,6 +241,9 @@ class _Capture:
         runner = self._install(assembler, inference=False)
         calls = assembler.calls
         self.functions["forward"] = forward_function(runner, calls["forward"], assembler.saved)
+        if plain:
+            made = assembler.section_outputs["forward"]
+            self.direct = direct_call(runner, calls, metadata, len(assembler.saved), made)
         self.forward = None
         return backward_function(runner, calls["backward"], assembler.token)
 

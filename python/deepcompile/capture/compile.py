@@ -116,6 +116,10 @@ def _check_options(options: CaptureOptions) -> None:
         raise UserError(
             f"[capture] backend {options.backend!r}: unknown. Use one of {', '.join(known)}."
         )
+    if options.region_host not in ("python", "cpp"):
+        raise UserError(
+            f"[capture] region_host {options.region_host!r}: unknown. Use python or cpp."
+        )
     if options.region_bytes <= 0:
         raise UserError(
             f"[capture] region_bytes {options.region_bytes}: must be positive. Give the bytes of "
@@ -152,9 +156,24 @@ def _eager(gm: fx.GraphModule) -> BoxedCode:
     return run
 
 
+def _cpp_settings() -> dict[str, Any]:
+    """What Inductor itself sets for code around the kernels in C++."""
+    try:
+        from torch._inductor.compile_fx import get_cpp_wrapper_config
+    except ImportError:
+        raise UserError(
+            f'[capture] region_host "cpp": not available with torch {torch.__version__}. Use '
+            "python."
+        ) from None
+    return get_cpp_wrapper_config()
+
+
 @contextlib.contextmanager
 def _inductor_settings(options: CaptureOptions) -> Iterator[None]:
-    settings = {k.replace("-", "_"): v for k, v in options.inductor_options.items()}
+    settings: dict[str, Any] = {}
+    if options.region_host == "cpp":
+        settings = {"cpp_wrapper": True, **_cpp_settings()}
+    settings |= {k.replace("-", "_"): v for k, v in options.inductor_options.items()}
     if options.compile_threads is not None:
         settings["compile_threads"] = options.compile_threads
     variable = "TORCHINDUCTOR_CACHE_DIR"  # Inductor has no other way to be told
@@ -199,6 +218,7 @@ def _inductor(item: _Pending, fake_mode: Any) -> BoxedCode:
                 examples,
                 static_input_idxs=item.static_inputs,
                 is_backward=item.is_backward,
+                cpp_wrapper=inductor_config.cpp_wrapper,
             )
     except Exception as error:
         cause = str(error).strip().splitlines()

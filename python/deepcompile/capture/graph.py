@@ -27,6 +27,8 @@ class CaptureOptions:
     (no code at all: a capture for planning)."""
     region_bytes: int = 4 << 30
     """Most bytes of parameters in a region; a single parameter may exceed it."""
+    region_host: str = "python"
+    """With Inductor, the language of the code around a region's kernels: ``python`` or ``cpp``."""
     checkpoint_marks: str = "obey"
     """The user's activation-checkpoint marks: ``obey`` recomputes what they cover inside the
     backward's regions; ``hint`` marks the forward's regions and leaves it to the plan."""

@@ -23,6 +23,7 @@ from deepcompile.capture.entry import make_entry
 from deepcompile.capture.graph import CapturedGraph, CaptureOptions
 from deepcompile.capture.program import to_program
 from deepcompile.errors import UserError
+from deepcompile.fast_forms import choose_experts
 from deepcompile.models import build
 from deepcompile.params import PERSISTENCE_THRESHOLD, ParamTable
 
@@ -90,6 +91,14 @@ class _DrySink:
         return _DryRunner(captured)
 
 
+def _as_the_engine_would(model: nn.Module) -> None:
+    """Attention and experts in the forms of an engine's compiled call on ids and labels."""
+    use_causal_attention(model)
+    experts, _ = choose_experts(model, "auto")
+    if experts is not None:
+        model.set_experts_implementation(experts)
+
+
 def _check(dtype: str, batch: int, seq: int, world: int) -> None:
     if dtype not in DTYPES:
         raise UserError(
@@ -129,7 +138,7 @@ def capture_model(
             f"[capture] seq {seq}: the model's context is {limit} tokens. Give at most that."
         )
     _without_memory(model, DTYPES[dtype])
-    use_causal_attention(model)
+    _as_the_engine_would(model)
     model.train()
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
