@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: plan, explain, opt, sim, report, launch.
+"""The command line: plan, explain, opt, sim, report, bench, plot, launch.
 
-Everything but ``launch`` runs without a GPU; everything but ``plan`` and
-``launch`` without torch. Errors are one line on stderr, with exit code 2.
+Everything but ``launch`` and a measured ``bench`` runs without a GPU; everything but
+``plan``, ``bench`` and ``launch`` without torch. Errors are one line on stderr, with exit code 2.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from .. import __version__, cmake_dir
 from ..errors import UserError
-from . import plan, programs
+from ..launch import launch
+from ..launch import options as launch_options
+from . import bench, plan, plot, programs
 from .arguments import Parser, add_command
 
 DESCRIPTION = """\
@@ -27,22 +29,19 @@ examples:
   deepcompile plan --model llama-3-70b --machine 4x8-h100 --seq 512,1024,2048 --batch 1
   deepcompile plan --model llama-3-8b --machine 4xh200 --seq 4096 --out plan.txt
   deepcompile explain plan.txt --machine 4xh200
+  deepcompile bench --simulate --machine 4x8-a100
+  deepcompile plot --result_dir results/4x8-a100-simulated --metric throughput
   deepcompile launch --nproc-per-node 2 train.py"""
-
-LAUNCH_EXAMPLES = """\
-Runs torchrun with the same arguments.
-
-examples:
-  deepcompile launch --nproc-per-node 4 train.py --config ds_config.json
-  deepcompile launch --nnodes 2 --nproc-per-node 8 --rdzv-endpoint host:29500 train.py"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["launch"] and arguments[1:] and arguments[1] not in ("-h", "--help"):
-        launch(arguments[1:])
     try:
+        if arguments[:1] == ["launch"] and arguments[1:] and arguments[1] not in ("-h", "--help"):
+            return launch(arguments[1:])
+        if arguments[:1] == ["bench"] and "--simulate" not in arguments:
+            return bench.measured(arguments[1:])
         options = build_parser().parse_args(arguments)
         options.command(options)
         sys.stdout.flush()
@@ -60,14 +59,7 @@ def fail(message: str) -> int:
     return 2
 
 
-def launch(arguments: Sequence[str]) -> NoReturn:
-    """Becomes torchrun of this Python."""
-    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
-    sys.stdout.flush()
-    os.execv(sys.executable, command)
-
-
-def run_launch(options: argparse.Namespace) -> None:
+def run_launch(_: argparse.Namespace) -> None:
     raise UserError("[cli] launch: nothing to run. Give torchrun's arguments and a script.")
 
 
@@ -94,5 +86,14 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     plan.add_to(commands)
     programs.add_to(commands)
-    add_command(commands, "launch", run_launch, "start ranks on this machine", LAUNCH_EXAMPLES)
+    bench.add_to(commands)
+    plot.add_to(commands)
+    command = add_command(
+        commands,
+        "launch",
+        run_launch,
+        "start ranks, on this machine or several",
+        launch_options.EXAMPLES,
+    )
+    launch_options.add_to(command)
     return parser
