@@ -8,6 +8,8 @@
 # NEWEST=1               make test: also the end-to-end tests on the newest torch
 # STEPS=180              make demo: training steps
 # RANKS=2                make demo: processes (one a GPU where there are GPUs)
+# BENCH=bench-output     make bench: folder of rows, charts and logs
+# SWEEP='--force'        make bench: more options of the sweep (deepcompile bench --help)
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -15,6 +17,8 @@ TORCH ?= torch==2.11.*
 RANKS ?= 2
 STEPS ?=
 OUT ?= demo-output
+BENCH ?= bench-output
+SWEEP ?=
 
 ifeq ($(SKIP_INSTALL),1)
   PY := $(PYTHON)
@@ -26,7 +30,7 @@ else
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu test-core test-python test-dist lint format clean
+.PHONY: help install demo bench test test-gpu test-core test-python test-dist lint format clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -38,6 +42,17 @@ demo: $(READY)  ## train a small Llama on 2 ranks, write demo-output/report.html
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m torch.distributed.run --standalone \
 	  --nproc-per-node $(RANKS) examples/demo/train.py --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
+bench: $(READY)  ## the benchmark's sweep as this machine can run it, with charts
+	@$(PY) -m deepcompile.bench.sweep here --result_dir $(BENCH) --logs $(BENCH)/logs $(SWEEP); \
+	code=$$?; [ $$code -le 1 ] || exit $$code; \
+	if $(PY) -c 'import matplotlib' 2>/dev/null; then \
+	  for metric in throughput iteration_time peak_mem compile_time; do \
+	    $(PY) -m deepcompile plot --result_dir $(BENCH) --metric $$metric || exit 2; \
+	  done; \
+	else echo "no charts, as matplotlib is not installed: pip install 'deepcompile[bench]'"; fi; \
+	exit $$code
+
+test test-dist: export FOR_TESTS := 1
 test: $(READY)  ## every test, in order, with one total at the end
 	@PYTHON=$(PYTHON) $(PY) tools/run_tests.py $(if $(filter 1,$(NEWEST)),--newest)
 
@@ -60,5 +75,5 @@ format: $(READY)  ## rewrite the sources in the right form
 	@$(PY) tools/lint.py --fix
 
 clean:  ## remove builds and results, keep .venv's packages
-	rm -rf build demo-output logs .pytest_cache .ruff_cache
+	rm -rf build demo-output bench-output logs .pytest_cache .ruff_cache
 	rm -f .venv*/.stamps/build

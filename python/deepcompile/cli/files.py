@@ -12,6 +12,7 @@ from typing import Any
 
 from .. import _core
 from ..errors import UserError
+from ..predict import run_passes
 
 
 def read_text(path: str) -> str:
@@ -72,29 +73,6 @@ def resolve_passes(names: Sequence[str], libraries: Sequence[str]) -> list[Any]:
                 f"[cli] --passes {name}: there is no such pass. Known passes: {', '.join(known)}."
             )
     return [loaded.get(name, name) for name in names]
-
-
-def run_passes(
-    program: _core.StepProgram,
-    passes: Sequence[Any],
-    machine: _core.Machine | None,
-    budget: int | None,
-    costs: _core.CostTable | None = None,
-    early_updates: bool = False,
-) -> list[_core.PassRecord]:
-    """Runs passes for a machine; without a budget they may use all of its memory."""
-    if machine is not None:
-        budget = budget or machine.memory_bytes
-        if costs is None:
-            _core.analytic_costs(program, machine)
-    return _core.run_passes(
-        program,
-        passes,
-        machine=machine,
-        memory_budget=budget,
-        costs=costs,
-        early_updates=early_updates,
-    )
 
 
 def run_named(

@@ -9,16 +9,16 @@ import multiprocessing
 import os
 import traceback
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from .. import _core
 from ..config import CompileConfig
 from ..errors import UserError
+from ..predict import StepOptions, capture_step, default_budget, named_plans, predict
 from ..schedule import STAGE_PASS
 from . import arguments as types
 from .arguments import add_command, add_machine, add_passes
-from .files import read_machine, reason, resolve_passes, run_passes, write
+from .files import read_machine, reason, resolve_passes, write
 from .output import plans_table
 
 EXAMPLES = """\
@@ -32,8 +32,6 @@ examples:
       --chart plans.svg --json
   deepcompile plan --model config.json --machine 2x-cpu --dtype fp32 --seq 128 \\
       --passes zero3_compile,prefetch --out plan.txt --trace plan.perfetto.json"""
-
-NAMES = {0: "replicated", 1: "ZeRO1", 2: "ZeRO2", 3: "ZeRO3"}
 
 
 def add_to(commands: Any) -> None:
@@ -98,15 +96,7 @@ def variants(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """(name, passes) of the plans to compare."""
     if options.passes is not None:
         return [("+".join(options.passes) or "none", options.passes)]
-    base = STAGE_PASS[options.stage]
-    plans = [(NAMES[options.stage], [base])]
-    if options.stage == 3:
-        plans += [
-            ("P", [base, "prefetch"]),
-            ("S", [base, "selective_gather"]),
-            ("P+S", [base, "selective_gather", "prefetch"]),
-        ]
-    return [*plans, ("auto", ["auto"])]
+    return named_plans(options.stage)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -118,9 +108,7 @@ def run(options: argparse.Namespace) -> None:
             "--seq with them."
         )
     resolve_passes(options.passes or [], options.pass_library)  # errors before the capture
-    budget = options.memory_budget or round(
-        machine.memory_bytes * (1 - CompileConfig.memory_reserve)
-    )
+    budget = options.memory_budget or default_budget(machine)
     planned = plan_all(options, budget)
     facts = {
         "model": options.model,
@@ -181,52 +169,34 @@ def in_worker(options: argparse.Namespace, seq: int, budget: int) -> dict | User
 def plan_sequence(options: argparse.Namespace, seq: int, budget: int) -> dict[str, Any]:
     """Plans for one sequence length, as plain data: programs are text."""
     machine = read_machine(options.machine)
-    captured, facts = capture_step(options, seq, options.ranks or machine.ranks)
+    step = step_options(options)
+    captured, facts = capture_step(step, seq, options.ranks or machine.ranks)
     plans, program = [], captured
     for name, words in variants(options):
         program = captured.copy()
-        plans.append(
-            {"seq": seq, "plan": name, "passes": words}
-            | measured(program, words, machine, options, seq, budget)
-        )
+        passes = resolve_passes(words, options.pass_library)
+        tokens = step.batch * seq * step.accumulation
+        found = predict(program, passes, machine, tokens, budget, options.early_updates)
+        if found["note"] and options.passes is not None:
+            raise UserError(found["note"])
+        plans.append({"seq": seq, "plan": name, "passes": words} | found)
     return {"facts": facts, "plans": plans, "captured": str(captured), "program": str(program)}
 
 
-def measured(
-    program: _core.StepProgram,
-    words: list[str],
-    machine: _core.Machine,
-    options: argparse.Namespace,
-    seq: int,
-    budget: int,
-) -> dict[str, Any]:
-    """Runs the passes and simulates the step. A plan that does not fit is an answer, too."""
-    try:
-        passes = resolve_passes(words, options.pass_library)
-        run_passes(program, passes, machine, budget, early_updates=options.early_updates)
-    except UserError as error:
-        if options.passes is not None:
-            raise
-        note = str(error)
-        return {
-            "step_ns": None,
-            "tokens_per_second_per_gpu": None,
-            "peak_bytes": None,
-            "fits": False,
-            "hash": None,
-            "note": note,
-        }
-    sim = _core.simulate(program, machine)
-    tokens = options.batch * seq * options.accumulation
-    return {
-        "step_ns": sim.time_ns,
-        "tokens_per_second_per_gpu": round(tokens * 1e9 / max(sim.time_ns, 1), 1),
-        "peak_bytes": sim.peak_bytes,
-        "resident_bytes": sim.resident_bytes,
-        "fits": sim.peak_bytes <= budget,
-        "hash": _core.freeze(program).hash,
-        "note": "",
-    }
+def step_options(options: argparse.Namespace) -> StepOptions:
+    return StepOptions(
+        model=options.model,
+        batch=options.batch,
+        dtype=options.dtype,
+        stage=options.stage,
+        accumulation=options.accumulation,
+        clip=options.clip,
+        reduce_dtype=options.reduce_dtype,
+        persistence_threshold=options.persistence_threshold,
+        layers=options.layers,
+        checkpointing=options.checkpointing,
+        capture_all_layers=options.capture_all_layers,
+    )
 
 
 def write_files(
@@ -247,43 +217,3 @@ def write_files(
     if options.trace:
         sim = _core.simulate(program, machine)
         write(options.trace, _core.perfetto_trace([(f"predicted on {machine.name}", sim)]))
-
-
-def capture_step(
-    options: argparse.Namespace, seq: int, world: int
-) -> tuple[_core.StepProgram, dict[str, Any]]:
-    """The model's whole step, compute alone, and what the capture says of it."""
-    from ..capture.meta import capture_model, capture_repeated
-    from ..capture.program import update_program
-
-    wanted = {}
-    if options.persistence_threshold is not None:
-        wanted["persistence_threshold"] = options.persistence_threshold
-    capture = capture_model if options.capture_all_layers else capture_repeated
-    graphs, table = capture(
-        options.model,
-        batch=options.batch,
-        seq=seq,
-        dtype=options.dtype,
-        stage=options.stage,
-        world=world,
-        checkpointing=options.checkpointing,
-        num_layers=options.layers,
-        **wanted,
-    )
-    short = {"bf16": "bf16", "fp32": "f32"}
-    programs = [graph.program for graph in graphs]
-    update = update_program(table)
-    for program in [*programs, update]:
-        program.world = world
-        program.accumulation = options.accumulation
-        program.clip = options.clip
-        program.boundary = options.stage == 1
-        program.reduce_dtype = short[options.reduce_dtype or options.dtype]
-    name = Path(options.model).stem if options.model.endswith(".json") else options.model
-    facts = {
-        "parameters": sum(m.numel for spec in table.params for m in spec.members),
-        "regions": sum(len(program.regions) for program in programs),
-        "distinct_regions": len({r.code for p in programs for r in p.regions}),
-    }
-    return _core.merge_steps(name, programs, update), facts

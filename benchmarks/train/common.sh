@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+# Sourced by the scripts here: which Python, and where the results go.
+#
+#   PYTHON           the Python with deepcompile (default: python3; .venv's after `make install`)
+#   NUM_NODES        hosts (1); NGPUS_PER_NODE  ranks on each (all GPUs, or 2 on a CPU)
+#   HOSTFILE         lines `node-0 slots=8`, for more than one host
+#   PROFILE_DIR      folder of rows.jsonl, result.txt, traces; LOG_BASE  folder of logs (logs)
+#   MODEL            models to run instead of the script's own, separated by commas
+#   NUM_LAYERS       cut every model; -16: at most 16 layers, as this machine's memory allows
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$here/../.." && pwd)
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=python3
+  [ -x "$root/.venv/bin/python" ] && PYTHON=$root/.venv/bin/python
+fi
+"$PYTHON" -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("deepcompile"))' ||
+  export PYTHONPATH="$root/python${PYTHONPATH:+:$PYTHONPATH}"
+
+usage() {  # the comment that the script begins with, and the variables above
+  sed -n '3,/^[^#]/{/^#/{s/^# \{0,1\}//;p}}' "$0"
+  echo
+  sed -n '/^#   PYTHON/,/^[^#]/{/^#/{s/^# \{0,1\}//;p}}' "$here/common.sh"
+}
+
+case " $* " in
+  *" --help "* | *" -h "*)
+    usage
+    echo
+    exec "$PYTHON" -m deepcompile.bench.sweep --help
+    ;;
+esac
+
+sweep() {
+  exec "$PYTHON" -m deepcompile.bench.sweep "$@" ${NUM_LAYERS:+--num-layers="$NUM_LAYERS"}
+}

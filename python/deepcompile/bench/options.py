@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How conditions are run: what is the same for all of a sweep, beside what sets them apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import UserError
+
+BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.01
+"""AdamW's, in every framework: torch's defaults."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Names as run_bench_lm.py's arguments."""
+
+    learning_rate: float = 2e-5
+    max_grad_norm: float = 1.0
+    """0 switches clipping off."""
+    dataset_name: str | None = None
+    num_epochs: int = 100
+    bench_step: int = 30
+    """Optimizer steps in all."""
+    warmup_step: int = 15
+    """The first of them, which are not measured."""
+    print_interval: int = 1
+    attn_impl: str = "sdpa"
+    profile: bool = False
+    profile_dir: str = "profiles"
+    result_dir: str = ""
+    """Where rows are written; empty: profile_dir."""
+    eval: bool = False
+    deterministic: bool = False
+    save_weights: bool = False
+    load_weights: bool = False
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Merged into our engine's configuration."""
+    timeout: float = 1800.0
+    """Seconds after which a collective that cannot complete is an error."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_step < 0 or self.bench_step <= self.warmup_step:
+            raise UserError(
+                f"[bench] bench_step {self.bench_step}: must be above warmup_step "
+                f"{self.warmup_step}, as the warm-up is a part of it. Raise it."
+            )
+        if self.profile and not self.warmup_step:
+            raise UserError(
+                "[bench] profile: the last steps of the warm-up are traced, and warmup_step is 0. "
+                "Raise it."
+            )
+        for name in ("learning_rate", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"[bench] {name} {getattr(self, name)}: must not be negative.")
+        for name in ("num_epochs", "print_interval"):
+            if getattr(self, name) < 1:
+                raise UserError(f"[bench] {name} {getattr(self, name)}: must be at least 1.")
+
+    @property
+    def results(self) -> str:
+        return self.result_dir or self.profile_dir
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"engine": dict(self.engine)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Options:
+        known = {f.name for f in dataclasses.fields(Options)}
+        for name in data:
+            if name not in known:
+                raise UserError(f"[bench] options: unknown field {name!r}. Take it out.")
+        return Options(**data)
+
+
+def merge(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `more`, section by section."""
+    merged = dict(base)
+    for key, value in more.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def engine_settings(text: str) -> dict[str, Any]:
+    """The object in a JSON text or file."""
+    try:
+        if not text.lstrip().startswith("{"):
+            with open(text, encoding="utf-8") as file:
+                text = file.read()
+        value = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"[bench] engine_config: {error}. Give JSON, or a file of it.") from None
+    if not isinstance(value, dict):
+        raise UserError("[bench] engine_config: is no JSON object. Give one.")
+    return value

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This project's engine: a stage's plain plan, named passes, or the automatic plan.
+
+The condition's passes are a schedule, as run_bench_lm.py's are: the stage's own
+pass first, and from step WARMUP on with the others. Its variant is words
+separated by commas: ``budget=20GiB`` (or a fraction of the device's memory), and
+any others, which only tell rows apart.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import deepcompile
+
+from ...schedule import STAGE_PASS, WARMUP
+from ..conditions import Condition
+from ..options import BETAS, DECAY, EPS, merge
+from . import Batch, Peer, Setup
+
+STAGE_PASSES = set(STAGE_PASS.values())
+
+
+def schedule(condition: Condition, first: int = 0) -> list[tuple[int, list[str]]]:
+    """[(step, passes)] from step `first` on."""
+    stage = STAGE_PASS[condition.zero_stage]
+    others = [name for name in condition.passes if name not in STAGE_PASSES]
+    if condition.passes and not others:
+        planned = [(first, [stage])]
+    elif not others or "auto" in others:
+        planned = [(first, [stage]), (first + WARMUP, ["auto"])]
+    else:
+        planned = [(first, [stage]), (first + WARMUP, [stage, *others])]
+    return planned if first == 0 else [(0, [stage]), *planned]
+
+
+def budget_of(condition: Condition) -> str | float | None:
+    """What the variant says of memory, as the configuration takes it."""
+    for word in condition.variant.split(","):
+        if word.startswith("budget="):
+            text = word.removeprefix("budget=")
+            try:
+                return float(text)
+            except ValueError:
+                return text
+    return None
+
+
+def configuration(setup: Setup) -> dict[str, Any]:
+    """The engine's configuration for a condition."""
+    condition, options = setup.condition, setup.options
+    compiled: dict[str, Any] = {
+        "differentiable_outputs": "loss",
+        "timeout_s": options.timeout,
+    }
+    budget = budget_of(condition)
+    if budget is not None:
+        compiled["memory_budget"] = budget
+    plans_memory = not condition.passes or "auto" in condition.passes
+    if condition.activation_checkpointing and not plans_memory:
+        # As the peers do: without a planner of memory, what is marked is recomputed.
+        compiled["checkpoint_marks"] = "obey"
+    config = {
+        "train_micro_batch_size_per_gpu": condition.batch_size,
+        "gradient_accumulation_steps": condition.accumulation,
+        "gradient_clipping": options.max_grad_norm,
+        "bf16": {"enabled": setup.dtype == torch.bfloat16},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {
+                "lr": options.learning_rate,
+                "betas": list(BETAS),
+                "eps": EPS,
+                "weight_decay": DECAY,
+            },
+        },
+        "zero_optimization": {"stage": condition.zero_stage},
+        "compile": compiled,
+    }
+    return merge(config, options.engine)
+
+
+class DeepCompile(Peer):
+    def __init__(self, setup: Setup):
+        self._setup = setup
+        self._config = configuration(setup)
+        model: nn.Module = setup.build()
+        self.engine, _, _, _ = deepcompile.initialize(
+            model=model, config=self._config, device=setup.ranks.device
+        )
+        self._schedule = schedule(setup.condition)
+        if setup.condition.compile:
+            self.engine.compile(
+                backend=setup.condition.backend,
+                compile_kwargs={"dynamic": False},
+                schedule=self._schedule,
+            )
+
+    def step(self, batches: Sequence[Batch]) -> torch.Tensor:
+        losses = []
+        for batch in batches:
+            loss = self.engine(**batch, use_cache=False).loss
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        self.engine.eval()
+        loss = self.engine(**batch, use_cache=False).loss
+        self.engine.train()
+        return loss
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "schedule": [[step, list(names)] for step, names in self._schedule],
+            "config": self._config,
+            "communication_data_type": self.engine.config.reduce_dtype,
+            "masters": "f32",
+        }
+
+    def after(self) -> dict[str, Any]:
+        """The plan that was measured, and what it was to cost."""
+        if not self.engine.is_compiled:
+            return {}
+        report, agreed = self.engine.compile_report(), self.engine.planner.agreed
+        kept = ("plan_passes", "plans", "plan_seconds", "recompilations", "budget",
+                "memory_relieved", "budgets_lowered", "plan_failures", "graph_breaks",
+                "regions", "distinct_regions", "cache")  # fmt: skip
+        facts = {key: report.get(key) for key in kept}
+        facts["plan_pending"] = bool(self.engine.planner.pending)
+        if agreed is not None:
+            facts["predicted_seconds"] = (agreed.predicted_ns or 0) / 1e9
+            facts["predicted_peak_bytes"] = agreed.predicted_peak
+            facts["chosen"] = [t for _, what, t in agreed.reasons if not what][:3]
+        return facts
+
+    def compile_times(self) -> list[tuple[str, float]]:
+        return sorted(self.engine.compile_report()["stages"].items())
+
+    def go_on(self, condition: Condition) -> bool:
+        """A new schedule: the stage's plan, then what is planned for the new shape. What was
+        compiled stays."""
+        given = dataclasses.replace(self._setup, condition=condition)
+        if configuration(given) != self._config:
+            return False
+        self._setup = given
+        if self.engine.is_compiled:
+            now = self.engine.global_steps
+            self._schedule = schedule(condition, now)
+            self.engine.planner.set_schedule(self._schedule, now)
+        return True
+
+
+def setup(given: Setup) -> DeepCompile:
+    return DeepCompile(given)

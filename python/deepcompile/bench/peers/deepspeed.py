@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DeepSpeed: ZeRO-1 and ZeRO-3, eager or compiled, and its own DeepCompile.
+
+The package `deepspeed` is an optional extra. ``default`` is its configuration as
+the seed benchmark writes it; ``best`` uses its fused Adam, where the seed uses
+torch's own. Not run where this project is tested: no GPU test covers it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...errors import UserError
+from .. import weights
+from ..conditions import Condition
+from ..options import BETAS, DECAY, EPS, merge
+from . import Batch, Peer, Setup
+from .local import adamw, limit_dynamo
+
+WARMUP = 5
+"""The step of DeepCompile's second schedule entry, as in the seed."""
+
+
+def configuration(setup: Setup) -> dict[str, Any]:
+    """The seed's ds_config.json for a condition."""
+    condition, options = setup.condition, setup.options
+    ours = condition.framework == "ds_deepcompile"
+    zero: dict[str, Any] = {"stage": condition.zero_stage, "sub_group_size": 100_000_000}
+    if condition.offload_adam:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if condition.offload_params and condition.zero_stage == 3:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if ours and condition.zero_stage == 3:
+        # The hooks of leaf modules (Mixtral's experts by default) would break the graph inside
+        # a module's forward, whose embedding then runs on a released parameter.
+        zero["leaf_module"] = {"classes": []}
+    config = {
+        "bf16": {"enabled": setup.dtype == torch.bfloat16},
+        "zero_optimization": zero,
+        "compile": {
+            "deepcompile": ours,
+            "offload_activation": False,
+            "offload_opt_states": False,
+            "double_buffer": True,
+            "symmetric_memory": False,
+            "free_activation": False,
+            "debug_log": False,
+            "sync_before_reduce": False,
+            "sync_after_reduce": False,
+        },
+        "gradient_accumulation_steps": condition.accumulation,
+        "gradient_clipping": options.max_grad_norm,
+        "steps_per_print": 100_000,
+        "train_micro_batch_size_per_gpu": condition.batch_size,
+        "wall_clock_breakdown": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    if _fused(condition):
+        params = {"lr": options.learning_rate, "betas": list(BETAS), "eps": EPS}
+        config["optimizer"] = {"type": "AdamW", "params": {**params, "weight_decay": DECAY}}
+    return merge(config, options.engine)
+
+
+def _fused(condition: Condition) -> bool:
+    """DeepSpeed's own AdamW: at its best, and where states are on the host."""
+    return condition.settings == "best" or condition.offload_adam
+
+
+def schedule(condition: Condition) -> list[tuple[int, list[Any]]] | None:
+    """As the seed's make_schedule; None: DeepSpeed's default."""
+    if condition.framework != "ds_deepcompile" or condition.zero_stage != 3:
+        return None
+    from deepspeed.compile.passes import (
+        offload_adam_states,
+        prefetch,
+        selective_gather,
+        zero3_compile,
+    )
+
+    gather = zero3_compile.add_z3_gather_release
+    passes = condition.passes or ("prefetch", "selective_gather")
+    if "offload_adam_states" in passes:
+        init = offload_adam_states.offload_adam_states_for_init
+        return [
+            (0, [init, gather, offload_adam_states.move_opt_states_sync]),
+            (WARMUP, [init, gather, offload_adam_states.move_opt_states]),
+        ]
+    if "offload_adam_states_sync" in passes:
+        return [(0, [gather, offload_adam_states.move_opt_states_sync])]
+    known = {
+        "prefetch": prefetch.schedule_prefetch,
+        "selective_gather": selective_gather.selective_gather,
+        "zero3_compile": None,
+    }
+    for name in passes:
+        if name not in known:
+            raise UserError(f"[bench] DeepSpeed has no pass {name!r}: use {', '.join(known)}.")
+    second = [known[n] for n in passes if known[n] is not None]
+    return [(0, [gather])] + ([(WARMUP, [gather, *second])] if second else [])
+
+
+class DeepSpeed(Peer):
+    def __init__(self, setup: Setup):
+        import deepspeed
+
+        condition = setup.condition
+        self._setup, self._version = setup, deepspeed.__version__
+        self._config = configuration(setup)
+        limit_dynamo()
+        torch._dynamo.config.optimize_ddp = False
+        if "mixtral" in condition.model.lower():
+            torch._dynamo.config.capture_dynamic_output_shape_ops = True
+            torch._dynamo.config.capture_scalar_outputs = True
+        model = setup.build()
+        weights.fill(model, setup.ranks.device)
+        extra = {}
+        if not _fused(condition):
+            parameters = list(model.parameters())
+            extra["optimizer"] = adamw(parameters, setup.options, setup.ranks.device)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, model_parameters=list(model.parameters()), config=self._config, **extra
+        )
+        self.engine.train()
+        if condition.compile:
+            self._compile(condition)
+
+    def _compile(self, condition: Condition) -> None:
+        if condition.framework == "ds_deepcompile":
+            planned = schedule(condition)
+            self.engine.compile(backend=condition.backend, schedule=planned)
+            return
+        if condition.zero_stage == 3:
+            # Traced, its hooks guard on a counter that grows: a compilation in every step.
+            import deepspeed.runtime.zero.parameter_offload as hooks
+
+            hooks.instrument_w_nvtx = torch.compiler.disable
+        self.engine.compile(backend=condition.backend)
+
+    def step(self, batches: Sequence[Batch]) -> torch.Tensor:
+        losses = []
+        for batch in batches:
+            loss = self.engine(**batch, use_cache=False).loss
+            self.engine.backward(loss)
+            self.engine.step()
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> torch.Tensor:
+        self.engine.eval()
+        loss = self.engine(**batch, use_cache=False).loss
+        self.engine.train()
+        return loss
+
+    def settings(self) -> dict[str, Any]:
+        inner = getattr(self.engine, "basic_optimizer", None)
+        return {
+            "deepspeed": self._version,
+            "config": self._config,
+            "zero_optimizer": type(self.engine.optimizer).__name__,
+            "optimizer": type(inner).__name__,
+            "deepcompile_active": bool(
+                getattr(self.engine, "is_deepcompile_active", lambda: False)()
+            ),
+            "recompute": self._setup.condition.activation_checkpointing,
+            "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "default"),
+        }
+
+    def compile_times(self) -> list[tuple[str, float]] | None:
+        if self._setup.condition.framework != "ds_deepcompile":
+            return None
+        return [(f"{where}{graph}", float(s)) for where, graph, _, s in
+                self.engine.get_compile_time()]  # fmt: skip
+
+    def go_on(self, condition: Condition) -> bool:
+        # DeepCompile keeps what it chose for the first shape.
+        return condition.framework != "ds_deepcompile"
+
+    def close(self) -> None:
+        destroy = getattr(self.engine, "destroy", None)
+        if destroy is not None:
+            destroy()
+
+
+def setup(given: Setup) -> Peer:
+    return DeepSpeed(given)

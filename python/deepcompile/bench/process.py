@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process group that trains conditions: its command, its log, its end.
+
+Nothing outlives a call: at its time limit, or when the caller is interrupted,
+the launcher is asked to stop and then killed, and its ranks with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .worker import ERROR_MARK
+
+GRACE_S = 40.0
+"""How long ranks may take to stop when they are asked."""
+TAIL = 20
+"""Lines of a log that an error without a mark is looked for in."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ranks run."""
+
+    nodes: int = 1
+    per_node: int = 1
+    hostfile: str = ""
+    """Needed for more than one node; then ranks start through `deepcompile launch`."""
+
+    @property
+    def world(self) -> int:
+        return self.nodes * self.per_node
+
+
+def place_from(environment: dict[str, str] | None = None) -> Place:
+    """From NUM_NODES, NGPUS_PER_NODE and HOSTFILE. Without the second: this host's GPUs, or 2
+    ranks on a CPU."""
+    given = os.environ if environment is None else environment
+    numbers = {}
+    for name in ("NUM_NODES", "NGPUS_PER_NODE"):
+        text = given.get(name, "")
+        if text and not (text.isdigit() and int(text) > 0):
+            raise UserError(f"[bench] {name}={text}: must be a whole number of at least 1.")
+        numbers[name] = int(text) if text else 0
+    nodes, per_node = numbers["NUM_NODES"] or 1, numbers["NGPUS_PER_NODE"]
+    if not per_node:
+        import torch
+
+        per_node = torch.cuda.device_count() or 2
+    hostfile = given.get("HOSTFILE", "")
+    if nodes > 1 and not hostfile:
+        raise UserError(
+            f"[bench] NUM_NODES={nodes}: needs the hosts. Set HOSTFILE, or use run_multinode.sh."
+        )
+    return Place(nodes, per_node, hostfile if nodes > 1 else "")
+
+
+def command(place: Place, arguments: Sequence[str]) -> list[str]:
+    """What starts all ranks of `deepcompile.bench.worker`."""
+    worker = ["-m", "deepcompile.bench.worker", *arguments]
+    if place.nodes == 1:
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc-per-node", str(place.per_node), *worker]  # fmt: skip
+    hosts = ["--hostfile", place.hostfile, "--num-nodes", str(place.nodes)]
+    ranks = ["--nproc-per-node", str(place.per_node)]
+    return [sys.executable, "-m", "deepcompile", "launch", *hosts, *ranks, *worker]
+
+
+@dataclass
+class Outcome:
+    """How a process group ended."""
+
+    code: int
+    seconds: float
+    timed_out: bool = False
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    """What ranks said of their failures."""
+    tail: list[str] = field(default_factory=list)
+    """The log's last lines."""
+
+    @property
+    def error(self) -> str | None:
+        """Why it failed, in words; None: it did not."""
+        if self.timed_out:
+            return f"timeout: stopped after {self.seconds:.0f} s"
+        if self.code == 0:
+            return None
+        short = [e for e in self.errors if "out of memory" in str(e.get("error", "")).lower()]
+        for said in short or sorted(self.errors, key=lambda e: e.get("time", 0)):
+            return f"{said['error']} (rank {said['rank']}, {said['type']})"
+        if -self.code == signal.SIGKILL or any("Signal 9" in line for line in self.tail):
+            return "killed by signal 9: perhaps the host was out of memory"
+        last = next((line for line in reversed(self.tail) if line.strip()), "no output")
+        return f"exit code {self.code}: {last.strip()[:300]}"
+
+
+def run(
+    place: Place,
+    arguments: Sequence[str],
+    log: Path,
+    timeout: float | None = None,
+    on_line: Callable[[str], None] = lambda line: None,
+    environment: dict[str, str] | None = None,
+) -> Outcome:
+    """Start all ranks and wait for their end. Their output goes to `log`, and to `on_line` by
+    lines. `timeout` in seconds; `on_line` may not raise."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    begun = time.monotonic()
+    env = {**os.environ, "NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN"), **(environment or {})}
+    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // place.per_node)))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [_package_root(), env.get("PYTHONPATH")]))
+    process = subprocess.Popen(
+        command(place, arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # a terminal's Ctrl-C comes to us alone
+        preexec_fn=_die_with_parent,
+        env=env,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
+    outcome = Outcome(0, 0.0)
+    try:
+        with log.open("w", encoding="utf-8") as file:
+            outcome.timed_out = not _follow(process, file, timeout, on_line, outcome)
+    finally:
+        stop(process)
+    outcome.code = process.returncode
+    outcome.seconds = time.monotonic() - begun
+    return outcome
+
+
+def _package_root() -> str:
+    """So that ranks import what this process did, from whatever folder they start in."""
+    import deepcompile
+
+    return str(Path(deepcompile.__file__).absolute().parents[1])
+
+
+def _die_with_parent() -> None:
+    """Linux: a launcher whose parent is killed is told to stop."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+
+
+def _follow(process: Any, file: Any, timeout: float | None, on_line: Any, outcome: Outcome) -> bool:
+    """Copy lines until the output ends. False: the time was over before."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = None if deadline is None else deadline - time.monotonic()
+        try:
+            line = lines.get(timeout=left if left is None else max(0.0, left))
+        except queue.Empty:
+            return False
+        if line is None:
+            process.wait()
+            return True
+        file.write(line)
+        file.flush()
+        if ERROR_MARK in line:  # behind its node's name, if there are several
+            outcome.errors.append(_said(line.partition(ERROR_MARK)[2]))
+        elif line.strip():
+            outcome.tail = [*outcome.tail[1 - TAIL :], line]
+        on_line(line.rstrip("\n"))
+
+
+def _said(text: str) -> dict[str, Any]:
+    try:
+        return {"rank": "?", "type": "?", "error": "?", **json.loads(text)}
+    except ValueError:
+        return {"rank": "?", "type": "?", "error": text.strip()[:300]}
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a launcher and its ranks, if they still run."""
+    if process.poll() is not None:
+        return
+    process.terminate()  # torchrun then stops its ranks, which are in sessions of their own
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # not reaped yet, so the number is still its own
+        process.wait()

@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a list of conditions, a process group after another, and keeps what each gave.
+
+    python -m deepcompile.bench.sweep bench --num-layers 16
+
+A condition whose row is there is not run again, so a sweep that was interrupted
+goes on where it was; one that fails is recorded with its error, and the sweep
+goes on with the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..cli.arguments import Parser, comma_separated, positives
+from ..errors import UserError
+from . import measure, peers, process, results, suites, worker
+from .arguments import dtype_of, learning_arguments, log_name, options_from
+from .conditions import Condition
+from .display import Display
+from .options import Options
+from .process import Outcome, Place
+from .results import Results, Row
+
+Runner = Callable[..., Outcome]
+HERE = "here"
+BEGIN = "[bench] begin "
+RETRIED = ("not installed", "timeout")
+"""Failures that say nothing of the condition itself are tried again without being asked."""
+
+
+@dataclass
+class Sweep:
+    """A list of conditions and what is to be done with them."""
+
+    conditions: list[Condition]
+    options: Options
+    place: Place
+    logs: Path = Path("logs")
+    timeout: float = 1800.0
+    """Seconds for each condition of a process group."""
+    share_process: bool = False
+    force: bool = False
+    retry: bool = False
+    """Also those that failed before."""
+    runner: Runner = process.run
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
+        ("measured", "failed", "skipped", "kept"), 0))  # fmt: skip
+
+    def rows(self) -> Results:
+        folder = Path(self.options.results)
+        return Results.load(folder) if folder.is_dir() else Results()
+
+    def todo(self) -> list[Condition]:
+        """What is not there yet."""
+        if self.force:
+            return list(self.conditions)
+        rows = self.rows()
+        for problem in rows.problems:
+            print(f"warning: {problem}", file=sys.stderr)
+
+        def wanted(condition: Condition) -> bool:
+            row = rows.find(condition)
+            if row is None:
+                return True
+            return not row.ok and (self.retry or row.failure in RETRIED)
+
+        return [c for c in self.conditions if wanted(c)]
+
+    def run(self, quiet: bool = False) -> int:
+        """0: all conditions have times; 1: some have none; 130: interrupted."""
+        todo = self.todo()
+        self.counts["kept"] = len(self.conditions) - len(todo)
+        with Display(len(self.conditions), self.counts["kept"], quiet) as display:
+            if self.counts["kept"]:
+                display.say(f"{self.counts['kept']} conditions are measured already")
+            try:
+                for group in self._possible(todo, display):
+                    self._run_group(group, display)
+            except KeyboardInterrupt:
+                left = len(self.conditions) - sum(self.counts.values())
+                display.say(f"interrupted: {left} conditions left; the same command goes on")
+                return 130
+            said = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
+            display.say(f"{said or 'nothing to do'}; results in {self.options.results}")
+        return 1 if self.counts["failed"] else 0
+
+    def _possible(self, todo: list[Condition], display: Display) -> list[list[Condition]]:
+        """Groups of those that can run here; the others are recorded with the reason."""
+        possible = []
+        for condition in todo:
+            reason = peers.why_not(condition)
+            if reason is None:
+                possible.append(condition)
+                continue
+            results.append(self.options.results, self._failed(condition, reason))
+            self.counts["skipped"] += 1
+            display.end(f"skipped {suites.name(condition)}: {reason}", 0.0, ran=False)
+        return suites.groups(possible, self.share_process)
+
+    def _failed(self, condition: Condition, reason: str) -> Row:
+        return Row.failed(
+            condition, reason, versions=measure.versions(), commit=measure.commit(),
+            machine=measure.machine(condition),
+        )  # fmt: skip
+
+    def _run_group(self, group: list[Condition], display: Display) -> None:
+        """All of a group; after a failure the rest in a new process group."""
+        while group:
+            log = self.logs / log_name(group[0])
+            known = len(self.rows())
+            done: dict[Condition, Row] = {}
+
+            def look(watch: Watch, known: int = known, done: dict = done) -> None:
+                for row in self.rows().rows[known:]:
+                    if row.ok and row.condition not in done:
+                        done[row.condition] = row
+                        self.counts["measured"] += 1
+                        display.end(_said(row), watch.seconds(row.condition))
+
+            watch = Watch(group, display, look, self.logs)
+            outcome = self.runner(
+                dataclasses.replace(self.place, per_node=1) if group[0].world == 1 else self.place,
+                ["--job", worker.job_text(group, self.options)],
+                log,
+                self.timeout * len(group),
+                on_line=watch.line,
+            )
+            watch.close()
+            look(watch)
+            group = [c for c in group if c not in done]
+            if not group:
+                return
+            failed, group = group[0], group[1:]
+            error = outcome.error or "it ended without a row"
+            results.append(self.options.results, self._failed(failed, error))
+            self.counts["failed"] += 1
+            said = f"failed {suites.name(failed)}: {error[:300]} (log: {log})"
+            display.end(said, watch.seconds(failed))
+
+
+def _said(row: Row) -> str:
+    spread = f"{row.fastest * 1e3:,.1f} to {row.slowest * 1e3:,.1f}"
+    return (
+        f"{row.median * 1e3:,.1f} ms a step ({spread}), {row.tokens_per_second_per_gpu:,.0f} "
+        f"tokens/s/GPU, peak {(row.peak_bytes or 0) / 2**30:.2f} GiB: {suites.name(row.condition)}"
+    )
+
+
+class Watch:
+    """Follows a process group's output: which condition it is at, since when. The group's log is
+    its first condition's; the others get theirs here."""
+
+    def __init__(
+        self,
+        group: Sequence[Condition],
+        display: Display,
+        on_next: Callable[[Watch], None],
+        logs: Path,
+    ):
+        self._display, self._on_next, self._logs = display, on_next, logs
+        self._first, self._log = group[0], None
+        self._begun: dict[Condition, float] = {}
+        self._ended: dict[Condition, float] = {}
+        self._now: Condition | None = None
+        self._enter(group[0])
+
+    def _enter(self, condition: Condition) -> None:
+        now = time.monotonic()
+        if self._now is not None and self._now != condition:
+            self._ended[self._now] = now
+            self._on_next(self)
+        if condition not in self._begun:
+            self._begun[condition] = now
+            self._display.begin(suites.name(condition))
+        self._now = condition
+        self.close()
+        if condition != self._first:
+            self._log = (self._logs / log_name(condition)).open("w", encoding="utf-8")
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def line(self, line: str) -> None:
+        if line.startswith(BEGIN):
+            try:
+                self._enter(Condition.from_dict(json.loads(line.removeprefix(BEGIN))))
+            except (ValueError, UserError):
+                pass  # a torn line changes what is shown, nothing else
+        elif f", {worker.STEP_MARK}" in line:
+            self._display.step("step " + line.partition(worker.STEP_MARK)[2].partition(",")[0])
+        if self._log is not None:
+            self._log.write(line + "\n")
+
+    def seconds(self, condition: Condition) -> float:
+        end = self._ended.get(condition, time.monotonic())
+        return end - self._begun.get(condition, end)
+
+
+def parser() -> Parser:
+    lines = "\n".join(f"  {name:<8}{suite.about}" for name, suite in suites.SUITES.items())
+    made = Parser(
+        prog="python -m deepcompile.bench.sweep",
+        description=__doc__.splitlines()[0],
+        epilog=f"suites:\n{lines}\n\nframeworks: {suites.__doc__.split(chr(10) + chr(10), 1)[1]}"
+        "environment: NUM_NODES, NGPUS_PER_NODE, HOSTFILE, PROFILE_DIR, MODEL",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = made.add_argument
+    add("suite", nargs="+", choices=[*sorted(suites.SUITES), HERE],
+        help="one or several, see below; here: cut where there are GPUs, else tiny")  # fmt: skip
+    add("--models", "--model", type=comma_separated, help="instead of the suite's; default: $MODEL")
+    add("--num-layers", type=int, help="cut every model; -N: at most N, as memory allows")
+    add("--frameworks", type=comma_separated, help="instead of the suite's")
+    add("--batch-sizes", type=positives)
+    add("--seq-lengths", type=positives)
+    add("--accumulations", type=positives)
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    add("--backend", choices=("inductor", "eager"), help="torch.compile's; default: the suite's")
+    add("--logs", type=Path, default=Path(os.environ.get("LOG_BASE") or "logs"))
+    add("--time-limit", type=float, default=1800.0, help="seconds for a condition")
+    add("--share-process", action=argparse.BooleanOptionalAction, default=None,
+        help="conditions of one model in one process group; default: the suite's")  # fmt: skip
+    add("--force", action="store_true", help="measure again what is there")
+    add("--retry", action="store_true", help="try again what failed")
+    add("--once", metavar="TEXT", help="only the one condition whose name has all these words")
+    add("--list", action="store_true", help="print the conditions' names, run nothing")
+    learning_arguments(made)
+    return made
+
+
+def _narrowed(suite: suites.Suite, args: argparse.Namespace) -> suites.Suite:
+    changes: dict = {}
+    models = args.models or comma_separated(os.environ.get("MODEL", ""))
+    if models:
+        depth = suite.models[0][1] if args.num_layers is None else args.num_layers
+        changes["models"] = tuple((m, depth) for m in models)
+    elif args.num_layers is not None:
+        changes["models"] = tuple((m, args.num_layers) for m, _ in suite.models)
+    if args.backend:
+        changes["backend"] = args.backend
+    for name in ("frameworks", "batch_sizes", "seq_lengths", "accumulations"):
+        if getattr(args, name):
+            changes[name] = tuple(getattr(args, name))
+    return dataclasses.replace(suite, **changes)
+
+
+def _only(found: list[Condition], text: str) -> list[Condition]:
+    words = text.split()
+    fits = [c for c in found if all(w in suites.name(c).split() for w in words)]
+    if len(fits) > 1:  # "FSDP (C)" is in the name of its best settings too
+        shortest = min(len(suites.name(c).split()) for c in fits)
+        fits = [c for c in fits if len(suites.name(c).split()) == shortest]
+    if len(fits) != 1:
+        names = "; ".join(suites.name(c) for c in (fits or found))
+        raise UserError(
+            f"[bench] --once {text!r}: names {len(fits) or 'no'} conditions. Give words of one of: "
+            f"{names}."
+        )
+    return fits
+
+
+def _options(args: argparse.Namespace, suite: suites.Suite, given: set[str]) -> Options:
+    """The suite's, but for what the command line says."""
+    options = {key: value for key, value in suite.options.items() if key not in given}
+    return options_from(argparse.Namespace(**{**vars(args), **options}))
+
+
+def plan(argv: Sequence[str], place: Place | None = None) -> list[Sweep]:
+    """The sweeps that a command line asks for, one a suite."""
+    made = parser()
+    args = made.parse_args(list(argv))
+    place = place or process.place_from()
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word[:2] == "--"}
+    sweeps = []
+    for suite_name in args.suite:
+        suite = _narrowed(suites.SUITES[suites.here() if suite_name == HERE else suite_name], args)
+        found = suites.conditions(suite, place.world, place.nodes, dtype_of(args.dtype))
+        share = suite.share_process if args.share_process is None else args.share_process
+        sweeps.append(Sweep(
+            found, _options(args, suite, given), place, args.logs, args.time_limit, share,
+            args.force, args.retry,
+        ))  # fmt: skip
+    if args.once:
+        everything = [c for s in sweeps for c in s.conditions]
+        (only,) = _only(list(dict.fromkeys(everything)), args.once)
+        sweeps = [next(s for s in sweeps if only in s.conditions)]
+        sweeps[0].conditions = [only]
+    if args.list:
+        for sweep in sweeps:
+            for condition in sweep.conditions:
+                print(suites.name(condition))
+        return []
+    return sweeps
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        codes = []
+        for sweep in plan(sys.argv[1:] if argv is None else argv):
+            codes.append(sweep.run())
+            if codes[-1] == 130:
+                break
+        return max(codes, default=0)
+    except UserError as error:
+        print("deepcompile: error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``deepcompile bench``: the benchmark's sweeps, measured here or simulated for any machine.
+
+A measured sweep is deepcompile.bench.sweep; this module has the simulated one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import UserError
+from . import arguments as types
+from .arguments import add_command, add_machine
+from .plot import METRICS
+
+EXAMPLES = """\
+Without --simulate a sweep runs on this machine's devices; it has options of its
+own: deepcompile bench --help. With it everything is simulated, with kernel
+times estimated from the machine's numbers: ZeRO3 and FSDP (C) as schedules of
+our compiled regions, DeepCompile (P), (S), (P+S) and (auto) as planned. Where
+activation checkpointing is on, auto chooses what is recomputed; "auto best" is
+the faster of that and of recomputing everything.
+
+examples:
+  deepcompile bench --simulate --machine 4x8-a100
+  deepcompile bench --simulate --machine 4x8-h100 --models llama-3-70b --batch 1 \\
+      --seq 512,1024,2048 --result-dir results/h100
+  deepcompile bench --simulate --machine 4xh200 --models llama-3-70b --layers 16 \\
+      --batch 1 --seq 1024 --accumulation 1,2,4,8,16"""
+
+
+def add_to(commands: Any) -> None:
+    text = "run the benchmark's sweeps, or simulate them"
+    bench = add_command(commands, "bench", run, text, EXAMPLES)
+    add = bench.add_argument
+    add("--simulate", action="store_true", required=True, help="predict, on any machine")
+    add_machine(bench, budget="the machine's less its reserve")
+    add(
+        "--models",
+        metavar="M,N",
+        type=types.comma_separated,
+        default=["llama-3-70b", "mixtral-8x7b"],
+        help="built-in or Hugging Face names, folders, config.json files; default: llama-3-70b, "
+        "mixtral-8x7b",
+    )
+    lists = {"batch": ([1, 2, 4], "sequences a rank"), "seq": ([512, 1024, 2048], "lengths"),
+             "accumulation": ([1], "micro-steps a step")}  # fmt: skip
+    for name, (default, what) in lists.items():
+        shown = ",".join(str(n) for n in default)
+        add(f"--{name}", metavar="N,M", type=types.positives, default=default,
+            help=f"{what}; default: {shown}")  # fmt: skip
+    add("--layers", metavar="N", type=types.positive, default=0, help="cut models to N layers")
+    add("--dtype", metavar="bf16|fp32", type=types.dtype, default="bf16", help="(%(default)s)")
+    add(
+        "--persistence-threshold",
+        metavar="N",
+        type=types.not_negative,
+        help="parameters of fewer elements are packed and stay whole",
+    )
+    add("--no-checkpointing", action="store_true", help="no activation checkpointing anywhere")
+    add("--no-clip", action="store_true", help="gradients are not clipped")
+    add(
+        "--result-dir",
+        "--result_dir",
+        metavar="DIR",
+        help="where rows and charts go; default: results/MACHINE-simulated",
+    )
+    add(
+        "--metrics",
+        metavar="M,N",
+        type=metric_names,
+        default=["throughput", "mfu", "peak_mem"],
+        help="charts to draw, or none; default: throughput,mfu,peak_mem",
+    )
+
+
+def metric_names(text: str) -> list[str]:
+    names = types.comma_separated(text)
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name not in METRICS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(METRICS)}")
+    return names
+
+
+def measured(arguments: Sequence[str]) -> int:
+    """A sweep on this machine, which reads its own arguments."""
+    from ..bench import sweep
+
+    if {"-h", "--help"} & set(arguments):
+        print("Sweeps on this machine. Simulated ones: deepcompile bench --simulate --help\n")
+    return sweep.main(list(arguments))
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..bench.display import Display
+    from ..bench.plot import matplotlib
+    from ..bench.results import append
+    from ..bench.simulate import Job, SimulatedSweep, Stopwatch, read_machine
+    from ..bench.simulate import run as simulate
+
+    if options.metrics:
+        matplotlib()  # its absence is an error before the work
+    sweep = SimulatedSweep(
+        machine=options.machine,
+        models=tuple(options.models),
+        batch_sizes=tuple(options.batch),
+        seq_lengths=tuple(options.seq),
+        accumulations=tuple(options.accumulation),
+        num_layers=options.layers,
+        dtype=options.dtype,
+        checkpointing=not options.no_checkpointing,
+        clip=not options.no_clip,
+        persistence_threshold=options.persistence_threshold,
+        memory_budget=options.memory_budget,
+    )
+    folder = options.result_dir or f"results/{read_machine(options.machine).name}-simulated"
+    clock = Stopwatch()
+    with Display(len(sweep.jobs()), 0) as display:
+
+        def finished(job: Job, rows: list) -> None:
+            for row in rows:
+                append(folder, row)
+            display.begin(job.name)
+            display.end(said(rows), clock.lap())
+
+        seconds = simulate(sweep, finished)
+    print(f"{len(sweep.jobs())} captures simulated in {seconds:.1f} s; rows are in {folder}")
+    draw(folder, options.metrics, len(options.accumulation) > 1)
+
+
+def said(rows: list) -> str:
+    """One line for a capture: tokens/s/GPU of each plan."""
+    cells = []
+    for row in rows:
+        rate = row.tokens_per_second_per_gpu
+        cells.append(f"{row.condition.label} {rate:,.0f}" if rate else
+                     f"{row.condition.label} {row.failure}")  # fmt: skip
+    return "tokens/s/GPU: " + ", ".join(cells)
+
+
+def draw(folder: str, names: Sequence[str], by_accumulation: bool) -> None:
+    from ..bench.metrics import metric
+    from ..bench.plot import gains_text, plot
+    from ..bench.results import Results
+
+    results = Results.load(folder)
+    for problem in results.problems:
+        print(f"deepcompile: skipped: {problem}", file=sys.stderr)
+    for name in names:
+        try:
+            drawn = plot(results, folder, name, by_accumulation)
+        except UserError as error:
+            if name != "mfu":
+                raise
+            print(f"deepcompile: {error}", file=sys.stderr)  # a machine without a known peak
+            continue
+        for _, path in drawn:
+            print(path)
+        if name == "throughput":
+            print("\n" + gains_text([c for c, _ in drawn], metric(name)) + "\n")

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations of a step, peaks, metrics, and the charts."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepcompile import cli
+from deepcompile.bench.conditions import Condition
+from deepcompile.bench.flops import (
+    Geometry,
+    attention_pairs,
+    condition_flops,
+    forward_flops,
+    peak_flops,
+    step_flops,
+)
+from deepcompile.bench.metrics import gains, metric, metrics, spread
+from deepcompile.bench.plot import charts, gain_rows
+from deepcompile.bench.results import Results, Row, save
+from deepcompile.cli.plot import METRICS
+from deepcompile.errors import UserError
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 199,
+    "max_position_embeddings": 64,
+}
+MODELS = {
+    "llama": {"num_key_value_heads": 2, "intermediate_size": 112, "tie_word_embeddings": True},
+    "mixtral": {
+        "num_key_value_heads": 2,
+        "intermediate_size": 96,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "experts_implementation": "eager",
+        "sliding_window": None,
+    },
+    "gpt2": {"n_inner": 160},
+    "qwen3": {"num_key_value_heads": 1, "intermediate_size": 112, "head_dim": 32},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_operations_are_those_that_torch_counts(kind):
+    config = transformers.AutoConfig.for_model(
+        kind, **SMALL, **MODELS[kind], attn_implementation="eager"
+    )
+    config.use_cache = False
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    tokens = torch.randint(0, 199, (2, 24))
+    with FlopCounterMode(display=False) as counter:
+        loss = model(input_ids=tokens, labels=tokens).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    shape = Geometry.of(config)
+    # Eager attention computes all pairs; its backward is twice the forward, as counted.
+    rotary = 2 * 2 * 24 * shape.head_dim // 2 if kind != "gpt2" else 0
+    assert forward - rotary == pytest.approx(forward_flops(shape, 2, 24, causal=False), rel=2e-3)
+    total = counter.get_total_flops()
+    assert total - rotary == pytest.approx(step_flops(shape, 2, 24, causal=False), rel=4e-3)
+
+
+def test_causal_pairs_accumulation_and_cut_depth():
+    assert attention_pairs(4) == 10 and attention_pairs(4, causal=False) == 16
+    assert attention_pairs(10, window=3) == 1 + 2 + 3 * 8
+    whole = Condition("meta-llama/Meta-Llama-3-70B-Instruct", "fsdp", seq_length=1024)
+    # 6 x parameters x tokens, without the embedding's lookup, and attention.
+    parameters = 70.55e9 - 128256 * 8192
+    attention = 3 * 4 * 80 * 8192 * 1024 * 1025 / 2
+    assert condition_flops(whole) == pytest.approx(6 * parameters * 1024 + attention, rel=1e-3)
+    cut = Condition("llama-3-70b", "fsdp", seq_length=1024, num_layers=40, accumulation=2)
+    head = 6 * 1024 * 128256 * 8192
+    assert condition_flops(cut) == pytest.approx(condition_flops(whole) + head, rel=1e-9)
+    mixtral = Condition("mistralai/Mixtral-8x7B-v0.1", "fsdp", seq_length=512)
+    assert condition_flops(mixtral) == pytest.approx(6 * 12.75e9 * 512, rel=0.02)
+    with pytest.raises(UserError, match="config is not on this machine"):
+        condition_flops(Condition("nobody/nothing", "fsdp"))
+    with pytest.raises(UserError, match="'t5'"):
+        Geometry.of(transformers.T5Config())
+
+
+def test_peaks():
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
+    assert peak_flops("NVIDIA H200", "bf16") == peak_flops("NVIDIA H200 SXM", "bf16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
+    assert peak_flops("Some CPU", "bf16") is None and peak_flops("NVIDIA A100X", "bf16") is None
+
+
+def made(framework="fsdp_c", median=0.5, predicted=False, device="NVIDIA H200", **values) -> Row:
+    base = {"model": "llama-3-8b", "framework": framework, "world": 4, "seq_length": 512}
+    times = [[median, median * 0.9, median * 1.3]] * 4
+    row = Row.measured(Condition(**(base | values)), times, peak_bytes=40 << 30)
+    row.predicted, row.machine = predicted, {"name": "4xh200", "device": device}
+    return row
+
+
+def test_metrics_and_their_spread():
+    assert tuple(metrics()) == METRICS
+    row = made()
+    assert metric("throughput").of(row) == 1024
+    assert metric("iteration_time").of(row) == 0.5
+    assert metric("peak_mem").of(row) == 40
+    assert metric("compile_time").of(row) is None
+    flops = condition_flops(row.condition) / 0.5
+    assert metric("flops").of(row) == pytest.approx(flops / 1e12)
+    assert metric("mfu").of(row) == pytest.approx(100 * flops / 989e12)
+    assert metric("mfu", 100).of(row) == pytest.approx(flops / 1e12)
+    below, above = spread(metric("throughput"), row)
+    assert 1024 - below == pytest.approx(512 / 0.65) and 1024 + above == pytest.approx(512 / 0.45)
+    assert spread(metric("iteration_time"), row) == (pytest.approx(0.05), pytest.approx(0.15))
+    assert spread(metric("peak_mem"), row) == (0, 0)
+    with pytest.raises(UserError, match="peak of Pentium for bf16 is not known"):
+        metric("mfu").of(made(device="Pentium"))
+    ours = made("deepcompile", 0.25)
+    assert [gain for _, _, gain in gains([row, ours], metric("throughput"))] == [2]
+    assert [gain for _, _, gain in gains([row, ours], metric("iteration_time"))] == [2]
+    theirs = made("ds_deepcompile", 0.4)
+    assert [gain for _, _, gain in gains([row, theirs], metric("throughput"))] == [1.25]
+    assert len(gains([row, theirs, ours], metric("throughput"))) == 2
+    assert gains([row, made("deepcompile", 0.25, True)], metric("throughput")) == []
+
+
+def deepcompile(capsys, *arguments: str) -> tuple[int, str, str]:
+    try:
+        code = cli.main(["plot", *arguments])
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    return (code, *capsys.readouterr())
+
+
+def sweep() -> list[Row]:
+    rows = [made(seq_length=s, median=s / 2000) for s in (512, 1024, 2048)]
+    rows += [made("deepcompile", s / 3000, seq_length=s) for s in (512, 1024)]
+    rows += [Row.failed(made("deepcompile", seq_length=2048).condition, "CUDA out of memory")]
+    rows += [made("deepcompile", 0.2, True), made("fsdp_c", 0.3, True)]
+    return rows
+
+
+def png_size(path) -> tuple[int, int]:
+    return struct.unpack(">II", path.read_bytes()[16:24])
+
+
+def test_charts_have_the_seeds_names_and_the_gains_are_printed(tmp_path, capsys):
+    save(tmp_path, [*sweep(), made(batch_size=2, model="mixtral-8x7b", num_layers=10)])
+    code, out, _ = deepcompile(capsys, "--result_dir", str(tmp_path), "--metric", "throughput")
+    assert code == 0
+    first = tmp_path / "throughput" / "chart_throughput_Llama-3-8B_np4_bs1.png"
+    second = tmp_path / "throughput" / "chart_throughput_Mixtral-8x7B-10L_np4_bs2.png"
+    assert {str(first), str(second)} <= set(out.splitlines())
+    for path in (first, second):
+        width, height = png_size(path)
+        assert width > 600 and height > 400 and path.stat().st_size < 200_000
+    assert (
+        "DeepCompile (auto)            over FSDP (C)              1.50x     1.50x         –" in out
+    )
+    assert (
+        "DeepCompile (auto) simulated  over FSDP (C) simulated    1.50x         –         –" in out
+    )
+
+
+def test_what_a_chart_holds(tmp_path):
+    (chart,) = charts(Results(sweep()), by_accumulation=False)
+    assert chart.mixed and chart.places == [512, 1024, 2048]
+    assert chart.bars == [
+        "FSDP (C)",
+        "DeepCompile (auto)",
+        "FSDP (C) simulated",
+        "DeepCompile (auto) simulated",
+    ]
+    assert chart.find(2048, "DeepCompile (auto)").failure == "OOM"
+    assert chart.find(1024, "FSDP (C) simulated") is None
+    assert len(gain_rows([chart], metric("throughput"))) == 2
+
+
+def test_conditions_of_one_name_are_told_apart():
+    rows = [made(seed=1), made(seed=2, median=0.4), made("zero3"), made(seq_length=9, seed=1)]
+    (chart,) = charts(Results(rows), by_accumulation=False)
+    assert chart.bars == ["ZeRO3", "FSDP (C) seed=1", "FSDP (C) seed=2"]
+    assert chart.find(512, "FSDP (C) seed=2").median == 0.4
+
+
+def test_gaps_hatches_and_error_bars_are_drawn(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from deepcompile.bench.plot import plot
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    plot(Results(sweep()), tmp_path, "throughput")
+    (axes,) = figures[0].axes
+    words = [text.get_text() for text in axes.texts]
+    assert words.count("OOM") == 1 and words.count("3,000") == 2
+    assert sum(bool(patch.get_hatch()) for patch in axes.patches) == 2
+    assert not any(p.get_height() == 0 and p.get_width() < 0.1 for p in axes.patches)
+    assert len(axes.containers) >= 7  # bars, and error bars of what was measured
+    assert "hatched: simulated" in figures[0].get_suptitle()
+
+
+def test_accumulation(tmp_path, capsys):
+    save(tmp_path, [made(accumulation=a, median=0.3 * a) for a in (1, 2, 4)])
+    arguments = ("--result_dir", str(tmp_path), "--metric", "iteration_time")
+    assert deepcompile(capsys, *arguments, "--acc_step_eval")[0] == 0
+    assert (tmp_path / "iteration_time/chart_iteration_time_Llama-3-8B_np4_bs1.png").exists()
+    code, out, _ = deepcompile(capsys, *arguments)  # by length: a picture for each
+    assert code == 0 and "Llama-3-8B_acc4_np4_bs1.png" in out
+
+
+def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
+    folder = ("--result_dir", str(tmp_path))
+    code, _, error = deepcompile(capsys, *folder, "--metric", "accuracy")
+    assert code == 2 and "invalid choice: 'accuracy'" in error
+    code, _, error = deepcompile(capsys, *folder, "--metric", "throughput")
+    assert code == 2 and "holds no results" in error
+    code, _, error = deepcompile(capsys, *folder, "--metric", "mfu", "--peak-tflops", "-3")
+    assert code == 2 and "is not a number above 0" in error
+    save(tmp_path, [made(device="Pentium"), Row.failed(made(seq_length=9).condition, "boom")])
+    code, _, error = deepcompile(capsys, *folder, "--metric", "mfu")
+    assert code == 2 and "Give it with --peak-tflops" in error
+    code, _, error = deepcompile(capsys, *folder, "--metric", "compile_time")
+    assert code == 2 and "no result says it" in error
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"schema": 1}) + "\n\x00\x01garbage\n")
+    code, out, error = deepcompile(capsys, *folder, "--metric", "peak_mem")
+    assert code == 0 and "peak_mem" in out
+    assert error.count("skipped: ") == 2 and "rows.jsonl:3:" in error
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, error = deepcompile(capsys, *folder, "--metric", "throughput")
+    assert code == 2 and "pip install 'deepcompile[bench]'" in error
