@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "test-results"
 STAGES = ("lint", "core", "sanitize", "python", "dist")
 JOBS = str(os.cpu_count() or 2)
+SIDE_BY_SIDE = ("-n", str(min(4, int(JOBS))), "--dist", "worksteal")
+"""More at once than processors would only wait for each other, and ranks are processes too."""
 
 
 @dataclass
@@ -122,8 +124,8 @@ RUNNERS = {
     "lint": lint,
     "core": lambda: ctest("core", ""),
     "sanitize": lambda: ctest("sanitize", "address,undefined"),
-    "python": lambda: pytest("python", "tests/python"),
-    "dist": lambda: pytest("dist", "tests/dist"),
+    "python": lambda: pytest("python", *SIDE_BY_SIDE, "tests/python"),
+    "dist": lambda: pytest("dist", *SIDE_BY_SIDE, "tests/dist"),
     # Each test waits for ranks to start and compile most of its time, so several run at once;
     # but those that time steps or fill the devices.
     "gpu": lambda: pytest("gpu", "-n", "4", "-rP", "-m", "not alone", "tests/gpu"),
