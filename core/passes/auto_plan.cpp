@@ -18,6 +18,8 @@ constexpr size_t kSmallRuns = 12;
 constexpr size_t kSmallInstrs = 400;
 // Simulations of order_link: for small programs, and for others.
 constexpr int kOrderSmall = 16, kOrderLarge = 4;
+// Parts of the budget left to it by what is kept.
+constexpr double kRoomToOrder[] = {0, 0.03, 0.08, 0.16};
 
 size_t count_instrs(const StepProgram& program) {
   size_t count = 0;
@@ -50,6 +52,21 @@ void check(const StepProgram& program, const PassEnvironment& environment) {
       " too much. Raise memory_budget, shard over more ranks, or use a smaller batch or sequence.");
 }
 
+// Ordering the link takes memory too, for more reductions under way: parameters
+// that are kept whole may have to leave it some.
+void order(AutoBuilder& builder, const AutoChoice& unordered, int simulations, Found* best) {
+  const bool by_worth = !unordered.keep && builder.environment().memory_budget;
+  for (const double part : kRoomToOrder) {
+    if (part > 0 && !by_worth) return;
+    AutoChoice ordered = unordered;
+    ordered.order_simulations = simulations;
+    ordered.reserve +=
+        Bytes{static_cast<int64_t>(static_cast<double>(builder.budget().value) * part)};
+    const Trial trial = builder.measure(ordered);
+    if (better(trial, best->trial)) *best = {std::move(ordered), trial};
+  }
+}
+
 Found search(AutoBuilder& builder, const StepProgram& plain, int simulations, Found* classical) {
   const MemoryMenu menu(builder.classical(), *builder.environment().estimator);
   LevelSearch levels(builder, menu, simulations);
@@ -61,10 +78,9 @@ Found search(AutoBuilder& builder, const StepProgram& plain, int simulations, Fo
     best = toggle_search(builder, menu, {best, *classical}, simulations - builder.simulations());
   }
   if (!best.trial.fits) return best;
-  AutoChoice ordered = best.choice;
-  ordered.order_simulations = small ? kOrderSmall : kOrderLarge;
-  const Trial trial = builder.measure(ordered);
-  if (better(trial, best.trial)) best = {std::move(ordered), trial};
+  const int most = small ? kOrderSmall : kOrderLarge;
+  order(builder, AutoChoice(best.choice), most, &best);
+  if (levels.all_again()) order(builder, *levels.all_again(), most, &best);
   return best;
 }
 

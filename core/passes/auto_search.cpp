@@ -325,6 +325,21 @@ void LevelSearch::try_more_memory() {
   }
 }
 
+// The far end: everything runs again, and what that frees keeps parameters
+// whole. It may be worth its compute only once the link is ordered.
+void LevelSearch::try_recompute_all() {
+  if (!builder_.environment().memory_budget) return;
+  AutoChoice choice = fill({{Kind::kRecompute, false}}, Bytes{INT64_MAX / 2});
+  choice.place = best_.choice.place;
+  choice.ahead = best_.choice.ahead;
+  choice.keep = std::nullopt;
+  choice.reserve = part_of(builder_.budget(), kReserve[0]);
+  choice.prefetch = best_.choice.prefetch;
+  if (choice.recompute.empty()) return;
+  all_again_ = choice;
+  if (attempt_keeping(choice)) recipe_ = {{Kind::kRecompute, false}};
+}
+
 Found LevelSearch::run() {
   best_.trial = {Nanos{INT64_MAX}, Bytes{INT64_MAX}, false};
   attempt({});
@@ -340,6 +355,7 @@ Found LevelSearch::run() {
   keeping.keep = std::nullopt;
   attempt_keeping(keeping);
   try_places();
+  try_recompute_all();
   for (Trial before{}; left_ > 0 && before != best_.trial;) {
     before = best_.trial;
     try_ahead();

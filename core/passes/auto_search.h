@@ -10,6 +10,7 @@
 
 #include <compare>
 #include <map>
+#include <optional>
 #include <vector>
 
 #include "passes/auto_builder.h"
@@ -34,6 +35,8 @@ class LevelSearch {
   // then the one with the smallest peak.
   Found run();
   const Found& classical() const { return classical_; }
+  // Everything run again, where there is a budget that may be worth it for.
+  const std::optional<AutoChoice>& all_again() const { return all_again_; }
 
  private:
   enum class Kind : uint8_t { kRecompute, kValues, kStates };
@@ -60,6 +63,7 @@ class LevelSearch {
   void try_ahead();
   void try_reserve();
   void try_more_memory();
+  void try_recompute_all();
 
   AutoBuilder& builder_;
   const MemoryMenu& menu_;
@@ -67,6 +71,7 @@ class LevelSearch {
   Bytes plain_peak_;
   Found classical_, best_;
   Recipe recipe_;  // of best_
+  std::optional<AutoChoice> all_again_;
   std::map<Recipe, Bytes> bias_;
   std::vector<Found> measured_;
 };
