@@ -117,7 +117,7 @@ def newest() -> Result:
     code = run(["tools/bootstrap.sh", venv, "torch"])
     if code != 0:
         return finish(Result("newest"), code, "newest: bootstrap")
-    return pytest("newest", "-m", "e2e", "tests/dist", python=f"{venv}/bin/python")
+    return pytest("newest", *SIDE_BY_SIDE, "-m", "e2e", "tests/dist", python=f"{venv}/bin/python")
 
 
 RUNNERS = {

@@ -307,7 +307,11 @@ def test_tokens_are_bytes_or_words():
     assert batches.tokens(text, 5000).tolist() == [1, 0, 2, 0, 1, 3, 0, 2, 0, 1]
 
 
-def test_a_data_set_out_of_reach_is_said(capsys):
+def test_a_data_set_out_of_reach_is_said(capsys, monkeypatch):
+    def out_of_reach(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(batches, "load_dataset", out_of_reach)
     _, source = batches.training_batches("no/such-data-set", 256, 1, 16, 0, CPU)
     assert "as no/such-data-set cannot be read" in source
     assert "cannot be read" in capsys.readouterr().out
