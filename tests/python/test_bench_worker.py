@@ -221,7 +221,7 @@ def test_our_configuration():
     assert "checkpoint_marks" not in config(activation_checkpointing=True)["compile"]
     more = Options(engine={"compile": {"region_bytes": 5}, "gradient_clipping": 2})
     assert config(more)["compile"]["region_bytes"] == 5
-    assert config(more)["compile"]["differentiable_outputs"] == "loss"
+    assert config(more)["compile"]["loss_only"] is True
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ any others, which only tell rows apart.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ import deepcompile
 from ...schedule import STAGE_PASS, WARMUP
 from ..conditions import Condition
 from ..options import BETAS, DECAY, EPS, merge
-from . import Batch, Peer, Setup
+from . import Setup
+from .with_engine import EnginePeer
 
 STAGE_PASSES = set(STAGE_PASS.values())
 
@@ -55,7 +55,7 @@ def configuration(setup: Setup) -> dict[str, Any]:
     """The engine's configuration for a condition."""
     condition, options = setup.condition, setup.options
     compiled: dict[str, Any] = {
-        "differentiable_outputs": "loss",
+        "loss_only": True,
         "timeout_s": options.timeout,
     }
     budget = budget_of(condition)
@@ -85,7 +85,7 @@ def configuration(setup: Setup) -> dict[str, Any]:
     return merge(config, options.engine)
 
 
-class DeepCompile(Peer):
+class DeepCompile(EnginePeer):
     def __init__(self, setup: Setup):
         self._setup = setup
         self._config = configuration(setup)
@@ -100,22 +100,6 @@ class DeepCompile(Peer):
                 compile_kwargs={"dynamic": False},
                 schedule=self._schedule,
             )
-
-    def step(self, batches: Sequence[Batch]) -> torch.Tensor:
-        losses = []
-        for batch in batches:
-            loss = self.engine(**batch, use_cache=False).loss
-            self.engine.backward(loss)
-            self.engine.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> torch.Tensor:
-        self.engine.eval()
-        loss = self.engine(**batch, use_cache=False).loss
-        self.engine.train()
-        return loss
 
     def settings(self) -> dict[str, Any]:
         return {

@@ -9,7 +9,6 @@ torch's own. Not run where this project is tested: no GPU test covers it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,8 +17,9 @@ from ...errors import UserError
 from .. import weights
 from ..conditions import Condition
 from ..options import BETAS, DECAY, EPS, merge
-from . import Batch, Peer, Setup
+from . import Peer, Setup
 from .local import adamw, limit_dynamo
+from .with_engine import EnginePeer
 
 WARMUP = 5
 """The step of DeepCompile's second schedule entry, as in the seed."""
@@ -103,7 +103,7 @@ def schedule(condition: Condition) -> list[tuple[int, list[Any]]] | None:
     return [(0, [gather])] + ([(WARMUP, [gather, *second])] if second else [])
 
 
-class DeepSpeed(Peer):
+class DeepSpeed(EnginePeer):
     def __init__(self, setup: Setup):
         import deepspeed
 
@@ -139,22 +139,6 @@ class DeepSpeed(Peer):
 
             hooks.instrument_w_nvtx = torch.compiler.disable
         self.engine.compile(backend=condition.backend)
-
-    def step(self, batches: Sequence[Batch]) -> torch.Tensor:
-        losses = []
-        for batch in batches:
-            loss = self.engine(**batch, use_cache=False).loss
-            self.engine.backward(loss)
-            self.engine.step()
-            losses.append(loss.detach())
-        return torch.stack(losses).mean()
-
-    @torch.no_grad()
-    def evaluate(self, batch: Batch) -> torch.Tensor:
-        self.engine.eval()
-        loss = self.engine(**batch, use_cache=False).loss
-        self.engine.train()
-        return loss
 
     def settings(self) -> dict[str, Any]:
         inner = getattr(self.engine, "basic_optimizer", None)
