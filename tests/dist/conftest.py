@@ -6,9 +6,11 @@ from __future__ import annotations
 import pytest
 
 END_TO_END = ("test_train_models.py", "test_train_resume.py", "test_demo.py")
+LONG = ("test_demo_resumes_with_the_same_losses",)
+"""Resuming is in test_train_resume.py too."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.name in END_TO_END:
+        if item.path.name in END_TO_END and item.name not in LONG:
             item.add_marker(pytest.mark.e2e)

@@ -71,8 +71,9 @@ class Job:
     """Random plans that take turns, STEPS / CHAIN steps each, within runs of STEPS."""
     seed: int = 0
     """Seed of the first random plan; the next ones count on."""
-    combinations: bool = False
-    """Also every combination of the optional passes: chained, or each alone on a GPU."""
+    combinations: int = 0
+    """1: also every combination of the optional passes, chained, or each alone on a GPU; n: every
+    n-th; 0: none."""
     gpu: bool = False
     """On GPUs, compiled by Inductor, in bf16."""
 
@@ -343,7 +344,7 @@ class Comparison:
         chosen = [[stage_pass, *names] for names in combinations()]
         chosen += [["auto"]] * AUTO_BUDGETS
         found = []
-        for at, passes in enumerate(chosen):
+        for at, passes in list(enumerate(chosen))[:: self.job.combinations]:
             rng = random.Random(at)
             program = timed(self.bench.plain, rng)
             budget = random_budget(program, stage_pass, rng)

@@ -26,7 +26,7 @@ pytestmark = [
 @pytest.mark.parametrize("world", WORLDS)
 def test_plans_give_the_same_bits_on_gpus(world, tmp_path):
     jobs = [
-        Job("llama", 1, 1.0, alone=10, chained=40, combinations=True, gpu=True),
+        Job("llama", 1, 1.0, alone=10, chained=40, combinations=1, gpu=True),
         Job("llama", 2, 0.0, alone=10, chained=40, seed=1000, gpu=True),
     ]
     folder = str(tmp_path)
