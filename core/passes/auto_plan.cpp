@@ -60,8 +60,7 @@ void order(AutoBuilder& builder, const AutoChoice& unordered, int simulations, F
     if (part > 0 && !by_worth) return;
     AutoChoice ordered = unordered;
     ordered.order_simulations = simulations;
-    ordered.reserve +=
-        Bytes{static_cast<int64_t>(static_cast<double>(builder.budget().value) * part)};
+    ordered.reserve += part_of(builder.budget(), part);
     const Trial trial = builder.measure(ordered);
     if (better(trial, best->trial)) *best = {std::move(ordered), trial};
   }

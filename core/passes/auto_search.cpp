@@ -27,10 +27,6 @@ constexpr int kRunsAhead[] = {4, 1, 16};
 constexpr double kReserve[] = {0.03, 0, 0.1};
 constexpr double kMore[] = {0.1, 0.03, 0.25};
 
-Bytes part_of(Bytes bytes, double part) {
-  return {static_cast<int64_t>(static_cast<double>(bytes.value) * part)};
-}
-
 template <typename Id>
 void sort_ids(std::vector<Id>* ids) {
   std::sort(ids->begin(), ids->end());

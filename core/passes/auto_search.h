@@ -23,6 +23,10 @@ struct Found {
   Trial trial;
 };
 
+inline Bytes part_of(Bytes bytes, double part) {
+  return {static_cast<int64_t>(static_cast<double>(bytes.value) * part)};
+}
+
 // How many of these a search of this program may make.
 int simulations_for(const StepProgram& classical);
 

@@ -248,13 +248,14 @@ void ShardedAdam::update_runs(ParamState& param, const std::vector<Run>& runs) {
   DueUpdate& due = *param.due;
   // One launch for all runs where the library takes them; it needs no memory.
   const KernelLibrary* library = device_.is_cpu() ? nullptr : kernels().library;
+  const auto in_library = [&](const AdamPiece& piece) { return library && library_takes(piece); };
   std::vector<AdamPiece> together;
   for (const Run& run : runs) {
-    if (library && run.piece && library_takes(*run.piece)) together.push_back(*run.piece);
+    if (run.piece && in_library(*run.piece)) together.push_back(*run.piece);
   }
   if (!together.empty()) adam_library(*library, together, due.factor_tensor);
   for (const Run& run : runs) {
-    if (run.piece && together.empty()) {
+    if (run.piece && !in_library(*run.piece)) {
       if (device_.is_cpu()) {
         adam_cpu(*run.piece, due.factor);
       } else {

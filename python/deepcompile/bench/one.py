@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, fail
 from . import peers, process, worker
 from .arguments import log_name, parse_run
 
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"[bench] {condition.label}: {outcome.error}")
         return 0
     except UserError as error:
-        print("deepcompile: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:
         return 130
 

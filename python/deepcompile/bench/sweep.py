@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cli.arguments import Parser, comma_separated, positives
-from ..errors import UserError
+from ..errors import UserError, fail
 from . import measure, peers, process, results, suites, worker
 from .arguments import dtype_of, learning_arguments, log_name, options_from
 from .conditions import Condition
@@ -320,8 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 break
         return max(codes, default=0)
     except UserError as error:
-        print("deepcompile: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return fail(error)
     except KeyboardInterrupt:
         return 130
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import UserError
+from ..errors import UserError, fail
 from . import sweep
 from .conditions import Condition
 from .results import Results, Row
@@ -115,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(markdown(lines))
         return max(codes, default=0)
     except UserError as error:
-        print("deepcompile: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return fail(error)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import __version__, cmake_dir
-from ..errors import UserError
+from ..errors import UserError, fail
 from ..launch import launch
 from ..launch import options as launch_options
 from . import bench, plan, plot, programs
@@ -46,17 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.command(options)
         sys.stdout.flush()
     except UserError as error:
-        return fail(str(error))
+        return fail(error)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def fail(message: str) -> int:
-    print("deepcompile: error: " + " ".join(message.split()), file=sys.stderr)
-    return 2
 
 
 def run_launch(_: argparse.Namespace) -> None:

@@ -84,7 +84,7 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> int:
     """As a script: the seed's plot.py."""
-    from ..errors import UserError
+    from ..errors import UserError, fail
 
     parser = Parser(description="Draw charts of a sweep's results.", epilog=EXAMPLES,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -92,6 +92,5 @@ def main() -> int:
     try:
         run(parser.parse_args())
     except UserError as error:
-        print("deepcompile: error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
+        return fail(error)
     return 0
