@@ -207,7 +207,7 @@ class CompileConfig:
     early_updates: bool = _key(_bool, False)
     """Plans may update parameters inside the last backward of a step: no gradient can be dropped
     or looked at between backward() and step()."""
-    gather: str = _key(_choice("nccl", "copy_engine", "auto"), "nccl")
+    gather: str = _key(_choice("nccl", "copy_engine", "auto"), "auto")
     """How sharded parameters are made whole. `nccl`: by the process group, whatever its backend.
     `copy_engine`: by the GPUs' copy engines, which take no multiprocessor from compute; all ranks
     on one host whose GPUs can access each other's memory. Auto: `copy_engine` where it works."""

@@ -45,6 +45,16 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_in(getattr(value, item.name, None))
 
 
+def _present(hooks: weakref.ref[EagerHooks]) -> EagerHooks:
+    present = hooks()
+    if present is None:
+        raise UserError(
+            "[engine] backward: its engine is gone. Keep the engine until the backward of its last "
+            "forward."
+        )
+    return present
+
+
 class EagerHooks:
     """Hooks on one model. `runtime` is the engine's; the engine brackets each backward with
     begin_backward() and end_backward()."""
@@ -157,7 +167,7 @@ class EagerHooks:
         hooks = weakref.ref(self)
 
         def made(parameter: torch.Tensor) -> None:
-            hooks()._gradient_made(ref, parameter)
+            _present(hooks)._gradient_made(ref, parameter)
 
         tensor = self._table.tensor(ref)
         self._handles.append(tensor.register_post_accumulate_grad_hook(made))
@@ -176,11 +186,13 @@ class EagerHooks:
             self._release(names)
 
     def _hook_output(self, names: list[str], inputs: tuple, output: Any) -> None:
+        hooks = weakref.ref(self)  # an output that is kept does not keep the engine
+
         def gather(_gradient: torch.Tensor) -> None:
-            self._make_whole(names)
+            _present(hooks)._make_whole(names)
 
         def release(_gradient: torch.Tensor) -> None:
-            self._release(names)
+            _present(hooks)._release(names)
 
         for tensor in tensors_in(output):
             if tensor.requires_grad:

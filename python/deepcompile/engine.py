@@ -172,7 +172,7 @@ class Engine:
         self._backend = make_backend(self.table, options, self.planner, world=self.ranks.world)
         return torch.compile(
             self._entry,
-            backend=self._backend,
+            backend=self._backend.borrowed(),
             dynamic=kwargs.get("dynamic"),
             fullgraph=bool(kwargs.get("fullgraph", False)),
         )

@@ -330,11 +330,22 @@ class Planner:
         self.step_programs = graphs
         return agreement.plan_step("step", graphs, timed, self.plain_update(), self.request)
 
+    def _memory(self) -> budget.Memory:
+        held = budget.held_bytes(self._runtime.buffer_report())
+        return budget.measure(self._ranks, held, self._runtime.outside_bytes())
+
+    def room(self) -> int | None:
+        """Bytes that a plan can have now, less the reserve, on the rank that has least; collective.
+        None on a CPU, whose memory may be limited by what does not show in it."""
+        if self._ranks.device.type == "cpu":
+            return None
+        memory = self._memory()
+        reserve = self._config.compile.memory_reserve
+        return min(self._ranks.gather(int((memory.free + memory.held) * (1 - reserve))))
+
     def agree_budget(self) -> int:
         """Bytes for a plan on the rank that has least; collective."""
-        held = budget.held_bytes(self._runtime.buffer_report())
-        memory = budget.measure(self._ranks, held, self._runtime.outside_bytes())
-        mine = budget.plan_budget(self._config.compile, memory, self._ranks.device.type)
+        mine = budget.plan_budget(self._config.compile, self._memory(), self._ranks.device.type)
         least = min(self._ranks.gather(mine))
         if self.budget_limit is not None:
             least = min(least, self.budget_limit)

@@ -68,8 +68,10 @@ class Relief:
         before = planner.budget or planner.agree_budget()
         if planner.agreed is not None and planner.agreed.predicted_peak:
             before = min(before, planner.agreed.predicted_peak)  # what was too much
-        least = int(before * (1 - SMALLEST_CUT))
-        planner.budget_limit = least if moved >= before else min(least, before - moved)
+        least, room = int(before * (1 - SMALLEST_CUT)), planner.room()
+        if room is None:
+            room = before - moved if moved < before else least
+        planner.budget_limit = min(least, room)
         self.lowered += 1
         if self._ranks.rank == 0:
             warnings.warn(

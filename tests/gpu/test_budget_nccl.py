@@ -45,7 +45,10 @@ def start(world: int, hidden: int = 2048, layers: int = 8, **compile: Any) -> An
     import deepcompile
 
     # Attention's backward adds up in any order otherwise: other bits in each run, plan or no plan.
+    # cuDNN's does so even when only warned; the fill would be memory traffic of its own.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     config = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": 1,
@@ -92,10 +95,11 @@ def measured(rank: int, world: int, budget: int | None) -> dict[str, Any]:
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / TIMED
     held = budgets.held_bytes(engine.runtime.buffer_report())
+    outside = engine.runtime.outside_bytes()  # of torch's allocator
     agreed, report = engine.planner.agreed, engine.compile_report()
     result = {
-        "peak": torch.cuda.max_memory_allocated(),
-        "foreign": budgets.measure(engine.ranks, held).foreign,
+        "peak": torch.cuda.max_memory_allocated() + outside,
+        "foreign": budgets.measure(engine.ranks, held, outside).foreign,
         "seconds": seconds,
         "losses": losses,
         "digest": digest(engine),

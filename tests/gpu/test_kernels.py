@@ -73,7 +73,8 @@ class Arrays:
             start = view.storage_offset()
             around = torch.cat([whole[:start], whole[start + view.numel() :]])
             assert torch.isnan(around).all(), "a kernel wrote outside of its arrays"
-        assert torch.equal(self.views[3], self.given), "a kernel wrote to a gradient"
+        same = (self.views[3] == self.given) | (self.views[3].isnan() & self.given.isnan())
+        assert same.all(), "a kernel wrote to a gradient"
         return [view.cpu() for view in (*self.views[:3], *self.views[4:])]
 
 

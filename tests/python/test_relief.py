@@ -35,7 +35,10 @@ class FakePlan(str):
 
 
 class FakePlanner:
-    budget_limit, profile, agreed = None, None, None
+    budget_limit, profile, agreed, now = None, None, None, None
+
+    def room(self):
+        return self.now
 
     def __init__(self, budget=1000, least=0, measured=True):
         self.budget, self.least, self.measured = budget, least, measured
@@ -89,6 +92,15 @@ def test_the_budget_is_lowered_one_step_later_and_planned_again(moved, expected)
         relief = run(planner, {4: moved}, 8)
     assert planner.calls == [("plan", 5, expected, True)]
     assert planner.profile == "guess" and relief.lowered == relief.times == 1
+
+
+@pytest.mark.parametrize(("now", "expected"), [(640, 640), (3000, 900)])
+def test_where_the_device_says_what_is_left_that_is_the_budget(now, expected):
+    planner = FakePlanner()
+    planner.now = now
+    with pytest.warns(UserWarning, match=f"from 1,000 to {expected}"):
+        run(planner, {4: 990}, 8)
+    assert planner.calls == [("plan", 5, expected, True)]
 
 
 def test_flags_of_steps_by_the_old_plan_do_not_count_twice():

@@ -75,7 +75,8 @@ def learning_arguments(parser: argparse.ArgumentParser) -> None:
         help="the first of them, which are not measured")  # fmt: skip
     add("--print_interval", type=positive, default=default.print_interval)
     add("--attn_impl", choices=ATTENTION, default=default.attn_impl)
-    add("--profile", action="store_true", help="trace the last three steps of the warm-up")
+    add("--profile", action="store_true", help="trace the last three steps of the "
+        "warm-up; ours also writes its report and the step beside its simulation")  # fmt: skip
     add("--profile_dir", default=os.environ.get("PROFILE_DIR") or default.profile_dir,
         help="folder of traces and results; default: $PROFILE_DIR or profiles")  # fmt: skip
     add("--result_dir", default="", help="folder of results, if another")

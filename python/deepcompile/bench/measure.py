@@ -9,6 +9,7 @@ import platform
 import resource
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from .conditions import Condition
 
 
 class Meter:
-    """Times and memory of steps on one rank. On a CPU memory is the process's, all of it."""
+    """Times and memory of steps on one rank. On a CPU memory is the process's, all of it.
+    `outside`: bytes on the device that a framework holds outside of torch's allocator."""
 
-    def __init__(self, ranks: Ranks):
-        self._ranks, self._device = ranks, ranks.device
+    def __init__(self, ranks: Ranks, outside: Callable[[], int]):
+        self._ranks, self._device, self._outside = ranks, ranks.device, outside
         self._start = 0.0
         self.peak_is_of_process = False
         """Whether the system could not begin to count anew (CPU)."""
@@ -58,12 +60,12 @@ class Meter:
 
     def allocated(self) -> int:
         if self.on_gpu:
-            return torch.cuda.memory_allocated(self._device)
+            return torch.cuda.memory_allocated(self._device) + self._outside()
         return _status("VmRSS") or _largest()
 
     def peak(self) -> int:
         if self.on_gpu:
-            return torch.cuda.max_memory_allocated(self._device)
+            return torch.cuda.max_memory_allocated(self._device) + self._outside()
         return _status("VmHWM") or _largest()
 
     def in_use(self) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from .options import Options
 STEPS = 3
 
 
+@functools.cache
 def experiment(condition: Condition) -> str:
-    """The seed's exp_name."""
+    """The seed's exp_name, of when it was first asked for."""
     model = Path(condition.model.rstrip("/")).name.removesuffix(".json")
     deepspeed = condition.framework.startswith(("zero", "ds_"))
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d%H%M%S")

@@ -80,7 +80,7 @@ def run_steps(
     peer: peers.Peer, condition: Condition, options: Options, ranks: Ranks, batches: Any
 ) -> Run:
     """Train; what is not in a step is not measured."""
-    meter, run = measure.Meter(ranks), Run()
+    meter, run = measure.Meter(ranks, peer.outside_bytes), Run()
     steps = count_steps(options, batches.batches_per_epoch, condition.accumulation)
     meter.reset_peak()
     with Tracer(condition, options, ranks) as tracer:
@@ -122,7 +122,7 @@ def _row(
     peer: peers.Peer, condition: Condition, options: Options, ranks: Ranks, run: Run, facts: dict
 ) -> Row:
     """Every rank's numbers in one row; collective."""
-    meter = measure.Meter(ranks)
+    meter = measure.Meter(ranks, peer.outside_bytes)
     memory = ranks.gather((meter.allocated(), meter.peak(), run.warm_peak, meter.in_use()))
     losses = torch.stack([loss.float() for loss in run.losses]).cpu()
     every = torch.tensor(ranks.gather(losses.tolist()))
@@ -137,6 +137,7 @@ def _row(
         "peak_bytes_of_ranks": [m[1] for m in memory],
         "warmup_peak_bytes": max(m[2] for m in memory),
         "device_bytes_of_ranks": [m[3] for m in memory],
+        "outside_bytes": peer.outside_bytes(),
         "memory_is": "the allocator's" if meter.on_gpu else "the process's",
     }
     return Row.measured(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,6 +36,7 @@ from deepcompile.capture.direct import DirectCall, direct_call, is_plain, wrap
 from deepcompile.capture.effects import mark_checkpointed
 from deepcompile.capture.graph import CapturedGraph, CaptureOptions, Sink
 from deepcompile.capture.joint import refuse_param_mutation, tag_must_recompute
+from deepcompile.capture.lifetime import BorrowedRunner, borrowed
 from deepcompile.capture.program import to_program
 from deepcompile.capture.rng import unwrap_rng
 from deepcompile.capture.saved import (
@@ -98,7 +100,9 @@ def make_backend(
 
 
 class CaptureBackend:
-    """Use as ``torch.compile(f, backend=backend, dynamic=options.dynamic)``."""
+    """Use as ``torch.compile(f, backend=backend, dynamic=options.dynamic)``, or with
+    ``backend.borrowed()`` if Dynamo is not to keep it. What it compiled and the sink's runners live
+    as long as it does."""
 
     __name__ = "deepcompile"
 
@@ -116,6 +120,8 @@ class CaptureBackend:
         self.table, self.options, self.sink, self.world = table, options, sink, world
         self.compiler = RegionCompiler(options)
         self.graphs: list[CapturedGraph] = []
+        self._owned: list[Any] = []
+        """Compiled graphs and their runners, which others hold weakly."""
         self.cloned_views: list[str] = []
         """Parameters of which a view leaves a graph: the view is a copy (see limits)."""
         self._breaks_before = Counter(counters["graph_break"])
@@ -129,9 +135,17 @@ class CaptureBackend:
         """Seconds by stage, over all graphs."""
         return {s: sum(g.times.get(s, 0.0) for g in self.graphs) for s in STAGES}
 
+    def borrowed(self) -> Callable[..., Any]:
+        """This backend, for Dynamo to hold weakly."""
+        backend = borrowed(self)
+        backend.__name__ = self.__name__
+        return backend
+
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         try:
-            return _Capture(self, gm).run(example_inputs)
+            compiled = _Capture(self, gm).run(example_inputs)
+            self._owned.append(compiled)
+            return borrowed(compiled)
         except exceptions_allowed_to_be_fallback as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
@@ -161,7 +175,8 @@ class _Capture:
     """One call of the backend: from a Dynamo graph to installed sections."""
 
     def __init__(self, backend: CaptureBackend, gm: fx.GraphModule):
-        self.backend, self.gm = backend, gm
+        self.backend = weakref.proxy(backend)  # AOTAutograd keeps this capture's methods
+        self.gm = gm
         self.graph_id = len(backend.graphs)
         self.times = dict.fromkeys(STAGES, 0.0)
         self.times["dynamo"] = _dynamo_seconds()
@@ -281,7 +296,9 @@ class _Capture:
             user_stack=self.where,
         )
         backend.graphs.append(captured)
-        return backend.sink.install(captured)
+        runner = backend.sink.install(captured)
+        backend._owned.append(runner)
+        return BorrowedRunner(runner)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,10 @@ class Peer(ABC):
         """What is known only when the steps are done."""
         return {}
 
+    def outside_bytes(self) -> int:
+        """On the device, held outside of torch's allocator."""
+        return 0
+
     def compile_times(self) -> list[tuple[str, float]] | None:
         """(what, seconds), where the framework counts them."""
         return None

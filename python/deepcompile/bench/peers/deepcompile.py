@@ -10,6 +10,7 @@ any others, which only tell rows apart.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import deepcompile
 from ...schedule import STAGE_PASS, WARMUP
 from ..conditions import Condition
 from ..options import BETAS, DECAY, EPS, merge
+from ..profiling import experiment
 from . import Setup
 from .with_engine import EnginePeer
 
@@ -113,6 +115,8 @@ class DeepCompile(EnginePeer):
         """The plan that was measured, and what it was to cost."""
         if not self.engine.is_compiled:
             return {}
+        if self._setup.options.profile:
+            self._write_report()
         report, agreed = self.engine.compile_report(), self.engine.planner.agreed
         kept = ("plan_passes", "plans", "plan_seconds", "recompilations", "budget",
                 "memory_relieved", "budgets_lowered", "plan_failures", "graph_breaks",
@@ -124,6 +128,16 @@ class DeepCompile(EnginePeer):
             facts["predicted_peak_bytes"] = agreed.predicted_peak
             facts["chosen"] = [t for _, what, t in agreed.reasons if not what][:3]
         return facts
+
+    def _write_report(self) -> None:
+        """The plan, and the traced step beside its simulation."""
+        condition, options = self._setup.condition, self._setup.options
+        folder = Path(options.profile_dir) / experiment(condition)
+        self.engine.report(folder / "report.html")
+        self.engine.write_trace(folder / "step.json")
+
+    def outside_bytes(self) -> int:
+        return self.engine.runtime.outside_bytes()
 
     def compile_times(self) -> list[tuple[str, float]]:
         return sorted(self.engine.compile_report()["stages"].items())
