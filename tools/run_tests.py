@@ -128,7 +128,7 @@ RUNNERS = {
     "dist": lambda: pytest("dist", *SIDE_BY_SIDE, "tests/dist"),
     # Each test waits for ranks to start and compile most of its time, so several run at once;
     # but those that time steps or fill the devices.
-    "gpu": lambda: pytest("gpu", "-n", "4", "-rP", "-m", "not alone", "tests/gpu"),
+    "gpu": lambda: pytest("gpu", "-n", "8", "-rP", "-m", "not alone", "tests/gpu"),
     "gpu-alone": lambda: pytest("gpu-alone", "-rP", "-m", "alone", "tests/gpu"),
     "newest": newest,
 }

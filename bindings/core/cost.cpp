@@ -50,6 +50,15 @@ py::dict link_dict(const Link& link) {
   return result;
 }
 
+py::dict host_dict(const HostLink& host) {
+  py::dict result;
+  result["to_device_bandwidth"] = host.to_device_bandwidth;
+  result["to_host_bandwidth"] = host.to_host_bandwidth;
+  result["to_device_beside"] = host.beside.to_device;
+  result["to_host_beside"] = host.beside.to_host;
+  return result;
+}
+
 int64_t collective_ns(const Machine& machine, const std::string& kind, int64_t world,
                       int64_t bytes) {
   if (world < 1 || bytes < 0) {
@@ -96,6 +105,18 @@ void set_slowdown(CostTable& table, std::optional<double> slowdown) {
         "kernels) to 100.");
   }
   table.compute_slowdown = slowdown;
+}
+
+using Fraction = std::optional<double> CostTable::*;
+
+template <Fraction kept>
+void set_beside(CostTable& table, std::optional<double> value) {
+  if (value && !(*value > 0 && *value <= 1)) {
+    throw UserError(
+        "[cost] cost table: to_device_beside and to_host_beside must be above 0, and at most 1 "
+        "(directions do not disturb each other).");
+  }
+  table.*kept = value;
 }
 
 void set_overhead(CostTable& table, std::optional<int64_t> ns) {
@@ -151,6 +172,14 @@ void bind_cost_table(py::module_& m) {
       .def_property(
           "compute_slowdown", [](const CostTable& table) { return table.compute_slowdown; },
           &set_slowdown, "Kernels beside a transfer take this many times as long; or None.")
+      .def_property(
+          "to_device_beside", [](const CostTable& table) { return table.to_device_beside; },
+          &set_beside<&CostTable::to_device_beside>,
+          "The fraction of its speed that this direction of the host link keeps while the other\n"
+          "one is busy; or None.")
+      .def_property(
+          "to_host_beside", [](const CostTable& table) { return table.to_host_beside; },
+          &set_beside<&CostTable::to_host_beside>, "As to_device_beside.")
       .def_property(
           "run_overhead_ns",
           [](const CostTable& table) -> std::optional<int64_t> {
@@ -214,14 +243,9 @@ void bind_cost(py::module_& m) {
           },
           "The link between nodes, or None.")
       .def_property_readonly(
-          "host",
-          [](const Machine& x) {
-            py::dict result;
-            result["to_device_bandwidth"] = x.host.to_device_bandwidth;
-            result["to_host_bandwidth"] = x.host.to_host_bandwidth;
-            return result;
-          },
-          "The link to the host, bytes a second a rank.")
+          "host", [](const Machine& x) { return host_dict(x.host); },
+          "The link to the host: bytes a second a rank, and the fraction of them that a direction\n"
+          "keeps while the other one is busy.")
       .def_readonly("notes", &Machine::notes, "Where the numbers come from.")
       .def("__repr__", [](const Machine& x) { return "<Machine " + x.name + ">"; });
   m.def("analytic_costs", &fill_analytic_times, py::arg("program"), py::arg("machine"),

@@ -291,6 +291,20 @@ void bind_steps(py::class_<Runtime>& runtime) {
            "trace(True). Transfers: their time on the link. Workspace: of runs, -1 if unknown.");
 }
 
+py::dict measure_links(Runtime& runtime, const std::vector<int64_t>& bytes, int64_t repeats) {
+  LinkMeasures measures;
+  {
+    const py::gil_scoped_release no_gil;
+    measures = runtime.measure_links(bytes, repeats);
+  }
+  py::dict found = py::cast(measures.times);
+  if (measures.beside) {
+    found["to_host_beside"] = measures.beside->to_host;
+    found["to_device_beside"] = measures.beside->to_device;
+  }
+  return found;
+}
+
 void bind_resources(py::class_<Runtime>& runtime) {
   runtime
       .def("buffer_report", &Runtime::buffer_report, NoGil(),
@@ -299,10 +313,10 @@ void bind_resources(py::class_<Runtime>& runtime) {
       .def("share", &Runtime::share, NoGil(), py::arg("flag"),
            "Start the maximum of an integer over ranks. Collective; waits for nobody.")
       .def("shared", &Runtime::shared, NoGil(), "Result of the last share but one; 0 before.")
-      .def("measure_links", &Runtime::measure_links, NoGil(), py::arg("bytes"),
-           py::arg("repeats") = 5,
+      .def("measure_links", &measure_links, py::arg("bytes"), py::arg("repeats") = 5,
            "{gather, reduce, to_host, to_device: [(bytes, ns)]}: medians of the slowest rank, the\n"
-           "same on all ranks. Collective.")
+           "same on all ranks. On a device to_host_beside and to_device_beside too: the fraction\n"
+           "of its speed that a direction keeps while the other one is busy. Collective.")
       .def_property_readonly(
           "gathers",
           [](const Runtime& self) {

@@ -20,6 +20,7 @@
 #include <optional>
 
 #include "base/units.h"
+#include "cost/host_beside.h"
 #include "cost/machine.h"
 #include "ir/program.h"
 
@@ -49,6 +50,10 @@ class Estimator {
 
   // Kernels take this many times as long while the link is busy; at least 1.
   virtual double compute_slowdown(const StepProgram& program) const = 0;
+
+  // What each direction of the host link keeps of its speed while the other one is busy; all of
+  // it if nobody knows.
+  virtual HostBeside host_beside(const StepProgram&) const { return {}; }
 };
 
 class MachineCosts : public Estimator {
@@ -61,6 +66,7 @@ class MachineCosts : public Estimator {
   Nanos local_sum(const StepProgram& program, ParamId id) const override;
   Nanos staging(const StepProgram& program, ParamId id) const override;
   double compute_slowdown(const StepProgram& program) const override;
+  HostBeside host_beside(const StepProgram&) const override { return machine_.host.beside; }
 
   // Time of a region without its measured time.
   Nanos roofline(const StepProgram& program, const Region& region) const;

@@ -26,6 +26,16 @@ Curve read_curve(const JsonReader& reader, const std::string& what) {
   return Curve(std::move(points), what);
 }
 
+std::optional<double> read_beside(const JsonReader& root, const std::string& key) {
+  const auto beside = root.find(key);
+  if (!beside) return std::nullopt;
+  const double kept = beside->number();
+  if (!(kept > 0 && kept <= 1)) {
+    beside->fail("must be above 0, and at most 1 (directions do not disturb each other).");
+  }
+  return kept;
+}
+
 Nanos along(const Curve::Point& from, const Curve::Point& to, Bytes bytes) {
   const double size = static_cast<double>((to.first - from.first).value);
   const double share = static_cast<double>((bytes - from.first).value) / size;
@@ -83,6 +93,8 @@ std::string serialize(const CostTable& table) {
     }
   }
   if (table.compute_slowdown) json["compute_slowdown"] = *table.compute_slowdown;
+  if (table.to_device_beside) json["to_device_beside"] = *table.to_device_beside;
+  if (table.to_host_beside) json["to_host_beside"] = *table.to_host_beside;
   if (table.run_overhead) json["run_overhead_ns"] = table.run_overhead->value;
   for (int i = 0; i < kSectionKindCount; ++i) {
     const auto& overhead = table.section_overhead[static_cast<size_t>(i)];
@@ -98,7 +110,8 @@ CostTable parse_cost_table(std::string_view json, const std::string& where) {
   const nlohmann::json document = parse_json(json, stage);
   const JsonReader root(document, stage);
   root.only({"world", "gather", "reduce", "to_host", "to_device", "update", "accumulate", "norm",
-             "staging", "compute_slowdown", "run_overhead_ns", "section_overhead_ns"});
+             "staging", "compute_slowdown", "to_device_beside", "to_host_beside", "run_overhead_ns",
+             "section_overhead_ns"});
   CostTable table;
   table.world = root.at("world").integer(1, kMostRanks);
   for (int i = 0; i < kCurveKindCount; ++i) {
@@ -114,6 +127,8 @@ CostTable parse_cost_table(std::string_view json, const std::string& where) {
       slowdown->fail("must be from 1 (transfers do not disturb kernels) to 100.");
     }
   }
+  table.to_device_beside = read_beside(root, "to_device_beside");
+  table.to_host_beside = read_beside(root, "to_host_beside");
   if (const auto overhead = root.find("run_overhead_ns")) {
     table.run_overhead = Nanos{overhead->integer(0, INT64_MAX)};
   }

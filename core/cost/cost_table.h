@@ -61,6 +61,8 @@ struct CostTable {
   std::array<Curve, kCurveKindCount> curves;
   // Kernels beside a transfer between ranks take this many times as long.
   std::optional<double> compute_slowdown;
+  // What each direction of the host link keeps of its speed while the other one is busy.
+  std::optional<double> to_device_beside, to_host_beside;
   // Added to every run with a measured time: what a launch costs the host.
   std::optional<Nanos> run_overhead;
   // Before a section of this kind, with nothing to wait for: what the user's code takes.
@@ -76,8 +78,8 @@ struct CostTable {
 };
 
 // JSON: {"world": 4, "gather": [[bytes, ns], ...], ..., "compute_slowdown": 1.1,
-// "run_overhead_ns": 20000, "section_overhead_ns": {"forward": 90000}}; what was not measured is
-// absent.
+// "to_device_beside": 0.6, "to_host_beside": 0.9, "run_overhead_ns": 20000,
+// "section_overhead_ns": {"forward": 90000}}; what was not measured is absent.
 std::string serialize(const CostTable& table);
 // `where` names the document in errors. Throws UserError for the first defect.
 CostTable parse_cost_table(std::string_view json, const std::string& where = "cost table");

@@ -13,9 +13,9 @@ namespace {
 constexpr int64_t kMostNanos = 1'000'000'000;  // an overhead above a second is a slip of units
 constexpr int64_t kMostRanks = 1 << 20;
 
-double fraction(const JsonReader& reader) {
+double fraction(const JsonReader& reader, const std::string& of = "the peak") {
   const double value = reader.positive();
-  if (value > 1) reader.fail("must be at most 1: it is a fraction of the peak.");
+  if (value > 1) reader.fail("must be at most 1: it is a fraction of " + of + ".");
   return value;
 }
 
@@ -59,6 +59,19 @@ Link read_link(const JsonReader& reader) {
   return link;
 }
 
+HostLink read_host(const JsonReader& reader) {
+  reader.only({"to_device_bandwidth", "to_host_bandwidth", "to_device_beside", "to_host_beside"});
+  HostLink host;
+  host.to_device_bandwidth = reader.at("to_device_bandwidth").positive();
+  host.to_host_bandwidth = reader.at("to_host_bandwidth").positive();
+  const std::string own = "the direction's own speed";
+  if (const auto kept = reader.find("to_device_beside")) {
+    host.beside.to_device = fraction(*kept, own);
+  }
+  if (const auto kept = reader.find("to_host_beside")) host.beside.to_host = fraction(*kept, own);
+  return host;
+}
+
 }  // namespace
 
 Machine parse_machine(std::string_view json, const std::string& where) {
@@ -81,10 +94,7 @@ Machine parse_machine(std::string_view json, const std::string& where) {
                " nodes need a link between them.");
   }
 
-  const JsonReader host = root.at("host");
-  host.only({"to_device_bandwidth", "to_host_bandwidth"});
-  machine.host.to_device_bandwidth = host.at("to_device_bandwidth").positive();
-  machine.host.to_host_bandwidth = host.at("to_host_bandwidth").positive();
+  machine.host = read_host(root.at("host"));
   if (const auto notes = root.find("notes")) {
     for (const std::string& key : notes->keys()) machine.notes[key] = notes->at(key).string();
   }

@@ -14,6 +14,7 @@
 #include <string_view>
 
 #include "base/units.h"
+#include "cost/host_beside.h"
 #include "ir/dtype.h"
 
 namespace deepcompile {
@@ -40,6 +41,7 @@ struct Link {
 struct HostLink {
   double to_device_bandwidth = 0;  // all ranks of a node copying at once
   double to_host_bandwidth = 0;
+  HostBeside beside;  // keys to_device_beside, to_host_beside; 1 if absent
 };
 
 struct Machine {

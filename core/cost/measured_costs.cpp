@@ -36,6 +36,13 @@ double MeasuredCosts::compute_slowdown(const StepProgram& program) const {
   return MachineCosts::compute_slowdown(program);
 }
 
+HostBeside MeasuredCosts::host_beside(const StepProgram& program) const {
+  check(program);
+  const HostBeside other = MachineCosts::host_beside(program);
+  return {table_.to_device_beside.value_or(other.to_device),
+          table_.to_host_beside.value_or(other.to_host)};
+}
+
 std::optional<Nanos> MeasuredCosts::measured(const StepProgram& program, const Instr& instr) const {
   switch (instr.op) {
     case Op::kRun:

@@ -22,6 +22,7 @@ class MeasuredCosts final : public MachineCosts {
   Nanos staging(const StepProgram& program, ParamId id) const override;
   Nanos section_overhead(const StepProgram& program, SectionKind kind) const override;
   double compute_slowdown(const StepProgram& program) const override;
+  HostBeside host_beside(const StepProgram& program) const override;
 
   const CostTable& table() const { return table_; }
 

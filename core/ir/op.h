@@ -35,8 +35,8 @@ enum class Op : uint8_t {
 };
 inline constexpr int kOpCount = 17;
 
-// The resource an instruction keeps busy. The host link has two directions
-// that do not disturb each other.
+// The resource an instruction keeps busy. The host link has two directions,
+// each a resource.
 enum class Resource : uint8_t { kNone, kCompute, kLink, kToHost, kToDevice };
 inline constexpr int kResourceCount = 5;
 

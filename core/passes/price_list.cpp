@@ -28,6 +28,7 @@ int64_t price(const std::vector<int64_t>& list, size_t position) {
 
 PriceList::PriceList(const StepProgram& program, const Estimator& estimator) {
   slowdown_ = estimator.compute_slowdown(program);
+  beside_ = estimator.host_beside(program);
   for (int i = 0; i < kOpCount; ++i) {
     Instr instr;
     instr.op = static_cast<Op>(i);
@@ -65,6 +66,7 @@ PriceList::PriceList(std::string_view json, const std::string& where) {
   const nlohmann::json document = parse_json(json, where);
   const JsonReader root(document, where);
   slowdown_ = root.at("slowdown").positive();
+  beside_ = {root.at("to_device_beside").positive(), root.at("to_host_beside").positive()};
   local_sums_ = integers(root.at("local_sums"));
   stagings_ = integers(root.at("stagings"));
   sections_ = integers(root.at("sections"));
@@ -94,6 +96,8 @@ std::string PriceList::json() const {
                                                       : std::vector<int64_t>{alone_[i]};
   }
   return nlohmann::json{{"slowdown", slowdown_},
+                        {"to_device_beside", beside_.to_device},
+                        {"to_host_beside", beside_.to_host},
                         {"local_sums", local_sums_},
                         {"stagings", stagings_},
                         {"sections", sections_},
@@ -125,6 +129,10 @@ Nanos PriceList::section_overhead(const StepProgram&, SectionKind kind) const {
 
 double PriceList::compute_slowdown(const StepProgram&) const {
   return slowdown_;
+}
+
+HostBeside PriceList::host_beside(const StepProgram&) const {
+  return beside_;
 }
 
 }  // namespace deepcompile

@@ -30,6 +30,7 @@ class PriceList final : public Estimator {
   Nanos staging(const StepProgram& program, ParamId id) const override;
   Nanos section_overhead(const StepProgram& program, SectionKind kind) const override;
   double compute_slowdown(const StepProgram& program) const override;
+  HostBeside host_beside(const StepProgram& program) const override;
 
  private:
   using ByOp = std::array<std::vector<int64_t>, kOpCount>;  // ns, by position in a table
@@ -39,6 +40,7 @@ class PriceList final : public Estimator {
   std::vector<int64_t> local_sums_, stagings_;
   std::vector<int64_t> sections_;  // by kind
   double slowdown_ = 1;
+  HostBeside beside_;
 };
 
 }  // namespace deepcompile

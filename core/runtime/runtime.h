@@ -116,7 +116,7 @@ class Runtime {
   // The largest of all ranks' flags, read two shares later. `share` is collective.
   void share(int64_t flag);
   int64_t shared();
-  LinkTimes measure_links(const std::vector<int64_t>& bytes, int64_t repeats);  // collective
+  LinkMeasures measure_links(const std::vector<int64_t>& bytes, int64_t repeats);  // collective
 
   // Whose kernels serve this runtime's device.
   KernelReport kernels();

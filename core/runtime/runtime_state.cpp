@@ -163,16 +163,16 @@ int64_t Runtime::shared() {
   return flag;
 }
 
-LinkTimes Runtime::measure_links(const std::vector<int64_t>& bytes, int64_t repeats) {
+LinkMeasures Runtime::measure_links(const std::vector<int64_t>& bytes, int64_t repeats) {
   if (repeats < 1 || std::any_of(bytes.begin(), bytes.end(), [](int64_t b) { return b < 1; })) {
     throw UserError("[runtime] measure_links wants sizes and repeats of at least 1.");
   }
-  LinkTimes times;
+  LinkMeasures measures;
   eagerly("measure_links", "", [&] {
-    times = deepcompile::measure_links(*transport_, link_, options_.world, options_.reduce_dtype,
-                                       bytes, repeats);
+    measures = deepcompile::measure_links(*transport_, link_, options_.world, options_.reduce_dtype,
+                                          bytes, repeats);
   });
-  return times;
+  return measures;
 }
 
 KernelReport Runtime::kernels() {

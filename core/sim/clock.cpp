@@ -8,44 +8,52 @@
 
 namespace deepcompile {
 
-Clock::Clock(double slowdown) : slowdown_(slowdown) {
+Clock::Clock(double slowdown, const HostBeside& beside) : slowdown_(slowdown), host_(beside) {
   DC_CHECK(slowdown >= 1, "transfers cannot speed kernels up");
 }
 
 Nanos Clock::end() const {
-  return std::max(now_, *std::max_element(free_.begin(), free_.end()));
+  const auto [out, in] = host_.idle();
+  return std::max({now_, link_free(), out, in});
 }
 
 Clock::Backlog Clock::backlog() const {
-  Backlog out;
-  for (size_t i = 0; i < out.size(); ++i) out[i] = std::max(Nanos{0}, free_[i] - now_);
-  return out;
+  const auto [out, in] = host_.idle();
+  const auto from_now = [&](Nanos free) { return std::max(Nanos{0}, free - now_); };
+  return {from_now(link_free()), from_now(out), from_now(in)};
 }
 
-Span Clock::transfer(Resource queue, Nanos duration) {
-  Nanos& free = free_[static_cast<size_t>(queue)];
-  const Nanos start = std::max(now_, free);
-  free = start + duration;
-  if (queue == Resource::kLink && duration.value > 0) busy_.push_back({start, free});
-  return {start, free};
+Clock::Ticket Clock::transfer(Resource queue, Nanos duration) {
+  if (queue != Resource::kLink) return {queue, host_.issue(queue, now_, duration)};
+  const Nanos start = std::max(now_, link_free());
+  link_.push_back({start, start + duration});
+  return {queue, static_cast<uint32_t>(link_.size() - 1)};
 }
 
-Nanos Clock::wait_until(Nanos time) {
-  const Nanos stall = std::max(Nanos{0}, time - now_);
+Nanos Clock::wait(const Ticket& ticket) {
+  if (ticket.queue == Resource::kNone) return Nanos{0};
+  const bool link = ticket.queue == Resource::kLink;
+  const Nanos over = link ? link_[ticket.number].end : host_.finish(ticket.queue, ticket.number);
+  const Nanos stall = std::max(Nanos{0}, over - now_);
   now_ += stall;
   return stall;
+}
+
+Span Clock::span(const Ticket& ticket) const {
+  if (ticket.queue == Resource::kLink) return link_[ticket.number];
+  return host_.span(ticket.queue, ticket.number);
 }
 
 Span Clock::kernel(Nanos duration) {
   const Nanos start = now_;
   double left = static_cast<double>(duration.value);
   while (left > 0) {
-    while (next_ < busy_.size() && busy_[next_].end <= now_) ++next_;
-    if (next_ == busy_.size()) {
+    while (next_ < link_.size() && link_[next_].end <= now_) ++next_;
+    if (next_ == link_.size()) {
       now_ += Nanos{std::llround(left)};
       break;
     }
-    const Span& span = busy_[next_];
+    const Span& span = link_[next_];
     const bool beside = span.start <= now_;
     const double rate = beside ? slowdown_ : 1;  // time per unit of work
     const Nanos limit = (beside ? span.end : span.start) - now_;

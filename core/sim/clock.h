@@ -6,44 +6,55 @@
 
 #include <array>
 #include <cstddef>
+#include <cstdint>
 #include <vector>
 
 #include "base/units.h"
 #include "ir/op.h"
+#include "sim/host_queues.h"
 
 namespace deepcompile {
-
-struct Span {
-  Nanos start, end;
-};
 
 class Clock {
  public:
   // Kernels take `slowdown` times as long while the link is busy; at least 1.
-  explicit Clock(double slowdown);
+  // `beside` is what each direction of the host link leaves the other.
+  explicit Clock(double slowdown, const HostBeside& beside = {});
 
   Nanos now() const { return now_; }
-  Nanos end() const;  // when all queues are idle
+  Nanos end() const;  // when all queues are idle, if nothing more is issued
 
-  // How long each transfer queue is busy from now on.
-  using Backlog = std::array<Nanos, kResourceCount>;
+  // How long each transfer queue is busy from now on: the link, to the host, to the device.
+  using Backlog = std::array<Nanos, 3>;
   Backlog backlog() const;
 
+  // A transfer that was issued; without a queue none was, so that it is over.
+  struct Ticket {
+    Resource queue = Resource::kNone;
+    uint32_t number = 0;  // in its queue
+  };
   // On a transfer queue: from now, or when it is free.
-  Span transfer(Resource queue, Nanos duration);
+  Ticket transfer(Resource queue, Nanos duration);
+  // Until it is over. Returns how long compute stands still.
+  Nanos wait(const Ticket& ticket);
+
+  // From here on span() is right for all that was issued, if nothing more is.
+  void foresee() { host_.foresee(); }
+  Span span(const Ticket& ticket) const;  // of the link's transfers it always is
+
   // Compute does nothing for so long; transfers go on.
   void idle(Nanos duration) { now_ += duration; }
-  // Returns how long compute stands still.
-  Nanos wait_until(Nanos time);
   // Runs a kernel of this undisturbed duration, stretched beside the link.
   Span kernel(Nanos duration);
 
  private:
+  Nanos link_free() const { return link_.empty() ? Nanos{} : link_.back().end; }
+
   double slowdown_;
   Nanos now_;
-  std::array<Nanos, kResourceCount> free_{};  // by queue: when it is idle
-  std::vector<Span> busy_;                    // transfers on the link, in time order
-  size_t next_ = 0;                           // first of them that ends after now_
+  std::vector<Span> link_;  // its transfers, in time order
+  size_t next_ = 0;         // first of them that ends after now_
+  HostQueues host_;
 };
 
 }  // namespace deepcompile

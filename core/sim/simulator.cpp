@@ -93,7 +93,7 @@ class Simulation final : public StepEvents {
       : program_(program),
         machine_(program),
         durations_(program, estimator),
-        clock_(estimator.compute_slowdown(program)),
+        clock_(estimator.compute_slowdown(program), estimator.host_beside(program)),
         memory_(resident_of(machine_), records),
         done_(machine_.slots()),
         records_(records) {}
@@ -109,6 +109,7 @@ class Simulation final : public StepEvents {
       result_.time = std::max(clock_.now() - origin_, clock_.end() - idle);
       if (machine_.settled() && clock_.backlog() == before) break;
     }
+    if (records_) report_copies();
     result_.peak = memory_.peak();
     result_.resident = memory_.start();
     result_.memory = memory_.take_points();
@@ -145,16 +146,22 @@ class Simulation final : public StepEvents {
 
   void transfer(Resource queue, Op op, const Instr& instr) override {
     const Nanos issue = clock_.now();
-    const Span span = clock_.transfer(queue, durations_.transfer(op, instr));
-    last_end_ = span.end;
-    busy(queue) += span.end - span.start;
-    if (records_) work(queue, op, issue, span);
+    last_ = clock_.transfer(queue, durations_.transfer(op, instr));
+    if (!records_) return;
+    if (queue == Resource::kLink) {
+      const Span span = clock_.span(last_);
+      result_.link_busy += span.end - span.start;
+      work(queue, op, issue, span);
+    } else {
+      work(queue, op, issue, {issue, issue});
+      copies_.emplace_back(result_.items.size(), last_);
+    }
   }
 
-  void mark(TransferSlot slot) override { done_[slot] = last_end_; }
+  void mark(TransferSlot slot) override { done_[slot] = last_; }
 
   void wait(TransferSlot slot) override {
-    const Nanos stall = clock_.wait_until(done_[slot]);
+    const Nanos stall = clock_.wait(done_[slot]);
     result_.stall += stall;
     if (!records_) return;
     item_.stall += stall;
@@ -171,6 +178,7 @@ class Simulation final : public StepEvents {
     items.clear();
     result_ = SimResult{};
     result_.items = std::move(items);
+    copies_.clear();
     origin_ = clock_.now();
     memory_.begin(origin_);
   }
@@ -188,9 +196,17 @@ class Simulation final : public StepEvents {
     item_.end = span.end - origin_;
   }
 
-  Nanos& busy(Resource queue) {
-    if (queue == Resource::kLink) return result_.link_busy;
-    return queue == Resource::kToHost ? result_.to_host_busy : result_.to_device_busy;
+  // When copies to and from the host ran is known now.
+  void report_copies() {
+    clock_.foresee();
+    for (const auto& [at, ticket] : copies_) {
+      const Span span = clock_.span(ticket);
+      SimItem& item = result_.items[at];
+      item.start = span.start - origin_;
+      item.end = span.end - origin_;
+      const bool out = ticket.queue == Resource::kToHost;
+      (out ? result_.to_host_busy : result_.to_device_busy) += span.end - span.start;
+    }
   }
 
   const StepProgram& program_;
@@ -198,10 +214,11 @@ class Simulation final : public StepEvents {
   Durations durations_;
   Clock clock_;
   MemoryCurve memory_;
-  std::vector<Nanos> done_;  // by slot: when its last transfer is over
+  std::vector<Clock::Ticket> done_;  // by slot: its last transfer
   bool records_;
-  Nanos origin_;    // of the present step
-  Nanos last_end_;  // of the last transfer issued
+  Nanos origin_;                                          // of the present step
+  Clock::Ticket last_;                                    // transfer issued
+  std::vector<std::pair<size_t, Clock::Ticket>> copies_;  // of this step, by item
   SimItem item_;
   SimResult result_;
 };

@@ -11,7 +11,8 @@
 // estimator says that the user's code takes; before a reduction whose gradient
 // is not what goes on the wire it copies that into a buffer. Kernels slow down by the estimator's
 // factor for as long as a transfer between ranks runs beside them; copies to and from the host
-// don't slow them.
+// don't slow them. While both directions of the host link are busy each keeps the estimator's
+// fraction of its speed, so a copy issued later may delay one of the other direction.
 //
 // The forward and backward sections run `accumulation` times in their order,
 // then the update once. What is reported is a step of the steady state: it
@@ -62,6 +63,7 @@ struct SimResult {
   Bytes resident;  // what is there at the start: shards, states, whole parameters
   Nanos compute_busy;
   Nanos link_busy;
+  // What is in flight at the end counts as if nothing followed it.
   Nanos to_host_busy, to_device_busy;
   Nanos stall;                      // sum over items
   std::vector<SimItem> items;       // in issue order

@@ -60,6 +60,17 @@ class Agreed:
     seconds: float = 0.0
     """Planning on rank 0."""
 
+    def instrs(self) -> dict[str, list[list[str]]]:
+        """Skeleton to the instructions of each section; the update's under its name."""
+        texts = self.programs | {"update": self.update}
+        return {
+            key: [
+                [f"{i.op} {i.operand} {i.values}" for i in section.instrs]
+                for section in _core.StepProgram.parse(t).sections
+            ]
+            for key, t in texts.items()
+        }
+
     def orders(self) -> dict[str, list[str]]:
         """Skeleton to transfers."""
         return {key: order_of(_core.StepProgram.parse(t)) for key, t in self.programs.items()}

@@ -195,7 +195,8 @@ class CompileConfig:
     and only as far as the budget asks. Obey: all of it is recomputed, whatever the memory."""
     schedule: Any = _key(_schedule, "auto")
     """[[first step, [pass names]]]: what plans the step from which step on. `auto`: the stage's
-    classical plan, and from step 3 on the planner's, made from measured times."""
+    classical plan, and from step 3 on the planner's, made from measured times and once more from
+    those of a step that ran by it."""
     memory_budget: int | float | None = _key(_memory, None)
     """What a plan may use of a rank's memory: bytes, `20GiB`, or a fraction of the device's.
     Default: what is free when it is planned, and what the engine holds, less the reserve."""

@@ -49,8 +49,10 @@ def machine_for(config: Config, ranks: Ranks) -> Any:
 def measure(runtime: Any, ranks: Ranks) -> Any:
     """A _core.CostTable of this job's links, the same on every rank; collective."""
     sizes = list(SIZES.get(ranks.device.type, SIZES["cuda"]))
-    curves = ranks.from_first(runtime.measure_links(sizes, REPEATS))
+    measured = ranks.from_first(runtime.measure_links(sizes, REPEATS))
     table = _core.CostTable(ranks.world)
-    for kind, points in curves.items():
+    table.to_host_beside = measured.pop("to_host_beside", None)
+    table.to_device_beside = measured.pop("to_device_beside", None)
+    for kind, points in measured.items():
         table.set_curve(kind, [(int(size), int(ns)) for size, ns in points])
     return table

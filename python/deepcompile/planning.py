@@ -80,6 +80,8 @@ class Planner:
         """Whether the entry that holds waits for a profile of a step."""
         self.agreed: Agreed | None = None
         self._agreed_programs: dict[str, Any] = {}
+        self._look_again = False
+        """Whether auto's plan is to be made once more, from a step that ran by it."""
         self._from_cache = False
         self._unknown: list[str] = []
         self.history: list[Planned] = []
@@ -156,8 +158,14 @@ class Planner:
             if order:
                 self.profile = profile
         self.at_step(step)
-        if self.pending and profile is not None and profile.order:
-            self.plan_whole(step)
+        if profile is None or not profile.order:
+            return
+        if self.pending:
+            self._look_again = self.plan_whole(step) and "auto" in self._entry.names()
+        elif self._look_again and profile.agreed is self.agreed is not None:
+            # Transfers and kernels disturb each other more than the stage's plan showed.
+            self._look_again = False
+            self.plan_whole(step, f"profile of step {step}, by the plan itself")
 
     # ---- programs
 
@@ -276,7 +284,12 @@ class Planner:
             if self._ranks.rank == 0:
                 warnings.warn(f"{error} The plan stays as it is.", stacklevel=2)
             return False
-        self.adopt(agreed, step, why or f"profile of step {self.profile.step}", start)
+        if self.agreed is not None and agreed.instrs() == self.agreed.instrs():
+            if self.profile.agreed is self.agreed:
+                self.profile.agreed = agreed
+            self.agreed = agreed  # what it is to cost may be known better
+        else:
+            self.adopt(agreed, step, why or f"profile of step {self.profile.step}", start)
         folder = self._config.compile.plan_cache
         if folder is not None and self._job is not None and self._ranks.rank == 0:
             plan_cache.write(folder, self._job, self._kept(agreed))

@@ -63,6 +63,8 @@ CostTable full_table() {
   table.curve(CurveKind::kAccumulate) = curve({{0, 7}, {256, 107}});
   table.curve(CurveKind::kNorm) = curve({{0, 90}});
   table.compute_slowdown = 1.25;
+  table.to_device_beside = 0.55;
+  table.to_host_beside = 0.88;
   table.run_overhead = Nanos{3};
   return table;
 }
@@ -116,6 +118,11 @@ TEST(CostTable, ErrorsNameThePlace) {
   EXPECT_EQ(error(R"({"world": 2, "compute_slowdown": 0.5})"),
             "[cost] plan.json: compute_slowdown: must be from 1 (transfers do not disturb "
             "kernels) to 100.");
+  for (const std::string kept : {"0", "1.01", "-1"}) {
+    EXPECT_EQ(error(R"({"world": 2, "to_host_beside": )" + kept + "}"),
+              "[cost] plan.json: to_host_beside: must be above 0, and at most 1 (directions do not "
+              "disturb each other).");
+  }
   EXPECT_NE(error(R"({"world": 2, "gahter": []})").find("unknown key \"gahter\""),
             std::string::npos);
 }
@@ -186,6 +193,23 @@ TEST(MeasuredCosts, KnowWhatIsBetweenInstructions) {
             }),
             "[cost] t: section_overhead_ns: has no kind of section \"forwards\". Known: forward, "
             "backward, inference, update.");
+}
+
+TEST(MeasuredCosts, KnowWhatHostCopiesLeaveEachOther) {
+  const StepProgram program = parse_program(kProgram);
+  const Machine machine =
+      parse_machine(replaced(kMachine, "\"to_host_bandwidth\": 0.25e9",
+                             "\"to_host_bandwidth\": 0.25e9, \"to_device_beside\": 0.5"));
+  CostTable table;
+  table.world = 2;
+  EXPECT_EQ(MeasuredCosts(machine, table).host_beside(program),
+            (HostBeside{.to_device = 0.5, .to_host = 1}));
+  table.to_host_beside = 0.75;
+  EXPECT_EQ(MeasuredCosts(machine, table).host_beside(program),
+            (HostBeside{.to_device = 0.5, .to_host = 0.75}));
+  table.to_device_beside = 0.25;
+  EXPECT_EQ(MeasuredCosts(machine, table).host_beside(program),
+            (HostBeside{.to_device = 0.25, .to_host = 0.75}));
 }
 
 TEST(MeasuredCosts, AreOfOneWorld) {

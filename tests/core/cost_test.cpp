@@ -66,11 +66,44 @@ TEST(Machine, ErrorsNameThePlace) {
   expect_error(edited("\"compute_slowdown\": 1.5", "\"compute_slowdown\": 0.5"),
                "links.intra.compute_slowdown: must be from 1 (transfers do not disturb kernels) to "
                "100.");
+  expect_error(edited("\"to_host_bandwidth\": 1e9",
+                      "\"to_host_bandwidth\": 1e9, "
+                      "\"to_host_beside\": 1.5"),
+               "host.to_host_beside: must be at most 1: it is a fraction of the direction's own "
+               "speed.");
+  expect_error(edited("\"to_host_bandwidth\": 1e9",
+                      "\"to_host_bandwidth\": 1e9, "
+                      "\"to_device_beside\": 0"),
+               "host.to_device_beside: must be greater than 0, is 0.");
   expect_error(edited("\"bf16\"", "\"bf17\""),
                "device.flops: unknown element type \"bf17\". Known: f32, f16, bf16, f64.");
   expect_error(edited("\"inter\"", "\"outer\""),
                "links: unknown key \"outer\". Known keys: intra, inter.");
   expect_error("{\"name\": }", "line 1, column 10: not JSON at \"}\". Correct the syntax there.");
+}
+
+TEST(Machine, HostDirectionsMayDisturbEachOther) {
+  EXPECT_EQ(parse_machine(kMachine).host.beside, HostBeside{});
+  const Machine machine = parse_machine(
+      edited("\"to_host_bandwidth\": 1e9",
+             "\"to_host_bandwidth\": 1e9, \"to_device_beside\": 0.5, \"to_host_beside\": 0.75"));
+  EXPECT_EQ(machine.host.beside, (HostBeside{.to_device = 0.5, .to_host = 0.75}));
+  EXPECT_EQ(MachineCosts(machine).host_beside(StepProgram()), machine.host.beside);
+}
+
+TEST(HostBeside, ComesFromCopiesAloneAndTogether) {
+  const auto beside = [](HostTimes alone, HostTimes together) {
+    return host_beside(alone, together);
+  };
+  // Both busy to 1250: to the host 1000 at 0.8, to the device 625 at 0.5, then 375 alone.
+  EXPECT_EQ(beside({Nanos{1000}, Nanos{1000}}, {Nanos{1625}, Nanos{1250}}),
+            (HostBeside{.to_device = 0.5, .to_host = 0.8}));
+  // Not disturbed, whichever takes longer; nor faster than alone.
+  EXPECT_EQ(beside({Nanos{1000}, Nanos{400}}, {Nanos{1000}, Nanos{400}}), HostBeside{});
+  EXPECT_EQ(beside({Nanos{1000}, Nanos{400}}, {Nanos{900}, Nanos{300}}), HostBeside{});
+  EXPECT_EQ(beside({Nanos{1}, Nanos{1}}, {Nanos{0}, Nanos{0}}), HostBeside{});
+  // Always a fraction above 0.
+  EXPECT_GT(beside({Nanos{10}, Nanos{1000}}, {Nanos{5000}, Nanos{1000}}).to_device, 0);
 }
 
 TEST(Machine, NodesNeedALinkBetweenThem) {

@@ -67,10 +67,12 @@ nlohmann::json answer(const nlohmann::json& request) {
 
 TEST(PassLibrary, PricesComeBackAsTheyWere) {
   const StepProgram program = parse_program(kStep);
-  const UnitCost costs;
+  UnitCost costs;
+  costs.beside = {0.5, 0.75};
   const PriceList list(program, costs);
   const PriceList again(list.json(), "test");
   EXPECT_EQ(list.json(), again.json());
+  EXPECT_EQ(again.host_beside(program), costs.beside);
   for (const Section& section : program.sections) {
     for (const Instr& instr : section.instrs) {
       EXPECT_EQ(again.duration(program, instr), costs.duration(program, instr));

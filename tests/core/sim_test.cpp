@@ -304,5 +304,47 @@ end
   EXPECT_EQ(item_of(program, result, "reduce a").start, Nanos{440});
 }
 
+// While a's states come back, b's leave, and the other way round.
+TEST(Simulator, HostCopiesOfBothDirectionsSlowEachOther) {
+  const StepProgram program = parse_program(R"(
+step s world=2
+param a f32 128
+param b f32 128
+value x 8B
+value y 8B
+region f time=100ns (x) -> (y)
+inference 0 (x) -> (y)
+  run f
+end
+update
+  reload_states a
+  offload_states b
+  await_states a
+  update a
+  evict_states b
+  reload_states b
+  offload_states a
+  await_states b
+  update b
+  evict_states a
+end
+)");
+  UnitCost costs;
+  // f 100, and twice copies of 512 in both directions and an update of 50.
+  EXPECT_EQ(simulate(program, costs).time, Nanos{100 + 2 * (512 + 50)});
+  costs.beside = {.to_device = 0.5, .to_host = 0.8};
+  // To the host 512 / 0.8 = 640; to the device 320 of 512 in that time, then 192: 832.
+  const SimResult result = simulate(program, costs);
+  EXPECT_EQ(result.time, Nanos{100 + 2 * (832 + 50)});
+  EXPECT_EQ(result.stall, Nanos{2 * 832});
+  EXPECT_EQ(result.to_host_busy, Nanos{2 * 640});
+  EXPECT_EQ(result.to_device_busy, Nanos{2 * 832});
+  const SimItem& leaving = item_of(program, result, "offload_states a");
+  EXPECT_EQ(leaving.issue, Nanos{982});
+  EXPECT_EQ(leaving.start, Nanos{982});
+  EXPECT_EQ(leaving.end, Nanos{982 + 640});
+  EXPECT_EQ(simulate_summary(program, costs).time, result.time);
+}
+
 }  // namespace
 }  // namespace deepcompile

@@ -19,6 +19,7 @@ class UnitCost final : public Estimator {
   Nanos between{0};  // sections
   double slowdown = 1;
   int64_t host_rate = 1;  // bytes a ns, to the host and back
+  HostBeside beside;
 
   Nanos duration(const StepProgram& program, const Instr& instr) const override {
     switch (instr.op) {
@@ -51,6 +52,7 @@ class UnitCost final : public Estimator {
   Nanos staging(const StepProgram&, ParamId) const override { return copy; }
   Nanos section_overhead(const StepProgram&, SectionKind) const override { return between; }
   double compute_slowdown(const StepProgram&) const override { return slowdown; }
+  HostBeside host_beside(const StepProgram&) const override { return beside; }
 };
 
 }  // namespace deepcompile

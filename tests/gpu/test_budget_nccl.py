@@ -5,6 +5,7 @@ memory another allocation takes in the middle of training."""
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections import Counter
 from typing import Any
@@ -44,10 +45,10 @@ def llama(hidden: int, layers: int) -> torch.nn.Module:
 def start(world: int, hidden: int = 2048, layers: int = 8, **compile: Any) -> Any:
     import deepcompile
 
-    # Attention's backward adds up in any order otherwise: other bits in each run, plan or no plan.
-    # cuDNN's does so even when only warned; the fill would be memory traffic of its own.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Attention's backward adds up in any order otherwise, also when only warned: other bits in
+    # each run, plan or no plan. The fill would be memory traffic of its own.
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
     config = {
         "train_micro_batch_size_per_gpu": BATCH,

@@ -295,3 +295,6 @@ def test_flags_and_links_on_a_device():
         assert times == results[0][1]
         for direction in ("to_host", "to_device") + (("gather", "reduce") if world > 1 else ()):
             assert all(ns > 0 for _, ns in times[direction])
+        beside = {d: times[f"{d}_beside"] for d in ("to_host", "to_device")}
+        print(f"speed kept while the other direction copies: {beside}")
+        assert all(0.1 < kept <= 1 for kept in beside.values())

@@ -305,6 +305,13 @@ def test_cost_table():
     assert again == costs and again.curve("gather") == [(512, 1000), (1024, 2000)]
     assert (again.world, again.run_overhead_ns, again.compute_slowdown) == (program.world, 7, 1.5)
     assert again.curve("norm") == []
+    assert again.to_device_beside is again.to_host_beside is None
+    costs.to_device_beside, costs.to_host_beside = 0.5, 1
+    again = _core.CostTable.parse(costs.serialize())
+    assert (again.to_device_beside, again.to_host_beside) == (0.5, 1)
+    for wrong in (0, 1.5, float("nan")):
+        with pytest.raises(UserError, match="must be above 0, and at most 1"):
+            costs.to_host_beside = wrong
     with pytest.raises(UserError, match="there is no curve gahter. Known: gather, reduce"):
         costs.set_curve("gahter", [])
     with pytest.raises(UserError, match="rising order"):

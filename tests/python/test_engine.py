@@ -590,7 +590,10 @@ def test_a_dropped_engine_gives_its_memory_back():
     engine.compile(backend="eager")
     for number in range(2):
         step(engine, number)
-    runtime = weakref.ref(engine.runtime)
+    runtime, model = weakref.ref(engine.runtime), engine.module
     del engine
+    gc.collect()
+    assert model(batch()).shape == (4, 4) and runtime() is not None  # which gathers for the model
+    del model
     gc.collect()
     assert runtime() is None

@@ -287,5 +287,6 @@ def test_links_are_measured():
     for direction in ("to_host", "to_device"):
         assert [size for size, _ in times[direction]] == [1 << 12, 1 << 16]
         assert all(ns > 0 for _, ns in times[direction])
+    assert set(times) == {"gather", "reduce", "to_host", "to_device"}  # copies take turns on a CPU
     with pytest.raises(UserError, match="at least 1"):
         runtime.measure_links([0], 1)

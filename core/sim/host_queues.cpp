@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sim/host_queues.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "base/error.h"
+
+namespace deepcompile {
+namespace {
+
+constexpr Nanos kForever{std::numeric_limits<int64_t>::max()};
+constexpr int kNone = -1;
+
+Nanos rounded(double time) {
+  return {static_cast<int64_t>(time + 0.5)};
+}
+
+bool is_fraction(double value) {
+  return value > 0 && value <= 1;
+}
+
+}  // namespace
+
+HostQueues::HostQueues(const HostBeside& beside) : beside_{beside.to_host, beside.to_device} {
+  DC_CHECK(is_fraction(beside.to_host) && is_fraction(beside.to_device),
+           "copies keep a fraction of their speed");
+}
+
+// On to the first end of a copy up to `limit`, and returns its direction; if
+// there is none, on to the limit. With nothing under way it stays.
+int HostQueues::pass(State& state, Nanos limit) const {
+  const std::array<bool, 2> busy{is_busy(state, 0), is_busy(state, 1)};
+  if (!busy[0] && !busy[1]) return kNone;
+  std::array<double, 2> rate{1, 1};
+  if (busy[0] && busy[1]) rate = beside_;
+  int first = kNone;
+  Nanos to = limit;
+  for (int i = 0; i < 2; ++i) {
+    if (!busy[i]) continue;
+    const Nanos end = state.time + rounded(state.left[i] / rate[i]);
+    if (end > to || (first != kNone && end == to)) continue;
+    first = i;
+    to = end;
+  }
+  const double passed = static_cast<double>((to - state.time).value);
+  state.time = to;
+  for (int i = 0; i < 2; ++i) {
+    if (busy[i]) state.left[i] = std::max(0.0, state.left[i] - passed * rate[i]);
+  }
+  if (first == kNone) return kNone;
+  const auto& queue = queues_[first];
+  const uint32_t next = ++state.next[first];
+  if (next < queue.size()) state.left[first] = static_cast<double>(queue[next].duration.value);
+  return first;
+}
+
+// The copy before the next one has ended just now.
+void HostQueues::set_spans(const State& state, size_t ended) {
+  std::vector<Copy>& queue = queues_[ended];
+  const uint32_t next = state.next[ended];
+  queue[next - 1].span.end = state.time;
+  if (next < queue.size()) queue[next].span.start = state.time;
+}
+
+uint32_t HostQueues::issue(Resource queue, Nanos now, Nanos duration) {
+  for (int ended; (ended = pass(state_, now)) != kNone;) set_spans(state_, ended);
+  state_.time = now;
+  const size_t i = way(queue);
+  if (!is_busy(state_, i)) state_.left[i] = static_cast<double>(duration.value);
+  queues_[i].push_back({duration, {now, now}});
+  return static_cast<uint32_t>(queues_[i].size() - 1);
+}
+
+Nanos HostQueues::finish(Resource queue, uint32_t copy) {
+  const size_t i = way(queue);
+  while (state_.next[i] <= copy) set_spans(state_, pass(state_, kForever));
+  return queues_[i][copy].span.end;
+}
+
+std::array<Nanos, 2> HostQueues::idle() const {
+  State ahead = state_;
+  std::array<Nanos, 2> at{ahead.time, ahead.time};
+  for (int ended; (ended = pass(ahead, kForever)) != kNone;) at[ended] = ahead.time;
+  return at;
+}
+
+void HostQueues::foresee() {
+  State ahead = state_;
+  for (int ended; (ended = pass(ahead, kForever)) != kNone;) set_spans(ahead, ended);
+}
+
+}  // namespace deepcompile
