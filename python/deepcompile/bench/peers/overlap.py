@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
+from transformers.integrations import sdpa_attention
 
 from ...capture.entry import make_entry
 from ...errors import UserError
@@ -76,12 +77,19 @@ class Overlap(Sharded):
         self.loss_scale = 1 / setup.ranks.world  # gradients are sums over ranks
         gather_on_read(model, setup.dtype)
         limit_dynamo()
+        # Inductor's scheduling counts attention's operations, and knows no groups of query heads.
+        self._grouped = sdpa_attention.use_gqa_in_sdpa
+        sdpa_attention.use_gqa_in_sdpa = lambda *_: False
         # Inductor's scheduling asks Triton's driver, which only GPUs have.
         self._inductor = setup.condition.backend == "inductor" and torch.cuda.is_available()
         self._compiled = torch.compile(
             make_entry(model), backend=setup.condition.backend, dynamic=False, fullgraph=True,
             **({"options": PASSES} if self._inductor else {}),
         )  # fmt: skip
+
+    def close(self) -> None:
+        sdpa_attention.use_gqa_in_sdpa = self._grouped
+        super().close()
 
     def forward(self, batch: Batch) -> torch.Tensor:
         return self._compiled(**batch, use_cache=False).loss
@@ -93,6 +101,7 @@ class Overlap(Sharded):
             "param_dtype": dtype,
             "reduce_dtype": dtype,
             "gradient_sync": "each micro-batch",
+            "attention_heads": "keys and values repeated for their groups",
             "compiled": f"the whole model, {self._setup.condition.backend}",
             "inductor": PASSES if self._inductor else "without overlap passes (no GPU, or eager)",
             **super().settings(),
