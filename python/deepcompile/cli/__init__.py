@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: plan, explain, opt, sim, report, bench, plot, launch.
+"""The command line: plan, explain, opt, sim, report, bench, plot, timeline, launch.
 
 Everything but ``launch`` and a measured ``bench`` runs without a GPU; everything but
 ``plan``, ``bench`` and ``launch`` without torch. Errors are one line on stderr, with exit code 2.
@@ -17,7 +17,7 @@ from .. import __version__, cmake_dir
 from ..errors import UserError, fail
 from ..launch import launch
 from ..launch import options as launch_options
-from . import bench, plan, plot, programs
+from . import bench, plan, plot, programs, timeline
 from .arguments import Parser, add_command
 
 DESCRIPTION = """\
@@ -83,6 +83,7 @@ def build_parser() -> Parser:
     programs.add_to(commands)
     bench.add_to(commands)
     plot.add_to(commands)
+    timeline.add_to(commands)
     command = add_command(
         commands,
         "launch",

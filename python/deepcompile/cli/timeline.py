@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``deepcompile timeline``: a traced step as a picture, and its idle time."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .arguments import add_command
+
+EXAMPLES = """\
+Reads step.json of `deepcompile bench --profile`, or what Engine.write_trace
+wrote; the same file opens in ui.perfetto.dev.
+
+examples:
+  deepcompile timeline profiles/NAME/step.json
+  deepcompile timeline step.json --process predicted --out step.svg"""
+
+
+def add_to(commands: Any) -> None:
+    text = "draw a traced step, and say where compute stands idle"
+    command = add_command(commands, "timeline", run, text, EXAMPLES)
+    command.add_argument("trace", metavar="TRACE", help="a trace in Perfetto's JSON")
+    command.add_argument(
+        "--process",
+        default="measured",
+        metavar="NAME",
+        help="which of its steps: measured, predicted, or 'predicted with measured regions'",
+    )
+    command.add_argument("--title", help="above the picture; default: the process")
+    command.add_argument(
+        "--out", metavar="FILE", help=".png, .svg or .pdf; default: the trace's name with .png"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..bench.plot import matplotlib
+    from ..report import timeline
+
+    items = timeline.read(options.trace, options.process)
+    out = Path(options.out) if options.out else Path(options.trace).with_suffix(".png")
+    timeline.draw(items, out, options.title or options.process, matplotlib())
+    found = timeline.times(items)
+    width = max(map(len, found))
+    for name, ms in sorted(found.items(), key=lambda each: -each[1]):
+        print(f"{name:{width}}  {ms:9.2f} ms")
+    print(out)

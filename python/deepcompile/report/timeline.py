@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A step as a still picture, and where compute stands idle in it.
+
+Reads the Perfetto trace that ``Engine.write_trace`` and ``deepcompile bench --profile`` write.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+LANES = ("compute", "link", "to host", "to device")
+COLORS = {
+    "run": "#4e86d4", "update": "#7a5bb5", "norm": "#3f9c9c", "gather": "#d9772b",
+    "reduce": "#c2a02b", "offload": "#8d8d8d", "reload": "#5f6b76", "waits": "#e9c8c4",
+}  # fmt: skip
+WAITS = {
+    "wait": "gathers", "accumulate": "reductions", "evict": "copies to the host",
+    "evict_states": "copies to the host", "await": "copies to the device",
+    "await_states": "copies to the device",
+}  # fmt: skip
+"""What compute waits for, by instruction. An accumulate's own work is little beside it."""
+BETWEEN = "between instructions"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One instruction; times in microseconds from the step's start."""
+
+    lane: str
+    op: str
+    start: float
+    duration: float
+
+    @property
+    def end(self) -> float:
+        return self.start + self.duration
+
+
+def read(path: str | Path, process: str = "measured") -> list[Item]:
+    """A trace's items of one of its processes, in order of their starts."""
+    try:
+        events = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
+        names = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
+        lanes = {
+            (e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"
+        }
+        spans = [e for e in events if e["ph"] == "X"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"[report] {path}: is no trace of a step ({error}).") from None
+    if process not in names:
+        has = ", ".join(names) or "nothing"
+        raise UserError(f"[report] {path}: has no {process!r}, only {has}.")
+    items = [
+        Item(lanes[e["pid"], e["tid"]], e["cat"], e["ts"], e["dur"])
+        for e in spans
+        if e["pid"] == names[process]
+    ]
+    if not items:
+        raise UserError(f"[report] {path}: nothing ran in {process!r}.")
+    return sorted(items, key=lambda item: item.start)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def times(items: Sequence[Item]) -> dict[str, float]:
+    """Milliseconds of compute by instruction, and of its idle time by cause: together the step."""
+    found: dict[str, float] = {}
+    for item in items:
+        if item.op in WAITS:
+            name = f"idle: waits for {WAITS[item.op]}"
+        elif item.lane == "compute":
+            name = item.op
+        else:
+            continue
+        found[name] = found.get(name, 0.0) + item.duration / 1e3
+    here = [i for i in items if i.op in WAITS or i.lane == "compute"]
+    length = max(i.end for i in items) - min(0.0, items[0].start)
+    rest = (length - covered((i.start, i.end) for i in here)) / 1e3
+    return found | {f"idle: {BETWEEN}": rest}
+
+
+def lanes_of(items: Sequence[Item]) -> dict[str, list[Item]]:
+    """Items as they are drawn: waits stand where compute does, and what moves nothing nowhere."""
+    lanes: dict[str, list[Item]] = {lane: [] for lane in LANES}
+    for item in items:
+        lane = "compute" if item.op in WAITS else item.lane
+        if lane in lanes and item.duration > 0:
+            lanes[lane].append(item)
+    return {lane: each for lane, each in lanes.items() if each}
+
+
+def draw(items: Sequence[Item], path: str | Path, title: str, matplotlib: Any) -> Path:
+    """Write the picture, in the format of the path's ending."""
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+
+    lanes = lanes_of(items)
+    figure, axes = pyplot.subplots(figsize=(13, 1.2 + 0.55 * len(lanes)), layout="constrained")
+    shown: dict[str, str] = {}
+    for row, (_, each) in enumerate(lanes.items()):
+        for item in each:
+            kind = "waits" if item.op in WAITS else item.op.split("_")[0]
+            color = COLORS.get(kind, "#b0b0b0")
+            shown[kind] = color
+            axes.broken_barh([(item.start / 1e3, item.duration / 1e3)], (row - 0.4, 0.8),
+                             facecolors=color, linewidth=0)  # fmt: skip
+    axes.set_yticks(range(len(lanes)), list(lanes))
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(i.end for i in items) / 1e3)
+    axes.set_xlabel("ms")
+    axes.set_title(title, fontsize=10, loc="left")
+    names = {"waits": "compute waits"}
+    patches = [Patch(color=color, label=names.get(k, k)) for k, color in shown.items()]
+    figure.legend(handles=patches, loc="outside lower center", ncols=len(patches), frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    target = Path(path)
+    try:
+        figure.savefig(target, dpi=130)
+    except (OSError, ValueError) as error:
+        raise UserError(f"[report] {target}: cannot be written: {error}") from None
+    finally:
+        pyplot.close(figure)
+    return target
