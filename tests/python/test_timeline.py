@@ -44,13 +44,15 @@ STEP = [
 
 def test_compute_and_idle_times_make_up_the_step(tmp_path):
     found = timeline.times(timeline.read(trace(tmp_path, STEP)))
-    assert found == pytest.approx({
-        "update": 1.0,
-        "run": 3.0,
-        "idle: waits for gathers": 2.0,
-        "idle: waits for reductions": 2.5,
-        "idle: between instructions": 0.5,
-    })
+    assert found == pytest.approx(
+        {
+            "update": 1.0,
+            "run": 3.0,
+            "idle: waits for gathers": 2.0,
+            "idle: waits for reductions": 2.5,
+            "idle: between instructions": 0.5,
+        }
+    )
     assert sum(found.values()) == pytest.approx(9.0)
 
 
