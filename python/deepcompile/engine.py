@@ -8,7 +8,9 @@ step: it scales the loss, counts micro-batches, and asks the runtime.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import logging
 import time
 import warnings
@@ -47,6 +49,10 @@ KEPT_LOSSES = 10_000
 TRACED_STEP = 2
 """Which step after compile() is traced for the report, counted from 0: the first has settled
 allocations and code. So is the second step of each plan that all ranks agreed on."""
+
+# An engine is part of cycles of references and holds its process group. One that was dropped goes
+# before the interpreter does: a thread of Gloo's that then gives a tensor back aborts the process.
+atexit.register(gc.collect)
 
 
 class Engine:

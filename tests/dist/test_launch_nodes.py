@@ -49,7 +49,7 @@ def test_four_ranks_on_two_nodes_train_as_pytorch(nodes: TwoNodes, tmp_path: Pat
         str(tmp_path), SCRIPT, "train", str(tmp_path),
     ) as job:  # fmt: skip
         out, err = job.communicate(timeout=START_S + END_S)
-    assert job.returncode == 0, out + err
+    assert job.returncode == 0, out + err + (logs / "node-1.log").read_text()
     ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(4)]
     assert [(r["node"], r["local"]) for r in ranks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(r["world"] == 4 and r["sum"] == 1111.0 for r in ranks)
