@@ -35,10 +35,21 @@ GatherOptions gather_options(const std::string& transport, const py::dict& more)
   return options;
 }
 
-std::unique_ptr<Runtime> make_runtime(const py::object& group, int64_t rank, int64_t world,
-                                      const at::Device& device, const std::string& reduce_dtype,
-                                      double clip, int64_t accumulation, double timeout_s,
-                                      const std::string& gather, const py::dict& more) {
+// A runtime may hold the last reference to its process group, whose end waits for threads that
+// may need the GIL to give a tensor back.
+struct DeleteWithoutGil {
+  void operator()(Runtime* runtime) const {
+    const py::gil_scoped_release no_gil;
+    delete runtime;
+  }
+};
+using RuntimeHolder = std::unique_ptr<Runtime, DeleteWithoutGil>;
+using RuntimeClass = py::class_<Runtime, RuntimeHolder>;
+
+RuntimeHolder make_runtime(const py::object& group, int64_t rank, int64_t world,
+                           const at::Device& device, const std::string& reduce_dtype, double clip,
+                           int64_t accumulation, double timeout_s, const std::string& gather,
+                           const py::dict& more) {
   DType dtype;
   if (!parse_dtype(reduce_dtype, &dtype)) {
     throw UserError("[runtime] reduce_dtype is \"" + reduce_dtype +
@@ -55,7 +66,7 @@ std::unique_ptr<Runtime> make_runtime(const py::object& group, int64_t rank, int
       .timeout_s = timeout_s,
       .gather = gather_options(gather, more)};
   const py::gil_scoped_release no_gil;
-  return std::make_unique<Runtime>(options);
+  return RuntimeHolder(new Runtime(options));
 }
 
 Placement placement_from(const std::string& word) {
@@ -210,7 +221,7 @@ void register_errors(py::module_& module) {
   });
 }
 
-void bind_params(py::class_<Runtime>& runtime) {
+void bind_params(RuntimeClass& runtime) {
   runtime
       .def("add_param", &add_param, py::arg("name"), py::arg("members"), py::arg("numel"),
            py::arg("placement"), py::arg("trainable"),
@@ -248,7 +259,7 @@ void bind_params(py::class_<Runtime>& runtime) {
       .def("barrier", &Runtime::barrier, NoGil());
 }
 
-void bind_steps(py::class_<Runtime>& runtime) {
+void bind_steps(RuntimeClass& runtime) {
   runtime
       .def("load_plan", &load_plan, py::arg("plan_json"), py::arg("codes"),
            "Check a frozen plan against this job and keep it; returns its id. codes[i] is the\n"
@@ -305,7 +316,7 @@ py::dict measure_links(Runtime& runtime, const std::vector<int64_t>& bytes, int6
   return found;
 }
 
-void bind_resources(py::class_<Runtime>& runtime) {
+void bind_resources(RuntimeClass& runtime) {
   runtime
       .def("buffer_report", &Runtime::buffer_report, NoGil(),
            "Bytes held on this rank, by kind. host_states, host_values: on the host; host_pool:\n"
@@ -352,7 +363,7 @@ PYBIND11_MODULE(_runtime, m) {
   m.doc() = "Sharded training runtime: parameters, transports, optimizer and plan executor.";
   py::module_::import("torch");
   register_errors(m);
-  py::class_<Runtime> runtime(m, "Runtime");
+  RuntimeClass runtime(m, "Runtime");
   runtime.def(
       py::init(&make_runtime), py::arg("process_group"), py::arg("rank"), py::arg("world"),
       py::arg("device"), py::arg("reduce_dtype") = "f32", py::arg("clip") = 0.0,
