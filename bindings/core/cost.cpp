@@ -111,7 +111,7 @@ using Fraction = std::optional<double> CostTable::*;
 
 template <Fraction kept>
 void set_beside(CostTable& table, std::optional<double> value) {
-  if (value && !(*value > 0 && *value <= 1)) {
+  if (value && !is_fraction(*value)) {
     throw UserError(
         "[cost] cost table: to_device_beside and to_host_beside must be above 0, and at most 1 "
         "(directions do not disturb each other).");

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "base/json_reader.h"
+#include "cost/host_beside.h"
 
 namespace deepcompile {
 namespace {
@@ -30,7 +31,7 @@ std::optional<double> read_beside(const JsonReader& root, const std::string& key
   const auto beside = root.find(key);
   if (!beside) return std::nullopt;
   const double kept = beside->number();
-  if (!(kept > 0 && kept <= 1)) {
+  if (!is_fraction(kept)) {
     beside->fail("must be above 0, and at most 1 (directions do not disturb each other).");
   }
   return kept;

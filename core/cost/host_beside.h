@@ -16,6 +16,10 @@ struct HostBeside {
   bool operator==(const HostBeside&) const = default;
 };
 
+inline bool is_fraction(double value) {
+  return value > 0 && value <= 1;
+}
+
 // How long some copies took in each direction.
 struct HostTimes {
   Nanos to_device, to_host;

@@ -16,10 +16,6 @@ Nanos rounded(double time) {
   return {static_cast<int64_t>(time + 0.5)};
 }
 
-bool is_fraction(double value) {
-  return value > 0 && value <= 1;
-}
-
 }  // namespace
 
 HostQueues::HostQueues(const HostBeside& beside) : beside_{beside.to_host, beside.to_device} {

@@ -77,13 +77,18 @@ ALLOCATOR_MARGIN = 0.03
 than what was asked for, and a region's scratch differs a little from step to step."""
 
 
+def room(config: CompileConfig, memory: Memory) -> int:
+    """Bytes that a plan can have: what is free and what we hold, less the reserve."""
+    return int((memory.free + memory.held) * (1 - config.memory_reserve))
+
+
 def plan_budget(config: CompileConfig, memory: Memory, device: str = "cpu") -> int:
     """Bytes that a plan's peak may reach. With a limit from the configuration, that limit less
     what is foreign and, on a device with an allocator of its own, less its margin; without one,
     what is free and what we hold, less the reserve."""
     limit = config.memory_budget
     if limit is None:
-        return int((memory.free + memory.held) * (1 - config.memory_reserve))
+        return room(config, memory)
     if isinstance(limit, float):
         limit = int(limit * memory.total)
     margin = 0.0 if device == "cpu" else ALLOCATOR_MARGIN

@@ -352,9 +352,7 @@ class Planner:
         None on a CPU, whose memory may be limited by what does not show in it."""
         if self._ranks.device.type == "cpu":
             return None
-        memory = self._memory()
-        reserve = self._config.compile.memory_reserve
-        return min(self._ranks.gather(int((memory.free + memory.held) * (1 - reserve))))
+        return min(self._ranks.gather(budget.room(self._config.compile, self._memory())))
 
     def agree_budget(self) -> int:
         """Bytes for a plan on the rank that has least; collective."""

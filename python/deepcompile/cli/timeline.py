@@ -38,9 +38,10 @@ def run(options: argparse.Namespace) -> None:
     from ..bench.plot import matplotlib
     from ..report import timeline
 
+    matplotlib()  # its absence is an error before anything else
     items = timeline.read(options.trace, options.process)
     out = Path(options.out) if options.out else Path(options.trace).with_suffix(".png")
-    timeline.draw(items, out, options.title or options.process, matplotlib())
+    timeline.draw(items, out, options.title or options.process)
     found = timeline.times(items)
     width = max(map(len, found))
     for name, ms in sorted(found.items(), key=lambda each: -each[1]):

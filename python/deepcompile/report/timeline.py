@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import UserError
 
@@ -102,8 +101,8 @@ def lanes_of(items: Sequence[Item]) -> dict[str, list[Item]]:
     return {lane: each for lane, each in lanes.items() if each}
 
 
-def draw(items: Sequence[Item], path: str | Path, title: str, matplotlib: Any) -> Path:
-    """Write the picture, in the format of the path's ending."""
+def draw(items: Sequence[Item], path: str | Path, title: str) -> Path:
+    """Write the picture, in the format of the path's ending; needs matplotlib."""
     from matplotlib import pyplot
     from matplotlib.patches import Patch
 
