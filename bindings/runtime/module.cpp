@@ -15,8 +15,11 @@ namespace {
 using NoGil = py::call_guard<py::gil_scoped_release>;
 using MemberTuple = std::tuple<std::string, at::Tensor, int64_t>;
 
-GatherOptions gather_options(const std::string& transport, const py::dict& more) {
-  GatherOptions options{.transport = transport};
+CopyEngineOptions copy_engine_options(const std::string& gather, const std::string& reduce,
+                                      const py::dict& more) {
+  CopyEngineOptions options;
+  options.gather = gather;
+  options.reduce = reduce;
   for (const auto& [key, value] : more) {
     const auto name = key.cast<std::string>();
     if (name == "library") {
@@ -28,11 +31,18 @@ GatherOptions gather_options(const std::string& transport, const py::dict& more)
     } else if (name == "overlap") {
       options.copies = value.cast<bool>() ? CopyKind::kOverlap : CopyKind::kPlain;
     } else {
-      throw UserError("[runtime] gather_options has no \"" + name +
+      throw UserError("[runtime] copy_engine_options has no \"" + name +
                       "\". Use library, host, least_bytes or overlap.");
     }
   }
   return options;
+}
+
+py::dict route_dict(const Route& route) {
+  py::dict found;
+  found["transport"] = route.transport;
+  found["why"] = route.why;
+  return found;
 }
 
 // A runtime may hold the last reference to its process group, whose end waits for threads that
@@ -49,7 +59,7 @@ using RuntimeClass = py::class_<Runtime, RuntimeHolder>;
 RuntimeHolder make_runtime(const py::object& group, int64_t rank, int64_t world,
                            const at::Device& device, const std::string& reduce_dtype, double clip,
                            int64_t accumulation, double timeout_s, const std::string& gather,
-                           const py::dict& more) {
+                           const std::string& reduce, const py::dict& more) {
   DType dtype;
   if (!parse_dtype(reduce_dtype, &dtype)) {
     throw UserError("[runtime] reduce_dtype is \"" + reduce_dtype +
@@ -64,7 +74,7 @@ RuntimeHolder make_runtime(const py::object& group, int64_t rank, int64_t world,
       .clip = clip,
       .accumulation = accumulation,
       .timeout_s = timeout_s,
-      .gather = gather_options(gather, more)};
+      .copy_engine = copy_engine_options(gather, reduce, more)};
   const py::gil_scoped_release no_gil;
   return RuntimeHolder(new Runtime(options));
 }
@@ -329,14 +339,11 @@ void bind_resources(RuntimeClass& runtime) {
            "same on all ranks. On a device to_host_beside and to_device_beside too: the fraction\n"
            "of its speed that a direction keeps while the other one is busy. Collective.")
       .def_property_readonly(
-          "gathers",
-          [](const Runtime& self) {
-            py::dict found;
-            found["transport"] = self.gathers().first;
-            found["why"] = self.gathers().second;
-            return found;
-          },
+          "gathers", [](const Runtime& self) { return route_dict(self.gathers()); },
           "{transport: what gathers go over, nccl or copy_engine; why}.")
+      .def_property_readonly(
+          "reductions", [](const Runtime& self) { return route_dict(self.reductions()); },
+          "{transport: what reductions go over, nccl or copy_engine; why}.")
       .def("outside_bytes", &Runtime::outside_bytes, NoGil(),
            "Bytes of device memory in use that torch's allocator does not count.")
       .def("kernels", &kernels,
@@ -368,12 +375,12 @@ PYBIND11_MODULE(_runtime, m) {
       py::init(&make_runtime), py::arg("process_group"), py::arg("rank"), py::arg("world"),
       py::arg("device"), py::arg("reduce_dtype") = "f32", py::arg("clip") = 0.0,
       py::arg("accumulation") = 1, py::arg("timeout_s") = 600.0, py::arg("gather") = "nccl",
-      py::arg("gather_options") = py::dict(),
-      "One engine's runtime on one rank. process_group may be None for one rank. gather:\n"
-      "what gathers go over, nccl (the process group), copy_engine or auto; not nccl: making\n"
-      "the runtime is collective. gather_options, for tests and benchmarks: library (a file\n"
-      "in libcuda's place), host (a name in this host's place), least_bytes (of a shard that\n"
-      "is pulled), overlap (copies that prefer to run beside compute).");
+      py::arg("reduce") = "nccl", py::arg("copy_engine_options") = py::dict(),
+      "One engine's runtime on one rank. process_group may be None for one rank. gather,\n"
+      "reduce: what they go over, nccl (the process group), copy_engine or auto; not nccl:\n"
+      "making the runtime is collective. copy_engine_options, for tests and benchmarks: library\n"
+      "(a file in libcuda's place), host (a name in this host's place), least_bytes (of a shard\n"
+      "or piece that is copied), overlap (copies that prefer to run beside compute).");
   bind_params(runtime);
   bind_steps(runtime);
   bind_resources(runtime);

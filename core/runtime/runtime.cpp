@@ -12,7 +12,7 @@
 namespace deepcompile {
 namespace {
 
-GatherChoice make_transport(const RuntimeOptions& options) {
+TransportChoice make_transport(const RuntimeOptions& options) {
   if (options.world < 1 || options.rank < 0 || options.rank >= options.world) {
     throw UserError("[runtime] rank " + std::to_string(options.rank) + " of " +
                     std::to_string(options.world) + " ranks does not exist.");
@@ -26,8 +26,8 @@ GatherChoice make_transport(const RuntimeOptions& options) {
   }
   const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(options.timeout_s * 1e3));
   const auto choose = [&](C10dTransport base) {
-    return choose_gathers(options.gather, std::move(base.transport), options.rank, options.world,
-                          options.device, timeout, std::move(base.streams));
+    return choose_transport(options.copy_engine, std::move(base.transport), options.rank,
+                            options.world, options.device, timeout, std::move(base.streams));
   };
   if (options.world == 1) return choose({make_loopback_transport(), nullptr});
   if (options.group_name.empty()) {
@@ -42,10 +42,11 @@ GatherChoice make_transport(const RuntimeOptions& options) {
 
 Runtime::Runtime(const RuntimeOptions& options) : Runtime(options, make_transport(options)) {}
 
-Runtime::Runtime(const RuntimeOptions& options, GatherChoice gathers)
+Runtime::Runtime(const RuntimeOptions& options, TransportChoice chosen)
     : options_(options),
-      gathers_{gathers.name, gathers.why},
-      transport_(std::move(gathers.transport)),
+      gathers_(std::move(chosen.gathers)),
+      reductions_(std::move(chosen.reductions)),
+      transport_(std::move(chosen.transport)),
       link_(options.device),
       flags_(*transport_, options.device),
       store_(*transport_, options.rank, options.world, options.device, options.reduce_dtype,

@@ -39,7 +39,7 @@ struct RuntimeOptions {
   double clip = 0.0;                           // largest global gradient norm; 0: no clipping
   int64_t accumulation = 1;                    // micro-steps a step
   double timeout_s = 600.0;                    // for one transfer
-  GatherOptions gather;
+  CopyEngineOptions copy_engine;
 };
 
 // This rank's part of one member, for checkpoints. Tensors are views: writing
@@ -69,8 +69,9 @@ class Runtime {
  public:
   explicit Runtime(const RuntimeOptions& options);
 
-  // What gathers go over, and why: "nccl" (the process group) or "copy_engine".
-  const std::pair<std::string, std::string>& gathers() const { return gathers_; }
+  // What they go over, and why.
+  const Route& gathers() const { return gathers_; }
+  const Route& reductions() const { return reductions_; }
   // Device memory in use that torch's allocator does not count.
   int64_t outside_bytes();
 
@@ -133,7 +134,7 @@ class Runtime {
  private:
   class Scope;
 
-  Runtime(const RuntimeOptions& options, GatherChoice gathers);
+  Runtime(const RuntimeOptions& options, TransportChoice chosen);
   template <typename Action>
   void eagerly(const char* what, const std::string& name, Action&& action);
   void settle_here();                // what needs no other rank
@@ -147,7 +148,8 @@ class Runtime {
 
   std::recursive_mutex mutex_;
   const RuntimeOptions options_;
-  const std::pair<std::string, std::string> gathers_;
+  const Route gathers_;
+  const Route reductions_;
   std::unique_ptr<Transport> transport_;  // outlives every transfer below
   HostLink link_;
   FlagExchange flags_;

@@ -101,6 +101,7 @@ def _runtime(table: ParamTable, config: Config, ranks: Ranks) -> Any:
         accumulation=config.gradient_accumulation_steps,
         timeout_s=config.compile.timeout_s,
         gather=config.compile.gather,
+        reduce=config.compile.reduce,
     )
     for index, spec in enumerate(table.params):
         members = [

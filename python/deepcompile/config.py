@@ -212,6 +212,10 @@ class CompileConfig:
     """How sharded parameters are made whole. `nccl`: by the process group, whatever its backend.
     `copy_engine`: by the GPUs' copy engines, which take no multiprocessor from compute; all ranks
     on one host whose GPUs can access each other's memory. Auto: `copy_engine` where it works."""
+    reduce: str = _key(_choice("nccl", "copy_engine", "auto"), "auto")
+    """How gradients are summed over ranks. `nccl`: by the process group, in the type of
+    `communication_data_type`. `copy_engine`: pushed by the GPUs' copy engines, like gathers, into
+    two pieces' worth of memory on each rank, and summed in f32. Auto: where it works."""
     region_bytes: int = _key(_positive, 4 << 30)
     """Most bytes of parameters that one compiled region uses; one parameter may exceed it."""
     region_host: str = _key(_choice("cpp", "python"), "python")

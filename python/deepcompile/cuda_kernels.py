@@ -17,7 +17,7 @@ import torch
 
 from .errors import UserError
 
-ABI = 1
+ABI = 2
 NAME = "libdeepcompile_cuda.so"
 _TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
@@ -179,6 +179,25 @@ class Kernels:
                 ctypes.c_void_p(partials.data_ptr()),
                 ctypes.c_int64(partials.numel()),
                 ctypes.c_void_p(_pointer(out, out)),
+                ctypes.c_int(_type(out)),
+            )
+        )
+        return out
+
+    def piece_sum(self, pieces: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+        """out = the sum of all pieces in their order, in f32 (f64 for f64), rounded once. All are
+        of one type and size; out is none of them."""
+        if any(piece.dtype != out.dtype for piece in pieces):
+            raise UserError("[kernels] pieces of several types: convert them")
+        table = (ctypes.c_void_p * max(1, len(pieces)))(*(_pointer(p, out) for p in pieces))
+        self.check(
+            self._library.deepcompile_cuda_piece_sum(
+                ctypes.c_int(out.device.index),
+                ctypes.c_void_p(torch.cuda.current_stream(out.device).cuda_stream),
+                table,
+                ctypes.c_int64(len(pieces)),
+                ctypes.c_void_p(_pointer(out, out)),
+                ctypes.c_int64(out.numel()),
                 ctypes.c_int(_type(out)),
             )
         )

@@ -13,6 +13,7 @@
 
 #include "runtime/cuda/adamw_body.h"
 #include "runtime/cuda/adamw_table.h"
+#include "runtime/cuda/piece_sum_body.h"
 #include "runtime/cuda/squared_sum_body.h"
 
 namespace deepcompile::kernels {
@@ -388,6 +389,82 @@ TEST(KernelSquaredSum, ManyGradientsOfAllTypesInSeveralLaunches) {
   EXPECT_EQ(check_gradients(gradients.data(), 2), DEEPCOMPILE_CUDA_BAD_TYPE);
   gradients[1] = {nullptr, 1, 1.0, DEEPCOMPILE_CUDA_F32, 0};
   EXPECT_EQ(check_gradients(gradients.data(), 2), DEEPCOMPILE_CUDA_BAD_POINTER);
+}
+
+template <typename T, int kCount>
+void sum_by_blocks(const std::vector<const void*>& pieces, T* out, int64_t numel, int type,
+                   bool aligned) {
+  PieceTable table = {};
+  const auto count = static_cast<int64_t>(pieces.size());
+  ASSERT_EQ(make_piece_table(pieces.data(), count, out, numel, type, &table), 0);
+  EXPECT_EQ(table.aligned, aligned);
+  const int64_t blocks = (numel + kPieceChunk<T> - 1) / kPieceChunk<T>;
+  for (uint32_t block = 0; block < blocks; ++block) {
+    for (int thread = 0; thread < kPieceThreads; ++thread) {
+      piece_sum_thread<T, kCount>(table, block, thread);
+    }
+  }
+}
+
+template <typename T, int kCount>
+void compare_piece_sums(int type, int count) {
+  struct alignas(16) Aligned {
+    T at[16 / sizeof(T)];
+  };
+  std::mt19937 random(7);
+  std::normal_distribution<double> normal;
+  const int64_t chunk = kPieceChunk<T>;
+  for (const int64_t numel : {int64_t{1}, int64_t{7}, chunk - 1, chunk, 2 * chunk + 3}) {
+    for (const int offset : {0, 1}) {
+      const auto groups = static_cast<size_t>((numel + offset) * sizeof(T) / 16 + 1);
+      std::vector<std::vector<Aligned>> arrays(static_cast<size_t>(count) + 1);
+      std::vector<const void*> pieces;
+      for (auto& array : arrays) array.resize(groups);
+      for (int p = 0; p < count; ++p) {
+        T* const piece = arrays[p].front().at + offset;
+        for (int64_t i = 0; i < numel; ++i) set(normal(random), piece + i);
+        pieces.push_back(piece);
+      }
+      T* const out = arrays[count].front().at + offset;
+      sum_by_blocks<T, kCount>(pieces, out, numel, type, offset == 0);
+      for (int64_t i = 0; i < numel; ++i) {
+        auto sum = wide(static_cast<const T*>(pieces[0])[i]);
+        for (int p = 1; p < count; ++p) sum += wide(static_cast<const T*>(pieces[p])[i]);
+        T expected;
+        narrow(sum, &expected);
+        ASSERT_EQ(wide(out[i]), wide(expected)) << numel << " elements, element " << i;
+      }
+    }
+  }
+}
+
+TEST(KernelPieceSum, AddsUpInOrderAndRoundsOnce) {
+  compare_piece_sums<float, 2>(DEEPCOMPILE_CUDA_F32, 2);
+  compare_piece_sums<double, 0>(DEEPCOMPILE_CUDA_F64, 3);
+  compare_piece_sums<F16, 4>(DEEPCOMPILE_CUDA_F16, 4);
+  compare_piece_sums<Bf16, 2>(DEEPCOMPILE_CUDA_BF16, 2);
+  compare_piece_sums<Bf16, 8>(DEEPCOMPILE_CUDA_BF16, 8);
+  compare_piece_sums<Bf16, 0>(DEEPCOMPILE_CUDA_BF16, kMaxPieces);
+}
+
+TEST(KernelPieceSum, RefusesWhatItCannotDo) {
+  float values[4] = {};
+  const void* pieces[] = {values, values + 1};
+  PieceTable table = {};
+  const auto refusal = [&](int64_t count, void* out, int64_t numel, int type) {
+    return make_piece_table(pieces, count, out, numel, type, &table);
+  };
+  const int f32 = DEEPCOMPILE_CUDA_F32;
+  EXPECT_EQ(refusal(2, values + 3, 1, f32), 0);
+  EXPECT_EQ(refusal(2, values + 3, 1, DEEPCOMPILE_CUDA_NONE), DEEPCOMPILE_CUDA_BAD_TYPE);
+  EXPECT_EQ(refusal(0, values + 3, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  EXPECT_EQ(refusal(kMaxPieces + 1, values + 3, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  EXPECT_EQ(refusal(2, nullptr, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  EXPECT_EQ(refusal(2, reinterpret_cast<char*>(values) + 1, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  EXPECT_EQ(refusal(2, values + 3, -1, f32), DEEPCOMPILE_CUDA_BAD_NUMEL);
+  pieces[1] = nullptr;
+  EXPECT_EQ(refusal(2, values + 3, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  EXPECT_EQ(refusal(2, nullptr, 0, f32), 0);  // nothing to do
 }
 
 }  // namespace

@@ -7,11 +7,9 @@ that what they prevent would be seen.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import re
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -19,26 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from fake_driver import COMPILER, FAKE, ROOT, Fake
 from ranks import run_ranks
 from toy_step import PACK, Toy, batch
 
 from deepcompile import _runtime
 from deepcompile.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-FAKE = ROOT / "tests" / "fake_cuda"
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-COMPILER = shutil.which("g++") or shutil.which("c++")
 WEIGHTS = ("w1", "w2")
 STEPS = 2
-
-
-@pytest.fixture(scope="session")
-def driver(tmp_path_factory) -> str:
-    library = tmp_path_factory.mktemp("driver") / "libfake_cuda.so"
-    command = [COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([*command, str(FAKE / "fake_cuda.cpp"), "-o", str(library)], check=True)
-    return str(library)
 
 
 @pytest.mark.skipif(not (CUDA / "cuda.h").is_file(), reason=f"needs {CUDA}/cuda.h")
@@ -47,25 +35,11 @@ def test_the_drivers_declarations_are_those_of_cuda_h():
     subprocess.run([*command, str(FAKE / "declarations.cpp")], check=True)
 
 
-class Fake:
-    """The driver's hooks and counts in this process."""
-
-    def __init__(self, library: str):
-        self._library = ctypes.CDLL(library)
-
-    def set(self, **hooks: int) -> None:
-        for name, value in hooks.items():
-            self._library.fake_cuda_set(name.encode(), value)
-
-    def count(self, what: str) -> int:
-        return self._library.fake_cuda_count(what.encode())
-
-
 def pulling(rank: int, world: int, library: str, stage: int = 3, overlap=False, **options) -> Toy:
     """A toy whose gathers are pulls, the smallest shards' too."""
     more = {"library": library, "least_bytes": 1, "overlap": overlap}
     return Toy(
-        rank, world, stage, group=dist.group.WORLD, gather="copy_engine", gather_options=more,
+        rank, world, stage, group=dist.group.WORLD, gather="copy_engine", copy_engine_options=more,
         **options,
     )  # fmt: skip
 
@@ -228,7 +202,7 @@ def chosen(rank, world, library):
         try:
             runtime = _runtime.Runtime(
                 dist.group.WORLD, rank, world, torch.device("cpu"), timeout_s=20.0, gather=gather,
-                gather_options=options,
+                copy_engine_options=options,
             )  # fmt: skip
         except UserError as error:
             return str(error)

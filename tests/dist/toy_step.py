@@ -247,12 +247,13 @@ class Toy:
         plan: str = "",
         boundary: bool = False,
         gather: str = "nccl",
-        gather_options: dict | None = None,
+        reduce_over: str = "nccl",
+        copy_engine_options: dict | None = None,
     ):
         self.model = Reference(dtype=dtype).to(device)
         self.runtime = _runtime.Runtime(
             group, rank, world, torch.device(device), reduce, clip, accumulation, timeout_s,
-            gather, gather_options or {},
+            gather, reduce_over, copy_engine_options or {},
         )  # fmt: skip
         big, pack = PLACEMENTS[stage], PLACEMENTS[min(stage, 1)]
         for name in ("w1", "w2"):

@@ -83,11 +83,16 @@ void copy(Address to, Address from, size_t bytes) {
     count("pulls");
     std::this_thread::sleep_for(std::chrono::milliseconds(hook("pull_ms")));
   }
+  if (of_a_peer(to)) {
+    count("pushes");
+    std::this_thread::sleep_for(std::chrono::milliseconds(hook("push_ms")));
+  }
   std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
 }
 
 int wait(const BatchOp& op) {
   const auto value = static_cast<uint32_t>(op.value);
+  if (hook("ignore_waits") != 0) return kSuccess;
   if (hook(value % 2 == 0 ? "ignore_even_waits" : "ignore_odd_waits") != 0) return kSuccess;
   const auto* word = reinterpret_cast<const uint32_t*>(op.address);
   const auto deadline = std::chrono::steady_clock::now() + kHang;
@@ -107,15 +112,16 @@ void* map_file(int file, size_t bytes) {
 
 extern "C" {
 
-// Hooks: pull_ms (each copy from a peer's memory takes so long), ignore_odd_waits and
-// ignore_even_waits (waits for such values are over at once), no_access (between devices),
-// no_mapping (of a peer's memory), deaf (peers' words are not written).
+// Hooks: pull_ms and push_ms (each copy from or to a peer's memory takes so long), ignore_waits,
+// ignore_odd_waits and ignore_even_waits (all waits, or those for such values, are over at once),
+// no_memory (to allocate), no_access (between devices), no_mapping (of a peer's memory), deaf
+// (peers' words are not written).
 void fake_cuda_set(const char* what, int value) {
   const std::lock_guard<std::mutex> lock(mutex);
   hooks[what] = value;
 }
 
-// Counts: pulls, allocations and mappings (those there are), writes, overlapping (copies).
+// Counts: pulls, pushes, allocations and mappings (those there are), writes, overlapping (copies).
 int fake_cuda_count(const char* what) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (std::strcmp(what, "allocations") == 0) return static_cast<int>(own.size());
@@ -175,6 +181,7 @@ int cuCtxPopCurrent_v2(void** popped) {
 }
 
 int cuMemAlloc_v2(Address* address, size_t bytes) {
+  if (hook("no_memory") != 0) return kOutOfMemory;
   const int file = memfd_create("fake_cuda", 0);
   if (file < 0 || ftruncate(file, static_cast<off_t>(bytes)) != 0) return kOutOfMemory;
   void* const memory = map_file(file, bytes);

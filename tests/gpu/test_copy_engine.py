@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gathers by the copy engines of real GPUs: the same bits as NCCL's, under every plan, and the
-order of reads and writes between ranks that drift. Skipped where there are fewer than two GPUs."""
+"""Gathers and reductions by the copy engines of real GPUs: the same bits as NCCL's, under every
+plan, and the order of reads and writes between ranks that drift. Sums over more than two ranks are
+rounded once where NCCL's are rounded at each rank, so there plans are compared with each other.
+Skipped where there are fewer than two GPUs."""
 
 from __future__ import annotations
 
@@ -30,33 +32,45 @@ JOBS = [
 ]
 
 
-def toy_run(rank, world, plan, job, **gather):
+WAYS = {
+    "gathers": dict(gather="copy_engine"),
+    "reductions": dict(reduce_over="copy_engine"),
+    "both": dict(gather="copy_engine", reduce_over="copy_engine"),
+}
+
+
+def toy_run(rank, world, plan, job, **way):
     device = f"cuda:{rank}"
-    toy = Toy(rank, world, device=device, group=dist.group.WORLD, plan=plan, **job, **gather)
+    toy = Toy(
+        rank, world, device=device, group=dist.group.WORLD, plan=plan, **job, **way,
+        copy_engine_options=SMALL,
+    )  # fmt: skip
     kind = {"dtype": job["dtype"]} if "dtype" in job else {}
     losses = [x.cpu() for x in toy.train(4, rank, world, device=device, **kind)]
-    return losses + list(toy.everything().values()), toy.runtime.gathers
+    used = toy.runtime.gathers["transport"], toy.runtime.reductions["transport"]
+    return losses + list(toy.everything().values()), used
 
 
-def toy_plans(rank, world):
-    wrong = []
+def toy_plans(rank, world, way):
+    wrong, like_nccl = [], way == "gathers" or world == 2
+    used = tuple(WAYS[way].get(key, "nccl") for key in ("gather", "reduce_over"))
     for index, job in enumerate(JOBS):
+        first, _ = toy_run(rank, world, "", job, **({} if like_nccl else WAYS[way]))
         for plan in ("", *PLANS):
             if plan == "early" and "clip" in job:
                 continue
-            expected, _ = toy_run(rank, world, plan, job)
-            found, gathers = toy_run(
-                rank, world, plan, job, gather="copy_engine", gather_options=SMALL
-            )
-            assert gathers["transport"] == "copy_engine"
+            expected = toy_run(rank, world, plan, job)[0] if like_nccl else first
+            found, transports = toy_run(rank, world, plan, job, **WAYS[way])
+            assert transports == used
             if not all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)):
                 wrong.append((index, plan))
     return wrong
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("world", WORLDS)
-def test_plans_give_the_same_bits_as_over_nccl(world):
-    assert run_ranks(toy_plans, world, backend="nccl", timeout=240) == [[]] * world
+def test_plans_give_the_same_bits_as_over_nccl(world, way):
+    assert run_ranks(toy_plans, world, way, backend="nccl", timeout=240) == [[]] * world
 
 
 NUMEL, ROUNDS = (1 << 24) + 12345, 40
@@ -68,7 +82,7 @@ def racing(rank, world, overlap):
     device = torch.device("cuda", rank)
     options = SMALL | {"overlap": overlap}
     runtime = _runtime.Runtime(
-        dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 60.0, "copy_engine", options
+        dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 60.0, "copy_engine", "nccl", options
     )
     names, params = ["p0", "p1", "p2"], {}
     for name in names:
@@ -97,28 +111,90 @@ def test_writers_and_readers_keep_apart(world, overlap):
     assert run_ranks(racing, world, overlap, backend="nccl", timeout=120) == [0] * world
 
 
-def absent(rank, world):
+SIZES = [(1 << 24) + 12345, 1 << 24, 3_000_001, 777]
+
+
+def racing_sums(rank, world, overlap):
+    """Reductions of several sizes, two and more under way, while ranks drift: each element has a
+    sum that bf16 holds exactly."""
     device = torch.device("cuda", rank)
+    options = SMALL | {"overlap": overlap}
     runtime = _runtime.Runtime(
-        dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 5.0, "copy_engine", SMALL
+        dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 60.0, "nccl", "copy_engine", options
+    )
+    names = [f"p{i}" for i in range(len(SIZES))]
+    for name, size in zip(names, SIZES, strict=True):
+        param = torch.nn.Parameter(torch.zeros(size, device=device).bfloat16())
+        runtime.add_param(name, [(name, param, 0)], size, "sharded", True)
+    busy = torch.randn(4096, 4096, device=device).bfloat16()
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    draw = torch.Generator().manual_seed(rank)
+
+    def pause():
+        nonlocal busy
+        for _ in range(int(torch.randint(0, 8, (), generator=draw))):
+            busy = (busy @ busy) * 1e-2
+
+    for step in range(ROUNDS):
+        for under_way in (names, names[::-1]):
+            for name, size in zip(names, SIZES, strict=True):
+                values = torch.arange(size, device=device) % 13 + step % 11 + rank
+                runtime.reduce(name, {name: values.bfloat16()})
+                del values  # its memory is the next one's, if nothing keeps it
+                pause()
+            for name in under_way:
+                runtime.accumulate(name)
+                pause()
+            for name, size in zip(names, SIZES, strict=True):
+                part = runtime.gradient(name)
+                index = torch.arange(len(part), device=device) + rank * len(part)
+                total = world * (index % 13 + step % 11) + sum(range(world))
+                wrong += ((part * world).round() != total)[index < size].sum()
+            runtime.zero_grad()
+    torch.cuda.synchronize(device)
+    return wrong.item(), runtime.outside_bytes() > 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("world", WORLDS)
+def test_sums_are_of_what_was_pushed(world, overlap):
+    found = run_ranks(racing_sums, world, overlap, backend="nccl", timeout=120)
+    assert found == [(0, True)] * world
+
+
+def absent(rank, world, what):
+    device = torch.device("cuda", rank)
+    both = ("copy_engine", "copy_engine")
+    runtime = _runtime.Runtime(
+        dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 5.0, *both, SMALL
     )
     param = torch.nn.Parameter(torch.zeros(1 << 20, device=device).bfloat16())
-    runtime.add_param("p", [("p", param, 0)], 1 << 20, "sharded", False)
+    runtime.add_param("p", [("p", param, 0)], 1 << 20, "sharded", True)
+
+    def transfer():
+        if what == "the gather of p":
+            runtime.gather(["p"])
+            runtime.wait(["p"])
+            runtime.release(["p"])
+        else:
+            runtime.reduce("p", {"p": torch.ones(1 << 20, device=device).bfloat16()})
+            runtime.accumulate("p")
+            runtime.zero_grad()
+
     for _ in range(2):  # the first maps the peers' memory
-        runtime.gather(["p"])
-        runtime.wait(["p"])
-        runtime.release(["p"])
+        transfer()
         if rank == 1:
             time.sleep(15)  # it is late, but its memory is still there
             return None
     torch.cuda.synchronize(device)  # ends, though nobody wrote the word that the stream waits for
-    with pytest.raises(Exception, match="the gather of p waited 5 s for rank 1"):
-        runtime.gather(["p"])
+    with pytest.raises(Exception, match=f"{what} waited 5 s for rank 1"):
+        transfer()
     return True
 
 
-def test_a_peer_that_stays_away_is_named():
-    results = run_ranks(absent, 2, backend="nccl", timeout=90)
+@pytest.mark.parametrize("what", ["the gather of p", "the pieces of a reduction"])
+def test_a_peer_that_stays_away_is_named(what):
+    results = run_ranks(absent, 2, what, backend="nccl", timeout=90)
     assert results[0] is True
 
 
@@ -131,7 +207,7 @@ SCHEDULES = {
 }
 
 
-def llama(rank, world, gather, schedule):
+def llama(rank, world, gather, reduce, schedule):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     import deepcompile
@@ -146,7 +222,12 @@ def llama(rank, world, gather, schedule):
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 5e-4}},
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10_000},
-        "compile": {"gather": gather, "schedule": schedule, "differentiable_outputs": "loss"},
+        "compile": {
+            "gather": gather,
+            "reduce": reduce,
+            "schedule": schedule,
+            "differentiable_outputs": "loss",
+        },
     }
     engine, _, _, _ = deepcompile.initialize(model=model, config=config)
     engine.compile()
@@ -159,20 +240,24 @@ def llama(rank, world, gather, schedule):
         engine.backward(loss)
         engine.step()
         losses.append(loss.detach().float().cpu())
-    gathers = engine.compile_report()["gathers"]
+    report = engine.compile_report()
     del engine, model
     torch._dynamo.reset()
-    return torch.stack(losses), gathers["transport"]
+    return torch.stack(losses), [report[key]["transport"] for key in ("gathers", "reductions")]
 
 
 def llamas(rank, world):
     wrong = {}
-    reference, _ = llama(rank, world, "nccl", SCHEDULES["stage"])
+    reference, _ = llama(rank, world, "nccl", "nccl", SCHEDULES["stage"])
+    pushed = reference
+    if world > 2:
+        pushed, _ = llama(rank, world, "copy_engine", "copy_engine", SCHEDULES["stage"])
     for name, schedule in SCHEDULES.items():
-        losses, transport = llama(rank, world, "copy_engine", schedule)
-        assert transport == "copy_engine"
-        if not torch.equal(losses, reference):
-            wrong[name] = (losses - reference).abs().max().item()
+        for reduce, expected in (("nccl", reference), ("copy_engine", pushed)):
+            losses, transports = llama(rank, world, "copy_engine", reduce, schedule)
+            assert transports == ["copy_engine", reduce]
+            if not torch.equal(losses, expected):
+                wrong[name, reduce] = (losses - expected).abs().max().item()
     assert reference[-1] < reference[0]
     return wrong
 

@@ -260,6 +260,22 @@ def test_squared_sum_of_many_gradients(kernels):
         kernels.squared_sum(gradients, scales, out, out.view(1))
 
 
+@pytest.mark.parametrize("count", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("dtype", [*GRADIENTS, torch.float64])
+def test_piece_sum_adds_in_order_and_rounds_once(kernels, dtype, count):
+    for numel, offset in ((1, 0), (100_003, 0), (1 << 20, 0), (70_001, 1)):
+        generator = torch.Generator().manual_seed(numel)
+        values = [torch.randn(numel, generator=generator).to(dtype) for _ in range(count)]
+        total = values[0].to(torch.promote_types(dtype, torch.float32))
+        for value in values[1:]:
+            total = total + value
+        pieces = [guarded(value, offset, DEVICE)[0] for value in values]
+        out, whole = guarded(torch.zeros(numel, dtype=dtype), offset, DEVICE)
+        kernels.piece_sum(pieces, out)
+        assert torch.equal(out.cpu(), total.to(dtype))
+        assert whole.isnan().sum() == whole.numel() - numel, "a kernel wrote outside of its arrays"
+
+
 def test_the_current_stream_and_cuda_graphs(kernels):
     expected, arrays = (Arrays(50_001, torch.bfloat16, torch.bfloat16) for _ in range(2))
     factors = [0.5, 2.0, 0.25]

@@ -28,5 +28,5 @@ def test_one_rank_gathers_nothing(gather):
 def test_unknown_options_of_the_runtime_are_errors():
     from deepcompile import _runtime
 
-    with pytest.raises(UserError, match='gather_options has no "chunk"'):
-        _runtime.Runtime(None, 0, 1, torch.device("cpu"), gather_options={"chunk": 1})
+    with pytest.raises(UserError, match='copy_engine_options has no "chunk"'):
+        _runtime.Runtime(None, 0, 1, torch.device("cpu"), copy_engine_options={"chunk": 1})

@@ -37,8 +37,8 @@ STEP = [
     (3, "wait", 1000, 3000),
     (1, "run", 3000, 6000),
     (2, "reduce", 6000, 9000),
-    (1, "accumulate", 6500, 9000),  # half a millisecond after the run
-    (3, "release", 9000, 9000),
+    (1, "accumulate", 6500, 9500),  # half a millisecond after the run; its sum takes another
+    (3, "release", 9500, 9500),
 ]
 
 
@@ -50,16 +50,17 @@ def test_compute_and_idle_times_make_up_the_step(tmp_path):
             "run": 3.0,
             "idle: waits for gathers": 2.0,
             "idle: waits for reductions": 2.5,
+            "sum": 0.5,
             "idle: between instructions": 0.5,
         }
     )
-    assert sum(found.values()) == pytest.approx(9.0)
+    assert sum(found.values()) == pytest.approx(9.5)
 
 
 def test_waits_are_drawn_where_compute_is(tmp_path):
     lanes = timeline.lanes_of(timeline.read(trace(tmp_path, STEP)))
     assert {lane: [i.op for i in items] for lane, items in lanes.items()} == {
-        "compute": ["update", "wait", "run", "accumulate"],
+        "compute": ["update", "wait", "run", "accumulate", "sum"],
         "link": ["gather", "reduce"],
     }
 

@@ -129,7 +129,7 @@ class HostTransport final : public Transport {
   void barrier() override {
     finish([&] { return collectives_.barrier(c10::Device(c10::kCPU)); });
   }
-  bool in_order() const override { return false; }
+  bool in_order(int64_t) const override { return false; }
 
  private:
   template <typename Call>
@@ -178,7 +178,7 @@ class StreamTransport final : public Transport {
       c10::impl::VirtualGuardImpl(device.type()).synchronizeStream(streams_->compute());
     });
   }
-  bool in_order() const override { return true; }
+  bool in_order(int64_t) const override { return true; }
 
  private:
   template <typename Call>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The copy engine transport: on one NVLink node, gathers are pulls from the
-// peers' memory by the GPU's copy engines, so they take no multiprocessor from
-// compute. Everything else goes over the process group, on the same stream.
+// peers' memory by the GPU's copy engines, and reductions pushes into it (see
+// push_reductions.h), so they take no multiprocessor from compute. Everything
+// else goes over the process group, on the same stream.
 //
 // Shards lie in PeerMemory. Gather number n of a shard, on the transfers'
 // stream of each rank:
@@ -50,33 +51,41 @@
 
 namespace deepcompile {
 
-// Shards below this many bytes go over the process group: what a pull costs
-// beside its bytes is then more than what it spares compute.
+// Shards and pieces below this many bytes go over the process group: what a copy
+// costs beside its bytes is then more than what it spares compute.
 constexpr int64_t kLeastPeerBytes = 256 << 10;
 
 constexpr const char* kCudaLibrary = "libcuda.so.1";
 
-struct GatherOptions {
-  std::string transport = "nccl";      // "nccl" (the process group), "copy_engine" or "auto"
+struct CopyEngineOptions {
+  // Each "nccl" (the process group), "copy_engine" or "auto".
+  std::string gather = "nccl";
+  std::string reduce = "nccl";
   std::string library = kCudaLibrary;  // another one stands in for the driver, on CPUs too
   int64_t least_bytes = kLeastPeerBytes;
   CopyKind copies = CopyKind::kPlain;
   std::string host;  // what this host is called; empty: by what it calls itself
 };
 
-struct GatherChoice {
-  std::unique_ptr<Transport> transport;
-  std::string name;  // "nccl" or "copy_engine"
+// What transfers of one kind go over.
+struct Route {
+  std::string transport;  // "nccl" or "copy_engine"
   std::string why;
 };
 
-// What gathers go over, from now on: `base`, or pulls beside it. Collective if
-// pulls are asked for: then every rank maps a peer's memory, writes and reads
-// there, and all find the same. Throws UserError if pulls are demanded and
-// impossible. `streams`: null on a CPU.
-GatherChoice choose_gathers(const GatherOptions& options, std::unique_ptr<Transport> base,
-                            int64_t rank, int64_t world, c10::Device device,
-                            std::chrono::milliseconds timeout,
-                            std::shared_ptr<const StreamPair> streams);
+struct TransportChoice {
+  std::unique_ptr<Transport> transport;
+  Route gathers;
+  Route reductions;
+};
+
+// What gathers and reductions go over, from now on: `base`, or copy engines
+// beside it. Collective if those are asked for: then every rank maps a peer's
+// memory, writes and reads there, and all find the same. Throws UserError if they
+// are demanded and impossible. `streams`: null on a CPU.
+TransportChoice choose_transport(const CopyEngineOptions& options, std::unique_ptr<Transport> base,
+                                 int64_t rank, int64_t world, c10::Device device,
+                                 std::chrono::milliseconds timeout,
+                                 std::shared_ptr<const StreamPair> streams);
 
 }  // namespace deepcompile

@@ -30,7 +30,7 @@ class LoopbackTransport final : public Transport {
   void all_reduce(at::Tensor, Reduction) override {}
   void broadcast(at::Tensor) override {}
   void barrier() override {}
-  bool in_order() const override { return true; }
+  bool in_order(int64_t) const override { return true; }
 
  private:
   static std::unique_ptr<Transfer> copy(at::Tensor to, at::Tensor from,

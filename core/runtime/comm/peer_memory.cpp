@@ -227,7 +227,11 @@ PeerMemory::~PeerMemory() {
 void PeerMemory::let_go() {
   const auto now = [] { return std::chrono::steady_clock::now(); };
   // A transfer that waits for a peer that died never ends; its memory stays.
-  if (!until(now() + kLastWork, [&] { return driver_->idle(stream_); })) return;
+  const auto idle = [&] {
+    return std::all_of(streams_.begin(), streams_.end(),
+                       [&](Driver::Stream stream) { return driver_->idle(stream); });
+  };
+  if (!until(now() + kLastWork, idle)) return;
   for (const auto& block : blocks_) block->say_farewell();
   for (const auto& block : blocks_) block->close();
   until(now() + kPatience, [&] {

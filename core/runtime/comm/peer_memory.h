@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -83,7 +84,7 @@ class PeerMemory {
   // TransportError on every rank if one cannot map a peer's memory.
   void map(Transport& transport);
   // Streams to wait for before the peers' memory is let go.
-  void used_on(Driver::Stream stream) { stream_ = stream; }
+  void used_on(Driver::Stream stream) { streams_.insert(stream); }
   int64_t bytes() const;
 
  private:
@@ -95,7 +96,7 @@ class PeerMemory {
   int64_t rank_;
   int64_t world_;
   c10::Device device_;
-  Driver::Stream stream_ = nullptr;
+  std::set<Driver::Stream> streams_;
   std::vector<std::shared_ptr<PeerBlock>> blocks_;
   // In the order of their allocation, which is the same on every rank; addresses are not.
   std::vector<std::unique_ptr<PeerShard>> shards_;

@@ -62,9 +62,9 @@ class Transport {
   virtual void broadcast(at::Tensor tensor) = 0;  // from rank 0
   virtual void barrier() = 0;
 
-  // True if transfers run one after another in the order they were started, so
-  // that one may read what an earlier one writes without a wait between.
-  virtual bool in_order() const = 0;
+  // True if a gather may read the piece of a reduction, of so many bytes, that
+  // was started before it, without a wait between.
+  virtual bool in_order(int64_t piece_bytes) const = 0;
 
   // What one-sided transports ask of shards; others do nothing.
   //
@@ -81,6 +81,9 @@ class Transport {
   virtual void before_write(const at::Tensor& shard) {}
   // Some shard of about `bytes`, to measure gathers with; undefined: any memory will do.
   virtual at::Tensor sample_shard(int64_t bytes) { return {}; }
+  // A reduction of such a piece will be asked for. Before the first; the same
+  // calls on every rank.
+  virtual void expect_reduction(int64_t piece_bytes) {}
   // Device memory in use that torch's allocator does not know of.
   virtual int64_t outside_bytes() const { return 0; }
 };

@@ -31,6 +31,7 @@ extern "C" int deepcompile_cuda_usable(int device) {
   int status = deepcompile::kernels::use_device(device);
   if (status == 0) status = deepcompile::kernels::adamw_usable();
   if (status == 0) status = deepcompile::kernels::squared_sum_usable();
+  if (status == 0) status = deepcompile::kernels::piece_sum_usable();
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction) {
     status = DEEPCOMPILE_CUDA_BAD_DEVICE;
   }

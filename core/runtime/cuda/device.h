@@ -18,5 +18,6 @@ inline int use_device(int device) {
 // 0 if the device has code for the kernel.
 int adamw_usable();
 int squared_sum_usable();
+int piece_sum_usable();
 
 }  // namespace deepcompile::kernels

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The C interface of libdeepcompile_cuda.so: the optimizer's kernels for NVIDIA
+ * The C interface of libdeepcompile_cuda.so: the runtime's kernels for NVIDIA
  * GPUs, with raw pointers and a stream. No torch, no allocation, no host wait:
  * every call may be captured into a CUDA graph, with the values that are passed
  * by the host fixed in it.
@@ -20,7 +20,8 @@
 
 #include <stdint.h>
 
-#define DEEPCOMPILE_CUDA_ABI 1 /* changes with every change below */
+#define DEEPCOMPILE_CUDA_ABI 2 /* changes with every change below */
+#define DEEPCOMPILE_CUDA_MAX_PIECES 16
 #define DEEPCOMPILE_CUDA_API __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -108,6 +109,15 @@ DEEPCOMPILE_CUDA_API int64_t deepcompile_cuda_squared_sum_partials(
 DEEPCOMPILE_CUDA_API int deepcompile_cuda_squared_sum(
     int device, void* stream, const struct deepcompile_cuda_gradient* gradients, int64_t count,
     double* partials, int64_t partials_count, void* out, int out_type);
+
+/* out = pieces[0] + pieces[1] + ..., element by element, added up in that order in
+ * f32 (F64: in f64) and rounded once, so that the bits depend on the values alone.
+ * Each has numel elements of the type: F32, BF16, F16 or F64. out overlaps none.
+ * count: 1 to DEEPCOMPILE_CUDA_MAX_PIECES. Fastest where all are aligned to 16
+ * bytes. */
+DEEPCOMPILE_CUDA_API int deepcompile_cuda_piece_sum(int device, void* stream,
+                                                    const void* const* pieces, int64_t count,
+                                                    void* out, int64_t numel, int type);
 
 #ifdef __cplusplus
 }

@@ -134,4 +134,33 @@ DC_HOST_DEVICE void store_four(const Four<T>& four, T* to) {
 #endif
 }
 
+// Sixteen bytes of elements.
+template <typename T>
+struct alignas(16) SixteenBytes {
+  static constexpr int kCount = 16 / sizeof(T);
+  T at[kCount];
+};
+
+template <typename T>
+DC_HOST_DEVICE SixteenBytes<T> load_sixteen(const T* from) {
+#if defined(__CUDA_ARCH__)
+  return bit_cast<SixteenBytes<T>>(__ldcs(reinterpret_cast<const uint4*>(from)));
+#else
+  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
+  SixteenBytes<T> loaded;
+  memcpy(&loaded, from, sizeof(loaded));
+  return loaded;
+#endif
+}
+
+template <typename T>
+DC_HOST_DEVICE void store_sixteen(const SixteenBytes<T>& sixteen, T* to) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<uint4*>(to) = bit_cast<uint4>(sixteen);
+#else
+  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) std::abort();
+  memcpy(to, &sixteen, sizeof(sixteen));
+#endif
+}
+
 }  // namespace deepcompile::kernels

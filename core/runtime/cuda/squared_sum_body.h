@@ -37,25 +37,6 @@ DC_HOST_DEVICE double to_f64(T value) {
   return static_cast<double>(to_f32(value));
 }
 
-// What a thread loads at once.
-template <typename T>
-struct alignas(16) SixteenBytes {
-  static constexpr int kCount = 16 / sizeof(T);
-  T at[kCount];
-};
-
-template <typename T>
-DC_HOST_DEVICE SixteenBytes<T> load_sixteen(const T* from) {
-#if defined(__CUDA_ARCH__)
-  return bit_cast<SixteenBytes<T>>(__ldcs(reinterpret_cast<const uint4*>(from)));
-#else
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
-  SixteenBytes<T> loaded;
-  memcpy(&loaded, from, sizeof(loaded));
-  return loaded;
-#endif
-}
-
 // Thread `thread`'s sum of squares over its block's chunk, not scaled. Which
 // elements, and in which order, is the same for aligned arrays and others.
 template <typename T>

@@ -53,6 +53,10 @@ ParamState& ParamStore::add(const ParamSpec& spec) {
   for (size_t i = 0; i < param.members.size(); ++i) {
     members_.emplace(param.members[i].name, std::make_pair(&param, i));
   }
+  if (param.trainable) {
+    const auto item = static_cast<int64_t>(c10::elementSize(reduce_dtype_));
+    transport_.expect_reduction(param.shard_numel() * item);
+  }
   return param;
 }
 
@@ -160,7 +164,8 @@ void ParamStore::reduce(ParamState& param, const MemberGrads& grads, std::shared
   for (const auto& grad : grads) pending.members.push_back(grad.first);
   if (world_ == 1) pending.piece = pending.value = pending.source;
   pending.transfer = transport_.reduce_scatter(pending.piece, pending.source, std::move(span));
-  if (replicated && world_ > 1 && transport_.in_order()) {
+  const auto piece_bytes = static_cast<int64_t>(pending.piece.nbytes());
+  if (replicated && world_ > 1 && transport_.in_order(piece_bytes)) {
     // The same sums as a sharded parameter's, bit by bit, then handed round.
     pending.broadcast = transport_.gather(pending.value, pending.piece, nullptr);
   }

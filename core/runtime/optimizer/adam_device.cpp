@@ -10,40 +10,11 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include "base/error.h"
+#include "runtime/cuda/launch.h"
 #include "runtime/optimizer/adam.h"
 
 namespace deepcompile {
 namespace {
-
-int cuda_type(c10::ScalarType dtype) {
-  switch (dtype) {
-    case c10::kFloat:
-      return DEEPCOMPILE_CUDA_F32;
-    case c10::kBFloat16:
-      return DEEPCOMPILE_CUDA_BF16;
-    case c10::kHalf:
-      return DEEPCOMPILE_CUDA_F16;
-    case c10::kDouble:
-      return DEEPCOMPILE_CUDA_F64;
-    default:
-      break;
-  }
-  DC_CHECK(false, "gradients and weights are f32, f64, f16 or bf16");
-}
-
-// The caller's current stream on the device, as the CUDA runtime has it.
-void* current_stream(c10::Device device) {
-  const c10::impl::VirtualGuardImpl guard(device.type());
-  return guard.getStreamNativeHandle(guard.getStream(device));
-}
-
-void check(const KernelLibrary& library, int status, const char* what) {
-  if (status == 0) return;
-  throw UserError("[runtime] the " + std::string(what) + " kernel of " + library.path +
-                  " did not start: " + library.error(status) +
-                  ". An error of the device is often one of earlier work: run with "
-                  "CUDA_LAUNCH_BLOCKING=1 to find it.");
-}
 
 deepcompile_cuda_adamw_segment segment_of(const AdamPiece& piece) {
   const Hyper& hyper = piece.hyper;
@@ -111,10 +82,10 @@ void adam_library(const KernelLibrary& library, const std::vector<AdamPiece>& pi
   }
   const c10::Device device = pieces.front().master.device();
   const int status = library.adamw(
-      device.index(), current_stream(device), segments.data(),
+      device.index(), current_cuda_stream(device), segments.data(),
       static_cast<int64_t>(segments.size()), cuda_type(pieces.front().gradient.scalar_type()),
       weight_type(pieces.front()), factor.defined() ? factor.const_data_ptr<float>() : nullptr);
-  check(library, status, "AdamW");
+  check_launch(library, status, "AdamW");
 }
 
 at::Tensor squared_sum_torch(const std::vector<ScaledGradient>& gradients, c10::Device device) {
@@ -145,10 +116,10 @@ at::Tensor squared_sum_library(const KernelLibrary& library,
   const c10::TensorOptions options = c10::TensorOptions().dtype(c10::kDouble).device(device);
   const at::Tensor partials = at::empty({needed}, options), sum = at::empty({}, options);
   const int status =
-      library.squared_sum(sum.device().index(), current_stream(sum.device()), parts.data(), count,
-                          needed > 0 ? partials.data_ptr<double>() : nullptr, needed,
+      library.squared_sum(sum.device().index(), current_cuda_stream(sum.device()), parts.data(),
+                          count, needed > 0 ? partials.data_ptr<double>() : nullptr, needed,
                           sum.data_ptr(), DEEPCOMPILE_CUDA_F64);
-  check(library, status, "gradient norm");
+  check_launch(library, status, "gradient norm");
   return sum;
 }
 

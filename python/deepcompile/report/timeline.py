@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import UserError
@@ -16,14 +16,15 @@ from ..errors import UserError
 LANES = ("compute", "link", "to host", "to device")
 COLORS = {
     "run": "#4e86d4", "update": "#7a5bb5", "norm": "#3f9c9c", "gather": "#d9772b",
-    "reduce": "#c2a02b", "offload": "#8d8d8d", "reload": "#5f6b76", "waits": "#e9c8c4",
+    "reduce": "#c2a02b", "sum": "#2f8f5b", "offload": "#8d8d8d", "reload": "#5f6b76",
+    "waits": "#e9c8c4",
 }  # fmt: skip
 WAITS = {
     "wait": "gathers", "accumulate": "reductions", "evict": "copies to the host",
     "evict_states": "copies to the host", "await": "copies to the device",
     "await_states": "copies to the device",
 }  # fmt: skip
-"""What compute waits for, by instruction. An accumulate's own work is little beside it."""
+"""What compute waits for, by instruction."""
 BETWEEN = "between instructions"
 
 
@@ -35,6 +36,7 @@ class Item:
     op: str
     start: float
     duration: float
+    operand: str = ""
 
     @property
     def end(self) -> float:
@@ -56,13 +58,29 @@ def read(path: str | Path, process: str = "measured") -> list[Item]:
         has = ", ".join(names) or "nothing"
         raise UserError(f"[report] {path}: has no {process!r}, only {has}.")
     items = [
-        Item(lanes[e["pid"], e["tid"]], e["cat"], e["ts"], e["dur"])
+        Item(lanes[e["pid"], e["tid"]], e["cat"], e["ts"], e["dur"], e["name"].partition(" ")[2])
         for e in spans
         if e["pid"] == names[process]
     ]
     if not items:
         raise UserError(f"[report] {path}: nothing ran in {process!r}.")
-    return sorted(items, key=lambda item: item.start)
+    return _with_sums(sorted(items, key=lambda item: item.start))
+
+
+def _with_sums(items: Sequence[Item]) -> list[Item]:
+    """An accumulate waits until its reduction has arrived. What follows is its own work: a sum."""
+    found: list[Item] = []
+    arrived: dict[str, float] = {}
+    for item in items:
+        if item.op == "reduce":
+            arrived[item.operand] = item.end
+        until = max(item.start, arrived.get(item.operand, item.end))
+        if item.op != "accumulate" or until >= item.end:
+            found.append(item)
+            continue
+        found.append(replace(item, duration=until - item.start))
+        found.append(Item("compute", "sum", until, item.end - until, item.operand))
+    return sorted(found, key=lambda item: item.start)
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:

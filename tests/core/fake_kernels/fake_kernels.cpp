@@ -31,5 +31,9 @@ int deepcompile_cuda_squared_sum(int, void*, const deepcompile_cuda_gradient*, i
                                  int64_t, void*, int) {
   return 0;
 }
+
+int deepcompile_cuda_piece_sum(int, void*, const void* const*, int64_t, void*, int64_t, int) {
+  return 0;
+}
 #endif
 }

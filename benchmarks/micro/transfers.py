@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast are gathers, and what do they cost the matmuls beside them?  A table and JSON.
+"""How fast are gathers and reductions, and what do they cost the matmuls beside them?  A table and
+JSON.
 
-Every size is a sharded bf16 parameter of its own, gathered through the runtime as a plan would.
-"alone": nothing else runs. "beside": matmuls that last about 0.7 of the gathers start with them;
-their slowdown is against the same matmuls alone. Rates count what arrives from other ranks.
+Every size is a sharded bf16 parameter of its own, gathered or reduced through the runtime as a plan
+would. "alone": nothing else runs. "beside": matmuls that last about 0.7 of the transfers start with
+them; their slowdown is against the same matmuls alone. Rates count what arrives from other ranks;
+the time of a reduction by copy engine has its sum in it.
 
-    torchrun --standalone --nproc-per-node 4 benchmarks/micro/gather.py --mb 32,128,512,1712
+    torchrun --standalone --nproc-per-node 4 benchmarks/micro/transfers.py --mb 32,128,512,1712
 
 `overlap` is copy_engine with copies that prefer to run beside compute (a hint to the driver).
 Without GPUs, `--library` names a library in libcuda's place; times then say nothing.
@@ -14,6 +16,8 @@ Without GPUs, `--library` names a library in libcuda's place; times then say not
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import os
 import statistics
@@ -35,8 +39,8 @@ WAYS = {
 }
 MATMUL = {"cuda": (1024, 8192, 28672), "cpu": (64, 128, 128)}
 """Rows, inner and columns of the matmuls beside."""
-PER_ROUND = 3
-"""Gathers under way at once."""
+PER_ROUND = 2
+"""Transfers under way at once."""
 
 
 def parse() -> argparse.Namespace:
@@ -44,6 +48,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mb", default="32,128,512,1712", help="whole sizes in MB")
+    parser.add_argument("--kinds", default="gather,reduce", help="gather, reduce")
     parser.add_argument("--ways", default="nccl,copy_engine,overlap", help=", ".join(WAYS))
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--library", help="in libcuda's place")
@@ -84,38 +89,58 @@ class Clock:
         return worst.item()
 
 
-class Gathers:
-    """PER_ROUND parameters of one size, and one way to gather them."""
+class Transfers:
+    """PER_ROUND parameters of one size, and one way to gather or reduce them."""
 
-    def __init__(self, way: str, numel: int, device: torch.device, library: str | None):
+    def __init__(self, kind: str, way: str, numel: int, device: torch.device, library: str | None):
         transport, options = WAYS[way]
+        ways = (transport, "nccl") if kind == "gather" else ("nccl", transport)
         options = dict(options, least_bytes=1) | ({"library": library} if library else {})
         rank, world = dist.get_rank(), dist.get_world_size()
         self.runtime = _runtime.Runtime(
-            dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 120.0, transport, options
+            dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 120.0, *ways, options
         )
         self.names = [f"p{i}" for i in range(PER_ROUND)]
         for name in self.names:
             values = torch.nn.Parameter(torch.randn(numel, device=device).bfloat16())
-            self.runtime.add_param(name, [(name, values, 0)], numel, "sharded", False)
+            self.runtime.add_param(name, [(name, values, 0)], numel, "sharded", kind == "reduce")
             del values
+        self.gradients = {}
+        if kind == "reduce":
+            make = functools.partial(torch.randn, numel, device=device)
+            self.gradients = {name: make().bfloat16() for name in self.names}
+
+    def start(self) -> None:
+        for name, gradient in self.gradients.items():
+            self.runtime.reduce(name, {name: gradient})
+        if not self.gradients:
+            self.runtime.gather(self.names)
+
+    def wait(self) -> None:
+        for name in self.gradients:
+            self.runtime.accumulate(name)
+        if not self.gradients:
+            self.runtime.wait(self.names)
 
     def run(self, beside: Callable[[], None], clock: Clock) -> tuple[float, float]:
-        """ms until `beside` is over, and until all gathers are."""
+        """ms until `beside` is over, and until all transfers are."""
         begin = clock.mark()
-        self.runtime.gather(self.names)
+        self.start()
         beside()
         computed = clock.mark()
-        self.runtime.wait(self.names)
-        gathered = clock.mark()
-        self.runtime.release(self.names)
-        return clock.between(begin, computed), clock.between(begin, gathered)
+        self.wait()
+        over = clock.mark()
+        if self.gradients:
+            self.runtime.zero_grad()
+        else:
+            self.runtime.release(self.names)
+        return clock.between(begin, computed), clock.between(begin, over)
 
 
 def measure(
-    way: str, numel: int, device: torch.device, a: argparse.Namespace, clock: Clock
-) -> dict[str, float]:
-    gathers = Gathers(way, numel, device, a.library)
+    kind: str, way: str, numel: int, device: torch.device, a: argparse.Namespace, clock: Clock
+) -> dict[str, Any]:
+    transfers = Transfers(kind, way, numel, device, a.library)
     rows, inner, columns = MATMUL[device.type]
     left = torch.randn(rows, inner, device=device).bfloat16()
     right = torch.randn(inner, columns, device=device).bfloat16()
@@ -128,9 +153,9 @@ def measure(
         rounds = []
         for _ in range(a.repeats + 2):
             clock.settle()
-            rounds.append(gathers.run(beside, clock))
-        computed, gathered = zip(*rounds[2:], strict=True)
-        return clock.slowest(list(computed)), clock.slowest(list(gathered))
+            rounds.append(transfers.run(beside, clock))
+        computed, over = zip(*rounds[2:], strict=True)
+        return clock.slowest(list(computed)), clock.slowest(list(over))
 
     def timed(count: int) -> float:
         clock.settle()
@@ -147,6 +172,7 @@ def measure(
     world = dist.get_world_size()
     arrived = PER_ROUND * numel * 2 * (world - 1) / world
     return {
+        "kind": kind,
         "way": way,
         "mb": numel * 2 / 1e6,
         "alone_ms": alone / PER_ROUND,
@@ -161,26 +187,29 @@ def main() -> int:
     a = parse()
     cuda = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not (cuda or a.library):
-        print("[gather] start this with torchrun on 2 or more GPUs", file=sys.stderr)
+        print("[transfers] start this with torchrun on 2 or more GPUs", file=sys.stderr)
         return 2
-    unknown = [way for way in a.ways.split(",") if way not in WAYS]
-    if unknown:
-        print(f"[gather] --ways: {unknown[0]} is none of {', '.join(WAYS)}", file=sys.stderr)
-        return 2
+    for option, words, known in (("ways", a.ways, WAYS), ("kinds", a.kinds, ("gather", "reduce"))):
+        unknown = [word for word in words.split(",") if word not in known]
+        if unknown:
+            message = f"[transfers] --{option}: {unknown[0]} is none of {', '.join(known)}"
+            print(message, file=sys.stderr)
+            return 2
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     clock, rows = Clock(device), []
     say = print if dist.get_rank() == 0 else lambda *_, **__: None
-    say(f"{'way':<12} {'MB':>8} {'alone ms':>9} {'GB/s':>6} ", end="")
+    say(f"{'kind':<7} {'way':<12} {'MB':>8} {'alone ms':>9} {'GB/s':>6} ", end="")
     say(f"{'beside ms':>10} {'GB/s':>6} {'matmuls':>8}", flush=True)
     for mb in map(float, a.mb.split(",")):
-        for way in a.ways.split(","):
-            row = measure(way, int(mb * 1e6 / 2), device, a, clock)
+        for kind, way in itertools.product(a.kinds.split(","), a.ways.split(",")):
+            row = measure(kind, way, int(mb * 1e6 / 2), device, a, clock)
             rows.append(row)
             say(
-                f"{way:<12} {row['mb']:8.1f} {row['alone_ms']:9.3f} {row['alone_gb_s']:6.0f} "
+                f"{kind:<7} {way:<12} {row['mb']:8.1f} "
+                f"{row['alone_ms']:9.3f} {row['alone_gb_s']:6.0f} "
                 f"{row['beside_ms']:10.3f} {row['beside_gb_s']:6.0f} "
                 f"{row['matmul_slowdown']:7.2f}x",
                 flush=True,
@@ -189,7 +218,7 @@ def main() -> int:
         name = torch.cuda.get_device_name(device) if cuda else "cpu"
         facts = {"device": name, "ranks": dist.get_world_size(), "torch": torch.__version__}
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
-        facts |= {"nccl": nccl, "repeats": a.repeats, "gathers_at_once": PER_ROUND}
+        facts |= {"nccl": nccl, "repeats": a.repeats, "at_once": PER_ROUND}
         a.json.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     dist.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// PeerSignals: how streams of different ranks wait for each other, by words of
+// PeerMemory. Every wait is watched: a peer that stays away is named in time.
+//
+// Callers: the copy engine transport and its reductions, under the runtime's lock.
+#pragma once
+
+#include <c10/core/Event.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime/comm/driver.h"
+#include "runtime/comm/peer_memory.h"
+#include "runtime/comm/stall_watch.h"
+#include "runtime/comm/stream_pair.h"
+
+namespace deepcompile {
+
+class PeerSignals {
+ public:
+  // `streams`: null on a CPU, where each action is over when it returns.
+  PeerSignals(std::shared_ptr<const Driver> driver, int64_t rank, int64_t world,
+              std::chrono::milliseconds timeout, std::shared_ptr<const StreamPair> streams);
+
+  const Driver& driver() const { return *driver_; }
+  const StreamPair* streams() const { return streams_.get(); }
+  std::optional<c10::Stream> comm() const;
+  std::optional<c10::Stream> compute() const;
+  // The driver's handle of a stream of torch's; null for none.
+  static Driver::Stream handle(const std::optional<c10::Stream>& stream);
+
+  // Throws TransportError if some wait was in vain.
+  void check() const { watch_.check(); }
+
+  // Steps of a stream: writing `value` to this rank's word on every rank, and
+  // waiting until all words here are at least `value`.
+  void tell(std::vector<MemoryOp>* ops, const PeerShard& shard, uint32_t value) const;
+  void await(std::vector<MemoryOp>* ops, const PeerShard& shard, uint32_t value) const;
+
+  // Runs `action`, which makes `stream` wait until the shard's words reach `value`.
+  template <typename Action>
+  void watched(std::string what, const PeerShard& shard, uint32_t value,
+               const std::optional<c10::Stream>& stream, Action&& action);
+  // Makes `stream` wait for that, and do nothing else.
+  void watched_wait(std::string what, const PeerShard& shard, uint32_t value,
+                    const std::optional<c10::Stream>& stream);
+
+ private:
+  const std::shared_ptr<const Driver> driver_;
+  const int64_t rank_;
+  const int64_t world_;
+  const std::shared_ptr<const StreamPair> streams_;
+  StallWatch watch_;
+};
+
+template <typename Action>
+void PeerSignals::watched(std::string what, const PeerShard& shard, uint32_t value,
+                          const std::optional<c10::Stream>& stream, Action&& action) {
+  WatchedWait wait{.what = std::move(what), .words = {}, .value = value, .over = {}};
+  for (int64_t rank = 0; rank < world_; ++rank) wait.words.push_back(shard.word(rank_, rank));
+  if (stream) {
+    action();
+    auto event = std::make_shared<c10::Event>(stream->device_type());
+    event->record(*stream);
+    wait.over = [event] { return event->query(); };
+    return watch_.add(std::move(wait));
+  }
+  auto over = std::make_shared<std::atomic<bool>>(false);
+  wait.over = [over] { return over->load(); };
+  watch_.add(std::move(wait));
+  action();
+  *over = true;
+  watch_.check();
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reductions by copy engine: every rank pushes the pieces of its gradient into
+// the memory of the ranks that own them, and each owner adds up what arrived.
+// No multiprocessor works beside compute but for the sum, which reads each piece
+// once and runs on the compute stream where the result is waited for.
+//
+// Pieces arrive in an inbox, a ring of PeerMemory on each rank. Reduction number
+// n has a place in it that follows from the sizes of those before it alone, so
+// it is the same on every rank. On the transfers' stream of each rank:
+//
+//   1. wait until every rank's word "freed" is at least k, the last reduction
+//      whose place this one takes;
+//   2. copy the piece of rank+1, rank+2, ... into that rank's inbox;
+//   3. write n to every rank's word "arrived".
+//
+// and on the compute stream, when n is waited for: after this rank's own step 3,
+// wait until every word "arrived" is at least n, add the pieces up in the order
+// of ranks (PieceSum), and write to "freed" the last number up to which all sums
+// are done here.
+//
+// Why that is enough:
+// - Before n is started, all of 1 to k are waited for, on every rank: so what
+//   step 1 waits for was given to the peers' streams before n was given to ours.
+//   All ranks give their streams the same work in the same order, so no wait
+//   needs anything that comes after it, and nothing hangs.
+// - Sums are in f32 with one rounding, in the order of ranks: the same bits under
+//   every plan. With two ranks they are those of a sum in the gradient's type.
+// - Numbers are compared as differences, so the 32 bits of a word may go round.
+//
+// Pushing into memory that the owner sums is how NCCL's copy engine collectives
+// and PyTorch's symmetric memory move data; their reductions use kernels.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/Event.h>
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "runtime/comm/inbox_ring.h"
+#include "runtime/comm/peer_memory.h"
+#include "runtime/comm/peer_signals.h"
+#include "runtime/comm/piece_sum.h"
+#include "runtime/comm/transport.h"
+
+namespace deepcompile {
+
+class PushReductions {
+ public:
+  // `least_bytes`: of a piece; smaller ones are not taken.
+  PushReductions(PeerSignals& signals, std::shared_ptr<const Driver> driver, int64_t rank,
+                 int64_t world, c10::Device device, int64_t least_bytes, CopyKind copies);
+  ~PushReductions();
+
+  // A reduction will have pieces of so many bytes: the inbox will hold two such.
+  // Before the first start; the same calls on every rank.
+  void expect(int64_t piece_bytes);
+  // Whether reductions with such pieces go this way.
+  bool takes(int64_t piece_bytes) const;
+  // As Transport::reduce_scatter. The first call makes and maps the inboxes over
+  // `base`: collective, and UserError on every rank if one has no memory.
+  std::unique_ptr<Transfer> start(at::Tensor piece, at::Tensor full, std::shared_ptr<Span> span,
+                                  Transport& base);
+  int64_t outside_bytes() const { return memory_ ? memory_->bytes() : 0; }
+
+ private:
+  class Push;
+  struct UnderWay {
+    int64_t begin;                     // in the inbox
+    int64_t bytes;                     // of a piece
+    at::Tensor piece;                  // undefined: nobody wants the sum
+    at::Tensor full;                   // until the sum has read its part
+    std::optional<c10::Event> pushed;  // on a CPU: none, it is over
+  };
+
+  void make_inbox(Transport& base);
+  void push(uint64_t number, const UnderWay& reduction);
+  void finish(uint64_t number);  // nothing if it was
+  void drop(uint64_t number);
+  void sum(const UnderWay& reduction);
+  int64_t stride(int64_t piece_bytes) const;
+  // Where the piece of `source` lies in the inbox of `owner`, as this rank sees it.
+  DeviceAddress slot(int64_t owner, int64_t source, const UnderWay& reduction) const;
+
+  PeerSignals& signals_;
+  const std::shared_ptr<const Driver> driver_;
+  const int64_t rank_;
+  const int64_t world_;
+  const c10::Device device_;
+  const int64_t least_bytes_;
+  const CopyKind copies_;
+  PieceSum piece_sum_;
+  int64_t largest_ = 0;  // expected piece, in bytes
+  std::unique_ptr<PeerMemory> memory_;
+  const PeerShard* inbox_ = nullptr;  // its words: "arrived"
+  const PeerShard* freed_ = nullptr;  // words only
+  at::Tensor held_[2];                // what keeps both allocated
+  std::optional<InboxRing> ring_;
+  uint64_t last_ = 0;     // number started
+  uint64_t settled_ = 0;  // up to which all ranks are known to have freed
+  uint64_t told_ = 0;     // up to which this rank told so
+  std::map<uint64_t, UnderWay> under_way_;
+};
+
+}  // namespace deepcompile

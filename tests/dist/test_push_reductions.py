@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reductions by copy engine, on CPUs: the real transport over a driver that does its work at once.
+
+As in test_copy_engine.py, hooks of the driver delay a rank's pushes, and switch waits off to show
+that what they prevent would be seen.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from fake_driver import Fake
+from ranks import run_ranks
+from test_copy_engine import JOBS, life
+from toy_step import PLANS, Toy
+
+from deepcompile import _runtime
+from deepcompile.errors import UserError
+
+
+def pushing(rank, world, library, stage=3, overlap=False, gather="nccl", least_bytes=1, **options):
+    """A toy whose reductions are pushes, the smallest too."""
+    more = {"library": library, "least_bytes": least_bytes, "overlap": overlap}
+    return Toy(
+        rank, world, stage, group=dist.group.WORLD, gather=gather, reduce_over="copy_engine",
+        copy_engine_options=more, **options,
+    )  # fmt: skip
+
+
+# ---- bits
+
+
+def compare(rank, world, library):
+    """(job, plan) whose bits differ from the process group's; pushes of all."""
+    fake = Fake(library)
+    fake.set(push_ms=int(rank == 1))  # it drifts behind
+    wrong = []
+    for number, (job, plans) in enumerate(JOBS):
+        plain = {key: value for key, value in job.items() if key != "overlap"}
+        gather = "copy_engine" if number % 2 else "nccl"
+        for plan in plans:
+            one = Toy(rank, world, group=dist.group.WORLD, plan=plan, **plain)
+            two = pushing(rank, world, library, plan=plan, gather=gather, **job)
+            expected, found = (life(toy, rank, world, job, plan) for toy in (one, two))
+            pairs = zip(expected, found, strict=True)
+            if not all(torch.equal(a, b) for a, b in pairs):
+                wrong.append((job, plan))
+            assert two.runtime.reductions["transport"] == "copy_engine"
+            assert two.runtime.gathers["transport"] == gather
+    return wrong, fake.count("pushes"), fake.count("overlapping")
+
+
+def test_two_ranks_get_the_bits_of_the_process_group(driver):
+    for wrong, pushes, overlapping in run_ranks(compare, 2, driver):
+        assert wrong == [] and pushes > 100 and overlapping > 0
+
+
+def summed(rank, world, library, dtype, sizes):
+    """Reductions of these sizes, several under way; this rank's parts, and what they should be."""
+    runtime, names = reducer(rank, world, library, sizes, dtype)
+    whole = [gradients(size, world, dtype) for size in sizes]
+    pairs = []
+    for at in range(0, len(names), 3):
+        together = range(at, min(at + 3, len(names)))
+        for i in together:
+            runtime.reduce(names[i], {names[i]: whole[i][rank]})
+        for i in reversed(together):
+            runtime.accumulate(names[i])
+    for i, name in enumerate(names):
+        total = whole[i][0].to(torch.float32)
+        for one in whole[i][1:]:
+            total = total + one.to(torch.float32)
+        part = runtime.gradient(name)  # shards are padded
+        mine = total.to(dtype).float()[rank * len(part) :][: len(part)] / world
+        pairs.append((part[: len(mine)], mine))
+    return [torch.equal(a, b) for a, b in pairs]
+
+
+def reducer(rank, world, library, sizes, dtype=torch.float32, timeout=20.0):
+    options = {"library": library, "least_bytes": 1}
+    word = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
+    runtime = _runtime.Runtime(
+        dist.group.WORLD, rank, world, torch.device("cpu"), word, timeout_s=timeout,
+        reduce="copy_engine", copy_engine_options=options,
+    )  # fmt: skip
+    names = [f"p{i}" for i in range(len(sizes))]
+    for name, size in zip(names, sizes, strict=True):
+        param = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
+        runtime.add_param(name, [(name, param, 0)], size, "sharded", True)
+    return runtime, names
+
+
+def gradients(size, world, dtype, seed=0):
+    """One for each rank."""
+    draw = torch.Generator().manual_seed(size + seed)
+    return [torch.randn(size, generator=draw).to(dtype) for _ in range(world)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_are_summed_in_the_order_of_ranks_and_rounded_once(driver, dtype):
+    sizes = [1000, 1, 37, 4096, 4095, 4096, 640, 4096, 5, 2048, 3000, 4096]
+    for right in run_ranks(summed, 4, driver, dtype, sizes):
+        assert all(right), right
+
+
+def plans_of(rank, world, library):
+    found = []
+    for plan in ("", *PLANS):
+        toy = pushing(rank, world, library, plan=plan)
+        losses = toy.train(4, rank, world)
+        found.append(losses + list(toy.everything().values()))
+    return [all(map(torch.equal, one, found[0])) for one in found]
+
+
+def test_every_plan_gives_the_same_bits_on_four_ranks(driver):
+    for same in run_ranks(plans_of, 4, driver):
+        assert all(same), dict(zip(("", *PLANS), same, strict=True))
+
+
+# ---- what the waits prevent
+
+
+def rounds(rank, world, library, count, size=1024, before_reduce=0.0, before_sum=0.0):
+    """Reductions of one size after another, each summed at the end of its turn: what is wrong."""
+    runtime, (name,) = reducer(rank, world, library, [size])
+    dist.barrier()
+    wrong = []
+    for turn in range(count):
+        whole = gradients(size, world, torch.float32, turn)
+        time.sleep(before_reduce)
+        runtime.reduce(name, {name: whole[rank]})
+        time.sleep(before_sum)
+        runtime.accumulate(name)
+        part = runtime.gradient(name)
+        mine = (sum(whole) / world)[rank * len(part) :][: len(part)]
+        if not torch.allclose(part, mine, atol=1e-6):
+            wrong.append(turn)
+        runtime.zero_grad()
+    return wrong
+
+
+def without_waits(rank, world, library):
+    """(a late pusher, with waits and without; a late reader, the same)."""
+    fake, found = Fake(library), []
+    for late, slow in (({"before_reduce": 0.2}, 1), ({"before_sum": 0.2}, 0)):
+        for ignored in (0, 1):
+            reducer(rank, world, library, [1])  # all are here
+            if rank != slow:
+                fake.set(ignore_waits=ignored)
+            found.append(rounds(rank, world, library, 4, **(late if rank == slow else {})))
+            fake.set(ignore_waits=0)
+            dist.barrier()
+    return found
+
+
+def test_nobody_sums_what_has_not_arrived_or_overwrites_what_is_not_summed(driver):
+    one, other = run_ranks(without_waits, 2, driver)
+    assert one[:1] == other[:1] == [[]] and one[2] == other[2] == []
+    assert one[1], "rank 0 sums before rank 1 has pushed"
+    assert one[3], "rank 1 pushes into what rank 0 has not summed"
+
+
+def absent(rank, world, library):
+    runtime, (name,) = reducer(rank, world, library, [64], timeout=1.5)
+    whole = gradients(64, world, torch.float32)
+    runtime.reduce(name, {name: whole[rank]})
+    runtime.accumulate(name)
+    runtime.zero_grad()
+    dist.barrier()
+    if rank == 1:
+        time.sleep(4)
+        return None
+    begin = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        runtime.reduce(name, {name: whole[rank]})
+        runtime.accumulate(name)
+    return str(caught.value), time.monotonic() - begin
+
+
+def test_an_absent_peer_is_named_in_time(driver):
+    message, seconds = run_ranks(absent, 2, driver)[0]
+    assert "rank 0: accumulate p0 (outside a plan) failed" in message
+    assert "the pieces of a reduction waited 1.5 s for rank 1" in message
+    assert seconds < 3
+
+
+# ---- memory, and where it is taken
+
+
+def memory(rank, world, library):
+    fake, seen = Fake(library), []
+    small = pushing(rank, world, library, least_bytes=1 << 20)
+    small.train(1, rank, world)
+    seen.append((fake.count("pushes"), small.runtime.outside_bytes()))
+    toy = pushing(rank, world, library)
+    seen.append(toy.runtime.outside_bytes())
+    toy.train(1, rank, world)
+    seen.append(toy.runtime.outside_bytes())
+    seen.append((fake.count("mappings"), fake.count("allocations")))
+    measured = toy.runtime.measure_links([64, 4096, 1 << 20], 1)
+    del toy, small
+    gc.collect()
+    seen.append((fake.count("mappings"), fake.count("allocations")))
+    return seen, [size for size, _ in measured["reduce"]]
+
+
+def test_an_inbox_is_made_when_it_is_needed_and_goes_with_the_engine(driver):
+    for seen, sizes in run_ranks(memory, 2, driver):
+        assert seen == [(0, 0), 0, 64 << 20, (1, 1), (0, 0)]
+        assert sizes == [64, 4096, 1 << 20]  # the last over the process group
+
+
+def crowded(rank, world, library):
+    runtime, (name,) = reducer(rank, world, library, [64])
+    Fake(library).set(no_memory=int(rank == 1))
+    with pytest.raises(UserError) as caught:
+        runtime.reduce(name, {name: torch.ones(64)})
+    return str(caught.value)
+
+
+def test_no_memory_for_an_inbox_is_an_error_on_every_rank(driver):
+    for message in run_ranks(crowded, 2, driver):
+        assert re.search(r"rank 1: no memory for \d+ bytes of an inbox for reductions", message)
+        assert 'compile.reduce "nccl"' in message
+
+
+def chosen(rank, world, library):
+    def ask(reduce, gather="nccl", **options):
+        try:
+            runtime = _runtime.Runtime(
+                dist.group.WORLD, rank, world, torch.device("cpu"), timeout_s=20.0, gather=gather,
+                reduce=reduce, copy_engine_options=options,
+            )  # fmt: skip
+        except UserError as error:
+            return str(error)
+        return runtime.gathers["transport"], runtime.reductions["transport"]
+
+    return {
+        "both": ask("auto", "auto", library=library),
+        "reductions": ask("copy_engine", library=library),
+        "gathers": ask("nccl", "auto", library=library),
+        "auto on a cpu": ask("auto", "auto"),
+        "cpu": ask("copy_engine", "auto"),
+        "nonsense": ask("ring"),
+    }
+
+
+def test_reductions_are_asked_for_by_themselves(driver):
+    for said in run_ranks(chosen, 2, driver):
+        assert said["both"] == ("copy_engine", "copy_engine")
+        assert said["reductions"] == ("nccl", "copy_engine")
+        assert said["gathers"] == ("copy_engine", "nccl")
+        assert said["auto on a cpu"] == ("nccl", "nccl")
+        assert 'compile.reduce is "copy_engine", which is not possible here' in said["cpu"]
+        assert 'transport of reductions is "ring". Use nccl, copy_engine' in said["nonsense"]
