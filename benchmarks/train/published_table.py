@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the tables of docs/benchmarks.md that hold the simulated sweeps.
+"""Writes the tables of docs/benchmarks.md from the rows in benchmarks/results.
 
     python benchmarks/train/published_table.py            # write them anew
     python benchmarks/train/published_table.py --check    # fail if they are not the rows'
 
-The rows are those in benchmarks/results/MACHINE-simulated, made by
-`deepcompile bench --simulate --machine MACHINE --result-dir ...`.
+Simulated rows are those in benchmarks/results/MACHINE-simulated, made by
+`deepcompile bench --simulate --machine MACHINE --result-dir ...`. Measured ones stand between
+marks that name their folder:
+
+    <!-- speed benchmarks/results/2xh200: begin -->   what speed_table.py --table prints
+    <!-- speed benchmarks/results/2xh200: end -->
+    <!-- depth benchmarks/results/2xh200-depth: begin -->   largest_depth.py --table
+    <!-- depth benchmarks/results/2xh200-depth: end -->
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from deepcompile.bench import depth_table
+from deepcompile.bench import table as speed_table
 from deepcompile.bench.conditions import Condition, order_of
 from deepcompile.bench.flops import condition_flops
 from deepcompile.bench.results import Results, Row
@@ -155,6 +164,24 @@ def sections() -> dict[str, list[str]]:
     }
 
 
+MEASURED = re.compile(
+    r"<!-- (?P<kind>speed|depth) (?P<folder>\S+): begin -->\n"
+    r".*?<!-- (?P=kind) (?P=folder): end -->",
+    re.DOTALL,
+)
+
+
+def measured(found: re.Match) -> str:
+    """The table of a folder, between its marks."""
+    kind, folder = found["kind"], found["folder"]
+    results = Results.load(ROOT / folder)
+    if results.problems:
+        raise UserError(f"[bench] {folder}: {'; '.join(results.problems)}. Take the lines out.")
+    text = depth_table.markdown(results) if kind == "depth" else speed_table.long_table(results)
+    said = f"`{folder}`: {speed_table.origin(results)}"
+    return f"<!-- {kind} {folder}: begin -->\n\n{said}\n\n{text}\n\n<!-- {kind} {folder}: end -->"
+
+
 def filled(page: str) -> str:
     """The page with each section between its two marks replaced."""
     for name, lines in sections().items():
@@ -163,7 +190,7 @@ def filled(page: str) -> str:
             raise UserError(f"[bench] {PAGE}: lacks the marks of {name!r}. Put them back.")
         head, rest = page.split(begin)
         page = head + begin + "\n" + "\n".join(lines) + "\n\n" + end + rest.split(end)[1]
-    return page
+    return MEASURED.sub(measured, page)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

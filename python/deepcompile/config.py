@@ -216,7 +216,7 @@ class CompileConfig:
     """How gradients are summed over ranks. `nccl`: by the process group, in the type of
     `communication_data_type`. `copy_engine`: pushed by the GPUs' copy engines, like gathers, into
     two pieces' worth of memory on each rank, and summed in f32. Auto: where it works."""
-    region_bytes: int = _key(_positive, 4 << 30)
+    region_bytes: int = _key(_positive, 1 << 30)
     """Most bytes of parameters that one compiled region uses; one parameter may exceed it."""
     region_host: str = _key(_choice("cpp", "python"), "python")
     """What launches the kernels of a compiled region: code that Inductor writes in Python, or in

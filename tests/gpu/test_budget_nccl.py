@@ -85,6 +85,14 @@ def digest(engine: Any) -> str:
     return found.hexdigest()
 
 
+def device_allocations() -> dict[str, int]:
+    """What torch asked of the driver so far, and how often it gave back memory first."""
+    stats = torch.cuda.memory_stats()
+    return {
+        name: stats[name] for name in ("num_device_alloc", "num_device_free", "num_alloc_retries")
+    }
+
+
 def measured(rank: int, world: int, budget: int | None) -> dict[str, Any]:
     """One training run under a budget, and what its plan said beforehand."""
     from deepcompile import budget as budgets
@@ -93,10 +101,12 @@ def measured(rank: int, world: int, budget: int | None) -> dict[str, Any]:
     losses = train(engine, rank, 0, WARM)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    allocations = device_allocations()
     began = time.perf_counter()
     losses += train(engine, rank, WARM, WARM + TIMED)
     torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / TIMED
+    steady = device_allocations() == allocations
     held = budgets.held_bytes(engine.runtime.buffer_report())
     outside = engine.runtime.outside_bytes()  # of torch's allocator
     agreed, report = engine.planner.agreed, engine.compile_report()
@@ -104,6 +114,7 @@ def measured(rank: int, world: int, budget: int | None) -> dict[str, Any]:
         "peak": torch.cuda.max_memory_allocated() + outside,
         "foreign": budgets.measure(engine.ranks, held, outside).foreign,
         "seconds": seconds,
+        "steady": steady,
         "losses": losses,
         "digest": digest(engine),
         "planned": agreed is not None,
@@ -145,6 +156,7 @@ def test_budgets_are_kept_and_give_the_same_bits(world):
     for results, share in ((rank, share) for rank in found for share in range(len(SHARES) + 1)):
         result = results[share]
         assert result["planned"] and not result["relieved"] and not result["failures"]
+        assert result["steady"], "a step of the steady state asked the driver for memory"
         assert result["losses"] == results[0]["losses"]
         assert result["digest"] == free["digest"]
         if result["budget"] is not None:

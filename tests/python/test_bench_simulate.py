@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from deepcompile import _core, cli
+from deepcompile.bench.conditions import Condition
 from deepcompile.bench.peer_schedules import FsdpSchedule, Zero3Schedule, layer_of
-from deepcompile.bench.results import LINES, ROWS, Results
+from deepcompile.bench.results import LINES, ROWS, Results, Row, append
 from deepcompile.bench.simulate import SimulatedSweep
 from deepcompile.predict import predict
 
@@ -190,3 +191,22 @@ def test_the_documentation_has_the_rows_that_are_kept(capsys, monkeypatch):
     monkeypatch.setattr(script, "MACHINES", ("2x-cpu",))
     assert script.main(["--check"]) == 2
     assert "2x-cpu-simulated: does not exist" in capsys.readouterr().err
+
+
+def test_measured_tables_are_the_rows(tmp_path, monkeypatch):
+    path = ROOT / "benchmarks" / "train" / "published_table.py"
+    spec = importlib.util.spec_from_file_location("published_table", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    condition = Condition("llama-tiny", "fsdp_c", num_layers=3, compile=True)
+    row = Row.measured(condition, [[0.5]], commit="abc", peak_bytes=1 << 30)
+    append(tmp_path / "rows", row)
+    marks = "<!-- {0} rows: begin -->\nold\n<!-- {0} rows: end -->\n"
+    page = "before\n" + marks.format("speed") + marks.format("depth") + "after"
+    written = script.MEASURED.sub(script.measured, page)
+    assert "old" not in written and written.startswith("before") and written.endswith("after")
+    assert "| llama-tiny-3L | 1 | 512 | 1 | FSDP (C) | 500.0 (500-500) |" in written
+    assert "| llama-tiny | 512 | FSDP (C) | 3 |" in written and written.count("commit abc") == 2
+    assert script.MEASURED.sub(script.measured, written) == written
+    assert script.MEASURED.sub(script.measured, "<!-- speed: begin -->") == "<!-- speed: begin -->"

@@ -142,6 +142,12 @@ def test_shared_process_groups():
     assert suites.groups(found, True) == [[*peers, *engine], other, *([c] for c in alone)]
 
 
+def test_a_budget_of_another_comes_behind_it():
+    bound, peer = ours(variant="budget=fsdp_c"), tiny("fsdp_c", compile=True)
+    assert suites.groups([bound, peer, ours()], False) == [[peer], [ours()], [bound]]
+    assert suites.groups([bound, peer, ours()], True) == [[peer, ours()], [bound]]
+
+
 def test_after_a_failure_the_rest_of_its_group_runs(tmp_path):
     found = [tiny(), tiny(seq_length=32), tiny(seq_length=64)]
     runner = Fake(fail={found[1]: OOM})
@@ -302,15 +308,46 @@ def test_once():
             sweep.plan(["tiny", "--once", words], PLACE)
 
 
-def test_the_table(tmp_path):
+def test_the_table():
     found = suites.conditions(suites.SUITES["w3"], 2, 1, "bf16")
     times = {"FSDP (C)": 0.3, "FSDP (C) best": 0.2, "DeepCompile (auto)": 0.1}
     rows = Results([Row.measured(c, [[times[c.label]]]) for c in found if c.seq_length == 512])
     first, second, _ = table.table("w3", found, rows)
-    assert first[:2] == ["W3", "512"] and first[5:] == ["3.00", "2.00", "2.85", "reached"]
-    assert first[4].startswith("100.0 (100-100)")
-    assert second[2:6] == ["-", "-", "-", "-"]
+    assert first[:3] == ["W3", "512", "1"] and first[6:] == ["3.00", "2.00", "2.85", "reached"]
+    assert first[5].startswith("100.0 (100-100)")
+    assert second[3:7] == ["-", "-", "-", "-"]
     assert table.markdown([first]).count("\n") == 2
+
+
+def test_the_table_of_a_folder(tmp_path, capsys):
+    """From rows alone: memory-bound and accumulated ones beside FSDP2 at the same sizes."""
+    suite = dataclasses.replace(
+        suites.SUITES["w1"], models=(("llama-tiny", 2),), seq_lengths=(1024,), accumulations=(4, 1),
+        frameworks=("fsdp_c", "deepcompile/budget=fsdp_c", "deepcompile", "fsdp_c+offload"),
+    )  # fmt: skip
+    found = suites.conditions(suite, 2, 1, "bf16")
+    times = {"FSDP (C)": 0.3, "DeepCompile (auto)": 0.1, "FSDP (C) offload": 0.6}
+    facts = {"effective": {"device_bytes_of_ranks": [2 << 30, 3 << 30], "bench_step": 30,
+                           "warmup_step": 10}, "machine": {"name": "2 x Chip"}, "commit": "abc",
+             "versions": {"torch": "2.11"}, "peak_bytes": 1 << 30}  # fmt: skip
+    for c in found:
+        seconds = c.accumulation * times.get(c.label, 0.05)
+        results.append(tmp_path, Row.measured(c, [[seconds, 1.1 * seconds, seconds]], **facts))
+    results.append(tmp_path, Row.failed(dataclasses.replace(found[0], seq_length=2048), OOM))
+    assert table.main(["--table", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("| llama-tiny-2L")]
+    assert len(lines) == 9
+    cells = "| 1 | 1024 | 1 | FSDP (C) | 300.0 (300-330) | 3,413 | 1.0 | 3.0 | 1.00 | - |"
+    assert lines[0] == "| llama-tiny-2L " + cells
+    assert lines[1].split("|")[5:7] == [" FSDP (C) offload ", " 600.0 (600-660) "]
+    assert "| 1 | DeepCompile (auto) budget=fsdp_c | 50.00 (50.0-55.0) |" in lines[3]
+    assert lines[3].endswith("| 6.00 | - |") and "| 4 | DeepCompile (auto) | 400" in lines[6]
+    assert lines[8].endswith("| FSDP (C) | OOM | - | - | - | - | - |")
+    assert "9 conditions; 2 x Chip; torch 2.11; commit abc; 20 steps after 10." in said
+    assert table.main(["--table"]) == 2 and "needs a folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert table.main(["--table", str(tmp_path / "empty")]) == 2
 
 
 # ---- scripts

@@ -65,16 +65,19 @@ def check_passes(passes: Sequence[str], framework: str) -> tuple[str, ...]:
 def learning_arguments(parser: argparse.ArgumentParser) -> None:
     """What Options takes."""
     add, default = parser.add_argument, Options()
-    add("--learning_rate", type=float, default=default.learning_rate)
-    add("--max_grad_norm", type=float, default=default.max_grad_norm, help="0: no clipping")
+    shown = "default: %(default)s"
+    add("--learning_rate", type=float, default=default.learning_rate, help=shown)
+    add("--max_grad_norm", type=float, default=default.max_grad_norm,
+        help=f"0: no clipping; {shown}")  # fmt: skip
     add("--dataset_name", "--dataset", help="a Hugging Face data set; default, and where it "
         "cannot be read: local text")  # fmt: skip
-    add("--num_epochs", type=positive, default=default.num_epochs)
-    add("--bench_step", type=positive, default=default.bench_step, help="optimizer steps in all")
+    add("--num_epochs", type=positive, default=default.num_epochs, help=shown)
+    add("--bench_step", type=positive, default=default.bench_step,
+        help=f"optimizer steps in all; {shown}, or the suite's")  # fmt: skip
     add("--warmup_step", type=not_negative, default=default.warmup_step,
-        help="the first of them, which are not measured")  # fmt: skip
-    add("--print_interval", type=positive, default=default.print_interval)
-    add("--attn_impl", choices=ATTENTION, default=default.attn_impl)
+        help=f"the first of them, which are not measured; {shown}, or the suite's")  # fmt: skip
+    add("--print_interval", type=positive, default=default.print_interval, help=shown)
+    add("--attn_impl", choices=ATTENTION, default=default.attn_impl, help=shown)
     add("--profile", action="store_true", help="trace the last three steps of the "
         "warm-up; ours also writes its report and the step beside its simulation")  # fmt: skip
     add("--profile_dir", default=os.environ.get("PROFILE_DIR") or default.profile_dir,
@@ -87,7 +90,7 @@ def learning_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine_config", metavar="JSON", help="text or file, merged into the engine's "
         "configuration (deepcompile and deepspeed)")  # fmt: skip
     add("--timeout", type=float, default=default.timeout,
-        help="seconds until a collective that cannot complete is an error")  # fmt: skip
+        help=f"seconds until a collective that cannot complete is an error; {shown}")  # fmt: skip
 
 
 def options_from(args: argparse.Namespace, engine: dict[str, Any] | None = None) -> Options:

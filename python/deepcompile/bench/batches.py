@@ -35,8 +35,9 @@ def tokens(text: torch.Tensor, vocabulary: int) -> torch.Tensor:
     if vocabulary < WORDS_FROM:
         return text.to(torch.int32) % vocabulary
     words = _WORD.findall(text.numpy().tobytes())
-    numbers = {word: n for n, (word, _) in enumerate(Counter(words).most_common())}
-    return torch.tensor([min(numbers[word], vocabulary - 1) for word in words], dtype=torch.int32)
+    common = Counter(words).most_common()
+    numbers = {word: min(n, vocabulary - 1) for n, (word, _) in enumerate(common)}
+    return torch.tensor([numbers[word] for word in words], dtype=torch.int32)
 
 
 @functools.lru_cache(maxsize=2)

@@ -57,6 +57,12 @@ class Display:
         seconds = self._spent / self._ran * (self._total - self._done)
         return f"about {duration(seconds)} left" if seconds >= 1 else "done"
 
+    def expect(self, more: int) -> None:
+        """So many are left, as far as is known now."""
+        self._total = self._done + more
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._total)
+
     def say(self, message: str) -> None:
         stamp = time.strftime("%H:%M:%S ")
         self._console.print(Text(stamp, style="dim") + Text(message))

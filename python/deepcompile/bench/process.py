@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import os
 import queue
 import signal
@@ -22,10 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .results import no_room
 from .worker import ERROR_MARK
 
 GRACE_S = 40.0
 """How long ranks may take to stop when they are asked."""
+WATCH_S = 1.0
+"""How often `watch` is asked."""
 TAIL = 20
 """Lines of a log that an error without a mark is looked for in."""
 
@@ -85,6 +89,8 @@ class Outcome:
     code: int
     seconds: float
     timed_out: bool = False
+    stopped: str | None = None
+    """What the caller's watch stopped it for."""
     errors: list[dict[str, Any]] = field(default_factory=list)
     """What ranks said of their failures."""
     tail: list[str] = field(default_factory=list)
@@ -93,11 +99,13 @@ class Outcome:
     @property
     def error(self) -> str | None:
         """Why it failed, in words; None: it did not."""
+        if self.stopped:
+            return self.stopped
         if self.timed_out:
             return f"timeout: stopped after {self.seconds:.0f} s"
         if self.code == 0:
             return None
-        short = [e for e in self.errors if "out of memory" in str(e.get("error", "")).lower()]
+        short = [e for e in self.errors if no_room(str(e.get("error", "")))]
         for said in short or sorted(self.errors, key=lambda e: e.get("time", 0)):
             return f"{said['error']} (rank {said['rank']}, {said['type']})"
         if -self.code == signal.SIGKILL or any("Signal 9" in line for line in self.tail):
@@ -113,9 +121,11 @@ def run(
     timeout: float | None = None,
     on_line: Callable[[str], None] = lambda line: None,
     environment: dict[str, str] | None = None,
+    watch: Callable[[], str | None] = lambda: None,
 ) -> Outcome:
     """Start all ranks and wait for their end. Their output goes to `log`, and to `on_line` by
-    lines. `timeout` in seconds; `on_line` may not raise."""
+    lines. `timeout` in seconds; `on_line` may not raise. `watch` is asked once a second, and its
+    words, if any, end the group: they become its error."""
     log.parent.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     env = {**os.environ, "NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN"), **(environment or {})}
@@ -135,7 +145,7 @@ def run(
     outcome = Outcome(0, 0.0)
     try:
         with log.open("w", encoding="utf-8") as file:
-            outcome.timed_out = not _follow(process, file, timeout, on_line, outcome)
+            outcome.timed_out = not _follow(process, file, timeout, on_line, outcome, watch)
     finally:
         stop(process)
     outcome.code = process.returncode
@@ -156,8 +166,11 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _follow(process: Any, file: Any, timeout: float | None, on_line: Any, outcome: Outcome) -> bool:
-    """Copy lines until the output ends. False: the time was over before."""
+def _follow(
+    process: Any, file: Any, timeout: float | None, on_line: Any, outcome: Outcome, watch: Any
+) -> bool:
+    """Copy lines until the output ends, or the watch has something to say. False: the time was
+    over before."""
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:
@@ -166,13 +179,21 @@ def _follow(process: Any, file: Any, timeout: float | None, on_line: Any, outcom
         lines.put(None)
 
     threading.Thread(target=read, daemon=True).start()
-    deadline = None if timeout is None else time.monotonic() + timeout
+    now = time.monotonic()
+    deadline = math.inf if timeout is None else now + timeout
+    asked = now
     while True:
-        left = None if deadline is None else deadline - time.monotonic()
+        now = time.monotonic()
+        if now - asked >= WATCH_S:
+            asked, outcome.stopped = now, watch()
+            if outcome.stopped:
+                return True
         try:
-            line = lines.get(timeout=left if left is None else max(0.0, left))
+            line = lines.get(timeout=max(0.0, min(WATCH_S, deadline - now)))
         except queue.Empty:
-            return False
+            if time.monotonic() >= deadline:
+                return False
+            continue
         if line is None:
             process.wait()
             return True

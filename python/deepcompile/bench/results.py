@@ -27,6 +27,14 @@ SCHEMA = 1
 ROWS, LINES = "rows.jsonl", "result.txt"
 SEED_LINES = "results.txt"
 """The name under which the seed's plot.py looks for what its runner wrote as result.txt."""
+NO_ROOM = ("out of memory", "does not fit", "no plan fits", "can't allocate memory",
+           "cannot allocate memory", "bad_alloc", "alloc_failed")  # fmt: skip
+"""What a device, a host and our planner say when there is not enough memory."""
+
+
+def no_room(text: str) -> bool:
+    """Whether an error is a lack of memory."""
+    return any(words in text.lower() for words in NO_ROOM)
 
 
 @dataclass
@@ -113,11 +121,11 @@ class Row:
         if self.ok:
             return ""
         text = (self.error or "").lower()
-        if "out of memory" in text or "does not fit" in text or "no plan fits" in text:
+        if no_room(text):
             return "OOM"
         if "not installed" in text:
             return "not installed"
-        return "timeout" if "timeout" in text or "timed out" in text else "failed"
+        return "timeout" if re.search(r"\b(timeout|timed out)\b", text) else "failed"
 
     def as_dict(self) -> dict[str, Any]:
         data = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

@@ -8,6 +8,7 @@ A framework is written as ``key[:pass+pass][@best][/variant]``: ``fsdp_c@best``,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,8 +140,30 @@ def parse_spec(text: str) -> Spec:
         raise UserError(f"[bench] framework {text!r}: +{extra} is unknown; only +offload is not.")
     if settings and settings not in SETTINGS:
         raise UserError(f"[bench] framework {text!r}: @{settings} is unknown; use @best.")
+    if extra and key == "deepcompile":
+        raise UserError(
+            f"[bench] framework {text!r}: ours moves to the host what its memory budget asks. "
+            "Leave +offload out, or give /budget=."
+        )
     names = check_passes([w for w in passes.split("+") if w], key)
     return Spec(key, names, settings or "default", variant, bool(extra))
+
+
+@functools.lru_cache
+def elements(model: str) -> tuple[int, int]:
+    """Numbers of parameters: (outside of the layers, of one layer)."""
+    import torch
+
+    from .. import models
+    from .weights import model_config
+
+    def count(layers: int) -> int:
+        with torch.device("meta"):
+            built = models.build(model_config(model), num_layers=layers)
+        return sum(p.numel() for p in built.parameters())
+
+    one, two = count(1), count(2)
+    return 2 * one - two, two - one
 
 
 def fitted_depth(model: str, most: int, world: int, device_bytes: int) -> int:
@@ -149,20 +172,9 @@ def fitted_depth(model: str, most: int, world: int, device_bytes: int) -> int:
     16 bytes an element (bf16 parameter, its gradient, fp32 master and two moments) over all
     ranks, and whole parameters with half as much again beside them, in 8 tenths of the memory.
     """
-    import torch
-
-    from .. import models
-    from .weights import model_config
-
-    def elements(layers: int) -> int:
-        with torch.device("meta"):
-            built = models.build(model_config(model), num_layers=layers)
-        return sum(p.numel() for p in built.parameters())
-
-    one = elements(1)
-    layer = elements(2) - one
+    rest, layer = elements(model)
     room = int(0.8 * device_bytes / (16 / world + 3))
-    depth = min(most, 1 + (room - one) // layer)
+    depth = min(most, (room - rest) // layer)
     if depth < 1:
         raise UserError(
             f"[bench] {model}: not even one layer fits {world} ranks of {device_bytes / 2**30:.0f} "
@@ -253,11 +265,16 @@ def _exclusive(condition: Condition) -> bool:
     )
 
 
+def _budget_of_a_peer(condition: Condition) -> bool:
+    return "budget=fsdp" in condition.variant
+
+
 def groups(found: Sequence[Condition], share: bool) -> list[list[Condition]]:
     """Conditions by process group. Shared: those of a model that leave nothing behind, and after
-    them what does: ours, one engine for all lengths and passes."""
+    them what does: ours, one engine for all lengths and passes. What needs another's row comes
+    behind it."""
     if not share:
-        return [[condition] for condition in found]
+        return [[condition] for condition in sorted(found, key=_budget_of_a_peer)]
     open_groups: dict[Any, list[Condition]] = {}
     families: dict[Any, list[Condition]] = {}
     for condition in found:
@@ -275,4 +292,5 @@ def groups(found: Sequence[Condition], share: bool) -> list[list[Condition]]:
         ours = [f for f in families if f[0] == place and f[1].ours and not f[1].variant]
         if ours:
             plain += families.pop(ours[0])
-    return result + list(families.values())
+    rest = sorted(families.values(), key=lambda group: _budget_of_a_peer(group[0]))
+    return result + rest

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import signal
 import sys
@@ -36,6 +37,12 @@ HERE = "here"
 BEGIN = "[bench] begin "
 RETRIED = ("not installed", "timeout")
 """Failures that say nothing of the condition itself are tried again without being asked."""
+OUT_OF_TIME = 3
+"""The exit code when --time-limit left conditions."""
+
+
+class TimeOver(Exception):
+    """--time-limit was reached; what ran is not recorded."""
 
 
 @dataclass
@@ -48,6 +55,8 @@ class Sweep:
     logs: Path = Path("logs")
     timeout: float = 1800.0
     """Seconds for each condition of a process group."""
+    deadline: float = math.inf
+    """Of time.monotonic(): when all of it has to end."""
     share_process: bool = False
     force: bool = False
     retry: bool = False
@@ -77,7 +86,8 @@ class Sweep:
         return [c for c in self.conditions if wanted(c)]
 
     def run(self, quiet: bool = False) -> int:
-        """0: all conditions have times; 1: some have none; 130: interrupted."""
+        """0: all conditions have times; 1: some have none; 3: the time was over; 130:
+        interrupted."""
         todo = self.todo()
         self.counts["kept"] = len(self.conditions) - len(todo)
         with Display(len(self.conditions), self.counts["kept"], quiet) as display:
@@ -85,11 +95,13 @@ class Sweep:
                 display.say(f"{self.counts['kept']} conditions are measured already")
             try:
                 for group in self._possible(todo, display):
-                    self._run_group(group, display)
-            except KeyboardInterrupt:
+                    self.run_group(group, display)
+            except (KeyboardInterrupt, TimeOver) as stopped:
                 left = len(self.conditions) - sum(self.counts.values())
-                display.say(f"interrupted: {left} conditions left; the same command goes on")
-                return 130
+                over = isinstance(stopped, TimeOver)
+                why = "time limit reached" if over else "interrupted"
+                display.say(f"{why}: {left} conditions left; the same command goes on")
+                return OUT_OF_TIME if over else 130
             said = ", ".join(f"{n} {what}" for what, n in self.counts.items() if n)
             display.say(f"{said or 'nothing to do'}; results in {self.options.results}")
         return 1 if self.counts["failed"] else 0
@@ -102,20 +114,23 @@ class Sweep:
             if reason is None:
                 possible.append(condition)
                 continue
-            results.append(self.options.results, self._failed(condition, reason))
+            results.append(self.options.results, self.failed(condition, reason))
             self.counts["skipped"] += 1
             display.end(f"skipped {suites.name(condition)}: {reason}", 0.0, ran=False)
         return suites.groups(possible, self.share_process)
 
-    def _failed(self, condition: Condition, reason: str) -> Row:
+    def failed(self, condition: Condition, reason: str) -> Row:
         return Row.failed(
             condition, reason, versions=measure.versions(), commit=measure.commit(),
             machine=measure.machine(condition),
         )  # fmt: skip
 
-    def _run_group(self, group: list[Condition], display: Display) -> None:
-        """All of a group; after a failure the rest in a new process group."""
+    def run_group(self, group: list[Condition], display: Display) -> None:
+        """All of a group; after a failure the rest in a new process group. Raises TimeOver."""
         while group:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise TimeOver
             log = self.logs / log_name(group[0])
             known = len(self.rows())
             done: dict[Condition, Row] = {}
@@ -132,7 +147,7 @@ class Sweep:
                 dataclasses.replace(self.place, per_node=1) if group[0].world == 1 else self.place,
                 ["--job", worker.job_text(group, self.options)],
                 log,
-                self.timeout * len(group),
+                min(self.timeout * len(group), left),
                 on_line=watch.line,
             )
             watch.close()
@@ -140,9 +155,11 @@ class Sweep:
             group = [c for c in group if c not in done]
             if not group:
                 return
+            if outcome.timed_out and time.monotonic() >= self.deadline:
+                raise TimeOver
             failed, group = group[0], group[1:]
             error = outcome.error or "it ended without a row"
-            results.append(self.options.results, self._failed(failed, error))
+            results.append(self.options.results, self.failed(failed, error))
             self.counts["failed"] += 1
             said = f"failed {suites.name(failed)}: {error[:300]} (log: {log})"
             display.end(said, watch.seconds(failed))
@@ -208,6 +225,14 @@ class Watch:
         return end - self._begun.get(condition, end)
 
 
+def limit_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--time-limit", type=float, metavar="SECONDS", default=math.inf,
+        help="for all of it, then the same command goes on; default: none")  # fmt: skip
+    add("--condition-limit", type=float, metavar="SECONDS", default=1800.0,
+        help="for one condition, which then has failed; default: 1800")  # fmt: skip
+
+
 def parser() -> Parser:
     lines = "\n".join(f"  {name:<8}{suite.about}" for name, suite in suites.SUITES.items())
     made = Parser(
@@ -223,14 +248,16 @@ def parser() -> Parser:
         help="one or several, see below; here: cut where there are GPUs, else tiny")  # fmt: skip
     add("--models", "--model", type=comma_separated, help="instead of the suite's; default: $MODEL")
     add("--num-layers", type=int, help="cut every model; -N: at most N, as memory allows")
-    add("--frameworks", type=comma_separated, help="instead of the suite's")
-    add("--batch-sizes", type=positives)
-    add("--seq-lengths", type=positives)
-    add("--accumulations", type=positives)
-    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    for name, what in (("batch-sizes", "sequences a rank"), ("seq-lengths", "tokens in each"),
+                       ("accumulations", "micro-batches a step")):  # fmt: skip
+        add(f"--{name}", type=positives, metavar="N,M", help=f"{what}; default: the suite's")
+    add("--frameworks", type=comma_separated, metavar="A,B", help="instead of the suite's")
+    add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
+        help="auto, the default: bf16 on GPUs, fp32 on CPUs")  # fmt: skip
     add("--backend", choices=("inductor", "eager"), help="torch.compile's; default: the suite's")
-    add("--logs", type=Path, default=Path(os.environ.get("LOG_BASE") or "logs"))
-    add("--time-limit", type=float, default=1800.0, help="seconds for a condition")
+    add("--logs", type=Path, default=Path(os.environ.get("LOG_BASE") or "logs"),
+        help="folder; default: $LOG_BASE or logs")  # fmt: skip
+    limit_arguments(made)
     add("--share-process", action=argparse.BooleanOptionalAction, default=None,
         help="conditions of one model in one process group; default: the suite's")  # fmt: skip
     add("--force", action="store_true", help="measure again what is there")
@@ -283,6 +310,7 @@ def plan(argv: Sequence[str], place: Place | None = None) -> list[Sweep]:
     made = parser()
     args = made.parse_args(list(argv))
     place = place or process.place_from()
+    deadline = time.monotonic() + args.time_limit
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word[:2] == "--"}
     sweeps = []
     for suite_name in args.suite:
@@ -290,8 +318,8 @@ def plan(argv: Sequence[str], place: Place | None = None) -> list[Sweep]:
         found = suites.conditions(suite, place.world, place.nodes, dtype_of(args.dtype))
         share = suite.share_process if args.share_process is None else args.share_process
         sweeps.append(Sweep(
-            found, _options(args, suite, given), place, args.logs, args.time_limit, share,
-            args.force, args.retry,
+            found, _options(args, suite, given), place, args.logs, args.condition_limit, deadline,
+            share, args.force, args.retry,
         ))  # fmt: skip
     if args.once:
         everything = [c for s in sweeps for c in s.conditions]
@@ -306,17 +334,17 @@ def plan(argv: Sequence[str], place: Place | None = None) -> list[Sweep]:
     return sweeps
 
 
-def _interrupt(*_: object) -> None:
+def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         codes = []
         for sweep in plan(sys.argv[1:] if argv is None else argv):
             codes.append(sweep.run())
-            if codes[-1] == 130:
+            if codes[-1] in (OUT_OF_TIME, 130):
                 break
         return max(codes, default=0)
     except UserError as error:

@@ -123,7 +123,10 @@ def _row(
 ) -> Row:
     """Every rank's numbers in one row; collective."""
     meter = measure.Meter(ranks, peer.outside_bytes)
-    memory = ranks.gather((meter.allocated(), meter.peak(), run.warm_peak, meter.in_use()))
+    memory = ranks.gather(
+        (meter.allocated(), meter.peak(), run.warm_peak, meter.in_use(), measure.host_peak())
+    )
+    total, available = measure.host_memory()
     losses = torch.stack([loss.float() for loss in run.losses]).cpu()
     every = torch.tensor(ranks.gather(losses.tolist()))
     effective = {
@@ -137,6 +140,8 @@ def _row(
         "peak_bytes_of_ranks": [m[1] for m in memory],
         "warmup_peak_bytes": max(m[2] for m in memory),
         "device_bytes_of_ranks": [m[3] for m in memory],
+        "host_peak_bytes_of_ranks": [m[4] for m in memory],
+        "host_bytes_in_use": total - available,
         "outside_bytes": peer.outside_bytes(),
         "memory_is": "the allocator's" if meter.on_gpu else "the process's",
     }

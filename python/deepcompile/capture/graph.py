@@ -25,7 +25,7 @@ class CaptureOptions:
     backend: str = "inductor"
     """What compiles the regions: ``inductor``, ``eager`` (runs them as ATen calls), or ``none``
     (no code at all: a capture for planning)."""
-    region_bytes: int = 4 << 30
+    region_bytes: int = 1 << 30
     """Most bytes of parameters in a region; a single parameter may exceed it."""
     region_host: str = "python"
     """With Inductor, the language of the code around a region's kernels: ``python`` or ``cpp``."""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``deepcompile bench``: the benchmark's sweeps, measured here or simulated for any machine.
 
-A measured sweep is deepcompile.bench.sweep; this module has the simulated one.
+A measured sweep is deepcompile.bench.sweep, the search for the largest depth
+deepcompile.bench.depth; this module has the simulated sweep.
 """
 
 from __future__ import annotations
@@ -88,11 +89,16 @@ def metric_names(text: str) -> list[str]:
 
 
 def measured(arguments: Sequence[str]) -> int:
-    """A sweep on this machine, which reads its own arguments."""
-    from ..bench import sweep
+    """A sweep on this machine, or a search for the largest depth; each reads its own arguments."""
+    from ..bench import depth, sweep
 
+    if list(arguments[:1]) == ["depth"]:
+        return depth.main(list(arguments[1:]))
     if {"-h", "--help"} & set(arguments):
-        print("Sweeps on this machine. Simulated ones: deepcompile bench --simulate --help\n")
+        print(
+            "Sweeps on this machine. Simulated ones: deepcompile bench --simulate --help\n"
+            "The largest depth that trains: deepcompile bench depth --help\n"
+        )
     return sweep.main(list(arguments))
 
 

@@ -122,6 +122,8 @@ class DeepCompile(EnginePeer):
                 "memory_relieved", "budgets_lowered", "plan_failures", "graph_breaks",
                 "regions", "distinct_regions", "cache")  # fmt: skip
         facts = {key: report.get(key) for key in kept}
+        buffers = self.engine.runtime.buffer_report()
+        facts["host_buffers"] = {k: v for k, v in buffers.items() if k.startswith("host")}
         facts["plan_pending"] = bool(self.engine.planner.pending)
         if agreed is not None:
             facts["predicted_seconds"] = (agreed.predicted_ns or 0) / 1e9
