@@ -212,6 +212,11 @@ class CompileConfig:
     """How sharded parameters are made whole. `nccl`: by the process group, whatever its backend.
     `copy_engine`: by the GPUs' copy engines, which take no multiprocessor from compute; all ranks
     on one host whose GPUs can access each other's memory. Auto: `copy_engine` where it works."""
+    embedding_rows: str = _key(_choice("auto", "on", "off"), "auto")
+    """Sharded embeddings that nothing else reads: gather and reduce only the rows that the ranks'
+    micro batches use. Auto: those for which the simulator says that it pays, asked once, for the
+    first training batch. On: all; an error where there is none. Off: whole embeddings. A row's
+    gradients are summed in rank order and rounded once, whole ones as the transport does."""
     region_bytes: int = _key(_positive, 4 << 30)
     """Most bytes of parameters that one compiled region uses; one parameter may exceed it."""
     region_host: str = _key(_choice("cpp", "python"), "python")

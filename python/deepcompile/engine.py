@@ -205,15 +205,17 @@ class Engine:
 
     def compile_report(self) -> dict[str, Any]:
         """Seconds by stage, regions and distinct regions, disk cache hits, over all graphs; the
-        reasons for graph breaks with how often each was met; what gathers go over, and why; the
-        fast forms in use; whose kernels update ("adamw") and measure gradients ("norm"):
-        deepcompile_cuda, torch or cpu, and the library's path or why there is none."""
+        reasons for graph breaks with how often each was met; what gathers go over, and why;
+        of each embedding, whether only rows in use are exchanged, and why; the fast forms in use;
+        whose kernels update ("adamw") and measure gradients ("norm"): deepcompile_cuda, torch or
+        cpu, and the library's path or why there is none."""
         breaks = {} if self._backend is None else self._backend.graph_breaks
         return {
             **engine_state.compile_report(self.planner.graphs),
             **engine_state.plan_report(self),
             "graph_breaks": breaks,
             "gathers": self.runtime.gathers,
+            "embedding_rows": self.planner.rows.report(),
             "kernels": self.runtime.kernels(),
             "fast_forms": self.fast_forms.report(),
         }

@@ -67,6 +67,10 @@ def _facts(engine: Engine) -> dict[str, str]:
         "Batch": f"{engine.train_batch_size()} = {engine.train_micro_batch_size_per_gpu()} x "
         f"{engine.gradient_accumulation_steps()} accumulation x {engine.ranks.world} ranks",
         "Gathers": "{transport}: {why}".format(**engine.runtime.gathers),
+        **{
+            f"Embedding {name}": f"{'rows in use' if of['rows'] else 'whole'}: {of['why']}"
+            for name, of in engine.planner.rows.report().items()
+        },
         "Compute type": "bf16" if engine.config.bf16.enabled else "as the model's",
         "Device": f"{device.type} {name or platform.machine()}",
         "Optimizer kernels": f"{kernels['adamw']} ({kernels['library']})",
