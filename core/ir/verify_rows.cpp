@@ -31,8 +31,9 @@ void check_numbers(const StepProgram& program, ValueId id) {
     }
   }
   if (forwards == 1) return;
-  fail_program(program, "value " + value.name + " numbers rows of " + param + " and is an input of " +
-                            std::to_string(forwards) + " forwards. List it in one.");
+  fail_program(program, "value " + value.name + " numbers rows of " + param +
+                            " and is an input of " + std::to_string(forwards) +
+                            " forwards. List it in one.");
 }
 
 // The rows are those of one micro batch: a section that gathers them gives them back.
@@ -46,8 +47,9 @@ void check_releases(const StepProgram& program, const Section& section) {
     const ParamId id{static_cast<uint32_t>(i)};
     if (!held[i] || !program.rows_input(section, id)) continue;
     fail_section(program, section,
-                 program.params[i].name + " is gathered by rows, which are of this micro batch "
-                 "alone, and not released. Put `release " +
+                 program.params[i].name +
+                     " is gathered by rows, which are of this micro batch "
+                     "alone, and not released. Put `release " +
                      program.params[i].name + "` before the end.");
   }
 }

@@ -59,7 +59,8 @@ class EmbeddingRows:
     def close(self) -> None:
         """After the first step: nothing is decided any more."""
         if self._chosen is None:
-            self._adopt(set(), {}, "" if self._wanted != "on" else "no training graph reads one")
+            missing = self._wanted == "on" and self._ranks.world > 1
+            self._adopt(set(), {}, "no training graph reads one" if missing else "")
 
     def _read_rows(self, program: Any, read: Any) -> None:
         spec, row = self._table.spec(read.member), self._table.member(read.member).shape[1]
@@ -78,7 +79,7 @@ class EmbeddingRows:
                 chosen.add(read.member.param)
                 program = program.copy()
                 self._read_rows(program, read)
-        if self._wanted != "on" or chosen:
+        if self._wanted != "on" or chosen or self._ranks.world == 1:
             return chosen, why, ""
         return chosen, why, "; ".join(f"{name}: {text}" for name, text in why.items())
 

@@ -267,7 +267,8 @@ class _Gaps:
     def _hides_work(self, event: _Event) -> bool:
         """Kernels of a transfer's own, which its record does not have."""
         if event.op == "gather":
-            return event.instr.operand in self.reader.deferred
+            by_rows = self.reader.params[event.plan, event.instr.operand].rows_read
+            return bool(by_rows) or event.instr.operand in self.reader.deferred
         return self.reader.sums_locally(event.plan)
 
     def _add(self, op: str, chain: float, staged: list[_Event], known: bool) -> None:

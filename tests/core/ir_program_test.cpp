@@ -60,7 +60,7 @@ TEST(Program, EveryOpHasTraits) {
 TEST(Program, FindsByName) {
   StepProgram program;
   const ParamId p = program.add_param(param("p"));
-  const ValueId v = program.add_value({"v", Bytes{4}, {}, {}});
+  const ValueId v = program.add_value({"v", Bytes{4}, {}});
   Region region;
   region.name = "r";
   region.inputs = {v, ParamRef{p, 0}};
@@ -83,18 +83,18 @@ TEST(Program, RejectsWhatCannotBe) {
             "[ir] param 'a b': is not a name. Use letters, digits and _ . : / -, and begin with a "
             "letter, a digit or _.");
   EXPECT_EQ(error_of([&] {
-              program.add_value({"p", Bytes{4}, {}, {}});
+              program.add_value({"p", Bytes{4}, {}});
             }),
             "[ir] value 'p': a parameter has this name already. Names are unique over parameters "
             "and values: rename one of them.");
   EXPECT_EQ(error_of([&] { program.add_param(param("empty", 0)); }),
             "[ir] param 'empty': has 0 elements. Give at least 1.");
   EXPECT_EQ(error_of([&] {
-              program.add_value({"v", Bytes{-1}, {}, {}});
+              program.add_value({"v", Bytes{-1}, {}});
             }),
             "[ir] value 'v': size in bytes is -1. Give a number that is not negative.");
   EXPECT_EQ(error_of([&] {
-              program.add_value({"v", Bytes{4}, ParamRef{p, 1}, {}});
+              program.add_value({"v", Bytes{4}, ParamRef{p, 1}});
             }),
             "[ir] value 'v': names member 1 of p, which has 1. Members are counted from 0.");
   Region region;

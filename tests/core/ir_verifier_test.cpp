@@ -126,7 +126,7 @@ TEST(Verifier, ChecksTablesThatWereEditedByHand) {
             "[ir] two: parameter 'z' is not in the table of names. Add it through add_param, and "
             "do not rename it.");
   EXPECT_EQ(broken([](StepProgram& p) {
-              p.values.push_back({"v", Bytes{4}, {}, {}});
+              p.values.push_back({"v", Bytes{4}, {}});
             }),
             "[ir] two: value 'v' is not in the table of names. Add it through add_value, and do "
             "not rename it.");

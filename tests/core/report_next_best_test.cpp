@@ -119,7 +119,7 @@ TEST(NextBest, SaysWhatItLacks) {
             "[report] next_best: other choices are compared by simulation, and there is no "
             "machine. Give it one.");
   StepProgram other = plain;
-  other.add_value({"more", Bytes{1}, std::nullopt, {}});
+  other.add_value({"more", Bytes{1}, std::nullopt});
   EXPECT_TRUE(error_of([&] {
                 next_best(other, plan, planned_for(costs).environment);
               }).starts_with("[report] next_best: the plan was not made from this program."));

@@ -53,7 +53,10 @@ class RowsStep:
         accumulation: int = 1,
         dtype: torch.dtype = torch.float32,
         reduce: str = "f32",
+        edit: tuple[str, str] = ("", ""),
     ):
+        """`edit`: a piece of the planned text, and what stands in its place."""
+        self.edit = edit
         self.count, self.row = count, row
         self.values = torch.arange(count * row, dtype=torch.float32).view(count, row).to(dtype)
         self.table = torch.nn.Parameter(self.values.clone())
@@ -73,6 +76,7 @@ class RowsStep:
     def _load(self, text: str) -> int:
         program = _core.StepProgram.parse(text)
         _core.run_passes(program, ["zero3_compile"])
+        program = _core.StepProgram.parse(str(program).replace(*self.edit))
         return self.runtime.load_plan(_core.freeze(program).serialize(), [self._fwd, self._bwd])
 
     def _fwd(self, args: list) -> list:

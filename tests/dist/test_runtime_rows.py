@@ -73,6 +73,21 @@ def test_open_calls_keep_their_rows_apart():
     assert run_ranks(nested, 2) == [True, True]
 
 
+def gathered_again(rank, world):
+    """A backward that runs the forward's region again, with the same rows."""
+    again = "  gather table\n  wait table\n  run fwd\n  release table\n  run bwd\n"
+    step = RowsStep(rank, world, 64, 21, edit=("  run bwd\n", again))
+    batches = [batch(r, 64, 21, 5 + r) for r in range(world)]
+    step.micro_batch(*batches[rank])
+    assert torch.equal(step.seen, step.values[batches[rank][0].flatten()])
+    expected = expected_gradient(batches, 64, 21, world)
+    return torch.equal(step.gradient(), shard_of(expected, rank, world))
+
+
+def test_a_backward_gathers_its_forwards_rows_again():
+    assert run_ranks(gathered_again, 2) == [True, True]
+
+
 def equal_to_whole(rank, world):
     """Training by rows and whole, with gradients that round: on two ranks the same bits."""
     results = []

@@ -26,6 +26,7 @@
 #include "runtime/comm/transport.h"
 #include "runtime/hyper.h"
 #include "runtime/memory/member_slot.h"
+#include "runtime/memory/row_set.h"
 
 namespace deepcompile {
 
@@ -68,20 +69,6 @@ enum class Presence {
   kInFlight,  // a gather into the full buffer is under way
   kWhole,     // the full buffer is valid, and the members are bound to it
   kRows,      // the same of the rows that one micro batch reads; the others hold anything
-};
-
-// The rows of a parameter that all ranks read in one micro batch.
-struct RowSet {
-  int64_t places = 0;  // on each rank; 0: not known yet
-  // [world, places] int64, each rank's in rising order, repeated to fill its places;
-  // undefined: not known yet.
-  at::Tensor numbers;
-};
-
-// A gather by rows under way, or over and not yet in the full buffer.
-struct ComingRows {
-  std::shared_ptr<const RowSet> set;
-  at::Tensor rows;  // this rank's places
 };
 
 // A reduction under way. `source` stays alive until it was waited for.

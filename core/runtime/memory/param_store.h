@@ -41,8 +41,8 @@ class ParamStore {
   void gather(ParamState& param, std::shared_ptr<Span> span = nullptr);
   // As gather, of the rows of a set alone: P is then good for these. The set is
   // completed from `numbers`, this rank's rows, if it is not complete.
-  void gather_rows(ParamState& param, const std::shared_ptr<RowSet>& set,
-                   const at::Tensor& numbers, std::shared_ptr<Span> span);
+  void gather_rows(ParamState& param, const std::shared_ptr<RowSet>& set, const at::Tensor& numbers,
+                   std::shared_ptr<Span> span);
   // P is whole, or its rows are there, and its members are bound, for the current
   // stream's next work.
   void wait(ParamState& param);

@@ -59,9 +59,7 @@ struct OwnedRows {
   at::Tensor is_whole(const at::Tensor& numbers) const {
     return numbers.ge(first).logical_and_(numbers.lt(first + count));
   }
-  at::Tensor at(const at::Tensor& numbers) const {
-    return numbers.sub(first).clamp_(0, count - 1);
-  }
+  at::Tensor at(const at::Tensor& numbers) const { return numbers.sub(first).clamp_(0, count - 1); }
 };
 
 at::Tensor column(const at::Tensor& flags) {

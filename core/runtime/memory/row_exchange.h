@@ -48,8 +48,7 @@ class RowExchange {
     std::unique_ptr<Transfer> transfer;
     at::Tensor rows;  // [places, row], after the transfer
   };
-  Gather start_gather(const ParamState& param, const RowSet& set,
-                      std::shared_ptr<Span> span) const;
+  Gather start_gather(const ParamState& param, const RowSet& set, std::shared_ptr<Span> span) const;
   // Writes collected rows into the full buffer. Not a collective.
   void place(const ParamState& param, const RowSet& set, const at::Tensor& rows) const;
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "runtime/exec/region.h"
-#include "runtime/memory/param_state.h"
+#include "runtime/memory/row_set.h"
 #include "runtime/offload/host_link.h"
 
 namespace deepcompile {

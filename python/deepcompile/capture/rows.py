@@ -35,9 +35,9 @@ def row_reads(
         spec = table.spec(ref)
         if spec.placement != "sharded":
             why = "kept whole on every rank"
-        elif ref in again:
+        elif not why and ref in again:
             why = "the backward reads it too"
-        elif numbers in taken:
+        elif not why and numbers in taken:
             why = "its numbers are another embedding's too"
         if why:
             numbers = None
