@@ -54,7 +54,20 @@ def positions() -> nn.Module:
     return cases.TakesLabels(Positions())
 
 
-MODELS = {"model": model, "tied": tied, "positions": positions}
+def frozen() -> nn.Module:
+    wrapped = model()
+    wrapped.body[0].weight.requires_grad_(False)
+    return wrapped
+
+
+def broken() -> nn.Module:
+    torch.manual_seed(3)
+    return cases.skipping()
+
+
+MODELS = {
+    "model": model, "tied": tied, "positions": positions, "frozen": frozen, "broken": broken,
+}  # fmt: skip
 
 
 def ids_of(rank: int, world: int, step: int, micro: int, ragged: bool) -> torch.Tensor:
@@ -65,7 +78,7 @@ def ids_of(rank: int, world: int, step: int, micro: int, ragged: bool) -> torch.
 
 def start(
     world: int, *, name: str = "model", stage: int = 3, accumulation: int = 1, schedule: Any = None,
-    **settings: Any,
+    backend: str = "eager", **settings: Any,
 ) -> Any:  # fmt: skip
     import deepcompile
 
@@ -85,7 +98,7 @@ def start(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         engine, *_ = deepcompile.initialize(model=MODELS[name](), config=config)
-    engine.compile(backend="eager", schedule=schedule)
+    engine.compile(backend=backend, schedule=schedule)
     return engine
 
 

@@ -54,6 +54,23 @@ def test_training_by_rows_is_training_with_whole_embeddings(world, tolerance):
                 assert rows["norm"] > job["gradient_clipping"], "clipping must matter here"
 
 
+OTHERS = [
+    {"bf16": {"enabled": True}, "ragged": True, "steps": 3},
+    {"backend": "inductor", "steps": 3},
+    {"name": "frozen", "steps": 3},
+    {"name": "broken", "steps": 3},
+]
+
+
+def test_other_models_types_and_backends_by_rows():
+    runs = [job | {"embedding_rows": rows} for job in OTHERS for rows in ("on", "off")]
+    for results in run_ranks(rows_cases.train, 2, runs, timeout=500):
+        for rows, whole in zip(results[::2], results[1::2], strict=True):
+            assert [each["rows"] for each in rows["rows"].values()] == [True]
+            assert any("by rows" in line for line in rows["order"])
+            close(rows, whole, 0.0)
+
+
 def test_evaluation_gathers_the_whole():
     (result,) = run_ranks(
         rows_cases.train, 2, [{"embedding_rows": "on", "evaluate": True, "steps": 2}]
@@ -71,9 +88,7 @@ def test_all_plans_give_the_same_bits():
         [(0, [stage]), (2, [stage, "selective_gather", "prefetch"])],
         [(0, [stage]), (2, ["auto"])],
     ]
-    runs = [
-        {"embedding_rows": "on", "steps": 7, "ragged": True, "schedule": s} for s in schedules
-    ]
+    runs = [{"embedding_rows": "on", "steps": 7, "ragged": True, "schedule": s} for s in schedules]
     for results in run_ranks(rows_cases.train, 2, runs, timeout=400):
         assert {r["digest"] for r in results} == {results[0]["digest"]}
         assert [r["losses"] for r in results] == [results[0]["losses"]] * len(runs)

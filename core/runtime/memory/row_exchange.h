@@ -9,7 +9,7 @@
 //
 //   gather   each owner writes what it owns of every place's row, and zeros
 //            elsewhere, and a reduce-scatter gives each rank its own places: a
-//            sum of one value and zeros, exact in any order
+//            sum of one value and zeros, exact in any order (-0 becomes 0)
 //   reduce   an all-gather of the rows of each rank's gradient; the owner adds
 //            those it owns in rank order, in f32 (f64), and rounds once
 //
