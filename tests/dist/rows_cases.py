@@ -108,7 +108,7 @@ def steps(engine: Any, first: int, last: int, ragged: bool, evaluate: bool = Fal
     rank, world = engine.ranks.rank, engine.ranks.world
     for step in range(first, last):
         for micro in range(engine.gradient_accumulation_steps()):
-            ids = ids_of(rank, world, step, micro, ragged)
+            ids = ids_of(rank, world, step, micro, ragged).to(engine.device)
             loss = cases.loss_of(engine, ids)
             engine.backward(loss)
             engine.step()
@@ -119,7 +119,7 @@ def steps(engine: Any, first: int, last: int, ragged: bool, evaluate: bool = Fal
 
 
 def result(engine: Any, losses: list[float]) -> dict[str, Any]:
-    state = {k: v.float().clone() for k, v in engine.state_dict(fp32=True).items()}
+    state = {k: v.float().cpu().clone() for k, v in engine.state_dict(fp32=True).items()}
     orders = [line for g in engine.planner.graphs for line in _order(g.program)]
     bits = b"".join(v.numpy().tobytes() for v in state.values())
     return {

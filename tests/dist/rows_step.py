@@ -54,23 +54,28 @@ class RowsStep:
         dtype: torch.dtype = torch.float32,
         reduce: str = "f32",
         edit: tuple[str, str] = ("", ""),
+        device: str = "cpu",
     ):
         """`edit`: a piece of the planned text, and what stands in its place."""
         self.edit = edit
         self.count, self.row = count, row
-        self.values = torch.arange(count * row, dtype=torch.float32).view(count, row).to(dtype)
+        values = torch.arange(count * row, dtype=torch.float32)
+        self.values = values.view(count, row).to(device, dtype)
         self.table = torch.nn.Parameter(self.values.clone())
         self.runtime = _runtime.Runtime(
-            dist.group.WORLD, rank, world, torch.device("cpu"), reduce, 0.0, accumulation, 20.0
+            dist.group.WORLD, rank, world, torch.device(device), reduce, 0.0, accumulation, 20.0
         )
         self.runtime.add_param("table", [("table", self.table, 0)], count * row, "sharded", True)
         self.runtime.set_hyper("table", 0.5, 0.9, 0.95, 1e-8, 0.0, True)
-        self.runtime.exchange_rows_over(dist.group.WORLD)
+        on_cpu = device == "cpu"
+        hosts = dist.group.WORLD if on_cpu else dist.new_group(backend="gloo")
+        self.runtime.exchange_rows_over(hosts)
         fields = dict(
             world=world, accumulation=accumulation, reduce=reduce, dtype=SHORT[dtype],
             numel=count * row, rows=f" rows=table row={row}" if by_rows else "",
         )  # fmt: skip
-        self.plan = self._load(PROGRAM.format(**fields))
+        self.text = PROGRAM.format(**fields)
+        self.plan = self._load(self.text)
         self.update = self._load(UPDATE.format(**fields))
 
     def _load(self, text: str) -> int:
@@ -80,9 +85,13 @@ class RowsStep:
         return self.runtime.load_plan(_core.freeze(program).serialize(), [self._fwd, self._bwd])
 
     def _fwd(self, args: list) -> list:
+        ids, _, table = args
+        self.seen = table[ids.flatten()].clone()
+        return self._fwd_unchecked(args)
+
+    def _fwd_unchecked(self, args: list) -> list:
         ids, g, table = args
         args.clear()
-        self.seen = table[ids.flatten()].clone()
         return [(torch.nn.functional.embedding(ids, table).float() * g).sum()]
 
     def _bwd(self, args: list) -> list:
@@ -131,6 +140,6 @@ def everything(step: RowsStep) -> torch.Tensor:
     """The whole table, gathered densely."""
     step.runtime.gather(["table"])
     step.runtime.wait(["table"])
-    whole = step.table.detach().float().clone()
+    whole = step.table.detach().clone()
     step.runtime.release(["table"])
     return whole

@@ -125,18 +125,9 @@ def guarded(rank, world):
         return RowsStep._fwd(step, args)
 
     step._fwd = fwd
-    step.plan = step._load(rows_text(world))
+    step.plan = step._load(step.text)
     step.micro_batch(ids, g)
     return found, step.runtime.is_whole("table"), torch.equal(everything(step), step.values)
-
-
-def rows_text(world):
-    from rows_step import PROGRAM
-
-    return PROGRAM.format(
-        world=world, accumulation=1, reduce="f32", dtype="f32", numel=64 * 21,
-        rows=" rows=table row=21",
-    )  # fmt: skip
 
 
 def test_rows_are_not_taken_for_the_whole():
