@@ -109,6 +109,13 @@ std::string add_region(StepProgram& program, std::string name, uint32_t code,
   return name;
 }
 
+void read_rows(StepProgram& program, const std::string& name, const std::string& param,
+               int64_t row) {
+  const auto id = program.find_value(name);
+  if (!id) throw UserError("[ir] value " + name + ": unknown. Add it with add_value first.");
+  program.read_rows(*id, {param_ref(program, param).param, row});
+}
+
 void set_region_time(StepProgram& program, const std::string& name, std::optional<int64_t> nanos) {
   const auto id = program.find_region(name);
   if (!id) throw UserError("[ir] region " + name + ": unknown. Add it with add_region first.");
@@ -158,6 +165,15 @@ void bind_param(py::module_& m) {
       .def_property_readonly(
           "shard_bytes", [](const ParamView& v) { return v.program->shard_bytes(v.id).value; },
           "Bytes of one rank's shard of the weights.")
+      .def_property_readonly(
+          "rows_read", [](const ParamView& v) { return v.program->rows_read(v.id); },
+          "Most rows that a micro batch reads on one rank, if only those are exchanged; else 0.")
+      .def_property_readonly(
+          "gather_bytes", [](const ParamView& v) { return v.program->gather_bytes(v.id).value; },
+          "What a gather moves between the ranks: bytes of a whole, or of all ranks' rows.")
+      .def_property_readonly(
+          "reduce_bytes", [](const ParamView& v) { return v.program->reduce_bytes(v.id).value; },
+          "What a reduction moves, in the program's reduce_dtype.")
       .def("__repr__", [](const ParamView& v) { return "<Param " + v.get().name + ">"; });
 }
 
@@ -172,6 +188,13 @@ void bind_value(py::module_& m) {
             return print(*v.program, Operand(*v.get().grad_of));
           },
           "The member it is the gradient of, as 'embed' or 'small[3]', or None.")
+      .def_property_readonly(
+          "rows_of",
+          [](const ValueView& v) -> std::optional<std::string> {
+            if (!v.get().rows_of) return std::nullopt;
+            return v.program->param(v.get().rows_of->param).name;
+          },
+          "The parameter whose rows it numbers, if only those are exchanged, or None.")
       .def("__repr__", [](const ValueView& v) { return "<Value " + v.get().name + ">"; });
 }
 
@@ -318,6 +341,9 @@ void bind_program_building(py::class_<StepProgram, ProgramPtr>& program) {
   program.def("add_value", &add_value, py::arg("name"), py::arg("bytes"),
               py::arg("grad_of") = py::none(),
               "Adds a value and returns its name. grad_of: 'embed' or 'small[3]'.");
+  program.def("read_rows", &read_rows, py::arg("value"), py::arg("param"), py::arg("row"),
+              "Lets a forward's input number the rows of `row` elements that its graph reads of\n"
+              "a sharded parameter: only these are gathered and reduced.");
   program.def("add_region", &add_region, py::arg("name"), py::arg("code"), py::arg("inputs"),
               py::arg("outputs"), py::arg("workspace") = 0, py::arg("moved") = 0,
               py::arg("flops") = 0, py::arg("once") = false, py::arg("checkpoint") = false,

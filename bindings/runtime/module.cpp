@@ -248,6 +248,16 @@ void bind_params(RuntimeClass& runtime) {
           py::arg("member_name"), py::arg("lr"), py::arg("beta1"), py::arg("beta2"), py::arg("eps"),
           py::arg("weight_decay"), py::arg("decoupled"),
           "Optimizer settings of one member, until set again. decoupled: AdamW, else Adam.")
+      .def(
+          "exchange_rows_over",
+          [](Runtime& self, const py::object& group) {
+            const std::string name = group.attr("group_name").cast<std::string>();
+            const py::gil_scoped_release no_gil;
+            self.exchange_rows_over(name);
+          },
+          py::arg("process_group"),
+          "Before a plan that exchanges rows: the group, with a backend for CPU tensors, over\n"
+          "which ranks tell each other how many rows they read.")
       .def("gather", &Runtime::gather, NoGil(), py::arg("names"),
            "Start making parameters whole. Collective.")
       .def("wait", &Runtime::wait, NoGil(), py::arg("names"),

@@ -18,10 +18,13 @@ ParamFootprint footprint(const StepProgram& program, ParamId id) {
   ParamFootprint out;
   out.weights = {weight_size * (param.placement == Placement::kSharded ? shard : full)};
   if (param.placement == Placement::kSharded) out.gathered = {weight_size * full};
+  // The rows are collected beside the buffer that they then go into.
+  const bool rows = program.rows_read(id) > 0;
+  if (rows) out.gathered += program.gather_bytes(id);
   if (!param.trainable) return out;
   if (weight_size < state_size) out.master = {state_size * own};
   out.moments = {2 * state_size * own};
-  out.reduction_input = {reduce_size * full};
+  out.reduction_input = program.reduce_bytes(id);
   out.reduction_result = {reduce_size * own};
   const int64_t sum_size = std::max<int64_t>(reduce_size, element_size(DType::kF32));
   const bool one_reduction = program.accumulation == 1 || program.boundary;

@@ -22,7 +22,7 @@ class Walk {
     out.saved = needed_by_graph(section);
     for (ValueId id : section.outputs) needed_[index(id)] = true;
     for (size_t i = section.instrs.size(); i-- > 0;) {
-      instr(section.instrs[i], &out.frees);
+      instr(section, section.instrs[i], &out.frees);
       out.frees.finish(i);
     }
     const bool any = out.frees.size() > 0;
@@ -35,7 +35,7 @@ class Walk {
   }
 
  private:
-  void instr(const Instr& instr, FreeLists* frees) {
+  void instr(const Section& section, const Instr& instr, FreeLists* frees) {
     const auto use = [&](ValueId id) {
       if (!needed_[index(id)]) frees->add(id);
       needed_[index(id)] = true;
@@ -51,6 +51,9 @@ class Walk {
       }
     }
     for (ValueId id : instr.values) use(id);
+    if (instr.op == Op::kGather && section.kind == SectionKind::kForward) {
+      if (const auto ids = program_.rows_input(section, *instr.param)) use(*ids);
+    }
   }
 
   // What a later section of this graph needs: values belong to one graph, so

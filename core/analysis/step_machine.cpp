@@ -176,7 +176,7 @@ void StepMachine::reduce(const Instr& instr) {
 }
 
 bool StepMachine::is_in_place(const Instr& instr) const {
-  return instr.values.size() == 1 &&
+  return instr.values.size() == 1 && program_.rows_read(*instr.param) == 0 &&
          program_.value(instr.values[0]).bytes == bytes(instr).reduction_input;
 }
 

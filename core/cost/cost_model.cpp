@@ -108,8 +108,21 @@ Nanos MachineCosts::roofline(const StepProgram& program, const Region& region) c
   return from_seconds(seconds) + device.launch_overhead;
 }
 
+// Every owner sends what it owns of the rows that all ranks number: a sum with zeros.
+Nanos MachineCosts::gather_time(const StepProgram& program, ParamId id) const {
+  const int64_t rows = program.rows_read(id), world = program.world;
+  const Bytes moved = program.gather_bytes(id);
+  if (rows == 0) return collective_time(machine_, Collective::kAllGather, world, moved);
+  const Bytes numbers{world * rows * kRowNumberBytes};
+  return collective_time(machine_, Collective::kAllGather, world, numbers) +
+         collective_time(machine_, Collective::kReduceScatter, world, moved);
+}
+
 Nanos MachineCosts::reduce_time(const StepProgram& program, ParamId id) const {
-  const Bytes whole = footprint(program, id).reduction_input;
+  const Bytes whole = program.reduce_bytes(id);
+  if (program.rows_read(id) > 0) {
+    return collective_time(machine_, Collective::kAllGather, program.world, whole);
+  }
   Nanos time = collective_time(machine_, Collective::kReduceScatter, program.world, whole);
   if (program.param(id).placement == Placement::kReplicated) {
     time += collective_time(machine_, Collective::kAllGather, program.world, whole);
@@ -123,7 +136,8 @@ Nanos MachineCosts::accumulate_time(const StepProgram& program, ParamId id) cons
   const ParamFootprint of = footprint(program, id);
   const Bytes sum = of.reduction_result + of.gradient * 2;
   const bool one_reduction = program.accumulation == 1 || program.boundary;
-  return memory_time(to_double(one_reduction ? of.reduction_result * 2 : sum));
+  const Bytes rows = program.rows_read(id) > 0 ? of.reduction_input : Bytes{};
+  return memory_time(to_double(rows + (one_reduction ? of.reduction_result * 2 : sum)));
 }
 
 Nanos MachineCosts::local_sum(const StepProgram& program, ParamId id) const {
@@ -134,7 +148,8 @@ Nanos MachineCosts::local_sum(const StepProgram& program, ParamId id) const {
 Nanos MachineCosts::staging(const StepProgram& program, ParamId id) const {
   const auto more = static_cast<int64_t>(program.param(id).members.size()) - 1;
   const Bytes written = footprint(program, id).reduction_input;
-  return memory_time(to_double(program.full_bytes(id) + written)) +
+  const bool rows = program.rows_read(id) > 0;
+  return memory_time(to_double(written + (rows ? written : program.full_bytes(id)))) +
          machine_.device.launch_overhead * std::max<int64_t>(0, more);
 }
 
@@ -183,8 +198,7 @@ Nanos MachineCosts::duration(const StepProgram& program, const Instr& instr) con
       return region.time ? *region.time : roofline(program, region);
     }
     case Op::kGather:
-      return collective_time(machine_, Collective::kAllGather, program.world,
-                             program.full_bytes(*instr.param));
+      return gather_time(program, *instr.param);
     case Op::kReduce:
       return reduce_time(program, *instr.param);
     case Op::kAccumulate:

@@ -9,6 +9,8 @@
 //               across nodes see collective_time
 //   reduce      the same with elements of reduce_dtype; a replicated parameter
 //               pays a reduce-scatter and an all-gather
+//   by rows     a gather is an all-gather of row numbers and a reduce-scatter of the rows that
+//               all ranks read, a reduction an all-gather of these
 //   accumulate, norm, update   device memory traffic over bandwidth, plus a launch; so does the
 //               copy of a gradient into a reduction's buffer, with a launch a member
 //   offload_states, reload_states, offload, reload   bytes over the host link's
@@ -75,6 +77,7 @@ class MachineCosts : public Estimator {
 
  private:
   Nanos memory_time(double bytes) const;
+  Nanos gather_time(const StepProgram& program, ParamId id) const;
   Nanos reduce_time(const StepProgram& program, ParamId id) const;
   Nanos accumulate_time(const StepProgram& program, ParamId id) const;
   Nanos norm_time(const StepProgram& program) const;

@@ -47,9 +47,11 @@ std::optional<Nanos> MeasuredCosts::measured(const StepProgram& program, const I
   switch (instr.op) {
     case Op::kRun:
       return run_time(program.region(*instr.region));
-    case Op::kGather:
+    case Op::kGather: {
       if (program.world == 1) return std::nullopt;
-      return at(CurveKind::kGather, program.full_bytes(*instr.param));
+      const bool rows = program.rows_read(*instr.param) > 0;  // a reduce-scatter
+      return at(rows ? CurveKind::kReduce : CurveKind::kGather, program.gather_bytes(*instr.param));
+    }
     case Op::kReduce:
       return reduce_time(program, *instr.param);
     case Op::kAccumulate:
@@ -82,7 +84,8 @@ std::optional<Nanos> MeasuredCosts::run_time(const Region& region) const {
 // A replicated parameter's gradient comes back whole: a gather after it.
 std::optional<Nanos> MeasuredCosts::reduce_time(const StepProgram& program, ParamId id) const {
   if (program.world == 1) return std::nullopt;
-  const Bytes whole = footprint(program, id).reduction_input;
+  const Bytes whole = program.reduce_bytes(id);
+  if (program.rows_read(id) > 0) return at(CurveKind::kGather, whole);
   const std::optional<Nanos> scatter = at(CurveKind::kReduce, whole);
   if (program.param(id).placement != Placement::kReplicated) return scatter;
   const std::optional<Nanos> gather = at(CurveKind::kGather, whole);

@@ -14,7 +14,10 @@ std::vector<std::string> collective_order(const StepProgram& program) {
       const OpTraits& of = traits(instr.op);
       if (!of.is_collective) continue;
       std::string call = prefix + std::string(of.name);
-      if (instr.param) call += " " + program.param(*instr.param).name;
+      if (instr.param) {
+        call += " " + program.param(*instr.param).name;
+        if (program.rows_input(section, *instr.param)) call += " by rows";
+      }
       order.push_back(std::move(call));
     }
   }

@@ -73,6 +73,7 @@ class Merger {
     for (Value value : from.values) {
       value.name = prefix + value.name;
       if (value.grad_of) value.grad_of->param = params_[index(value.grad_of->param)];
+      if (value.rows_of) value.rows_of->param = params_[index(value.rows_of->param)];
       values_.push_back(out_.add_value(std::move(value)));
     }
     for (Region region : from.regions) {

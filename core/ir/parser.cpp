@@ -295,13 +295,21 @@ class Parser {
     Value value;
     value.name = name.text;
     value.bytes = placed(size, [&] { return parse_bytes(std::string(size.text)); });
-    if (at(TokenKind::kWord)) {
+    while (at(TokenKind::kWord)) {
       const Token key = take();
-      if (key.text != "grad") {
-        fail(key, "unknown word '" + std::string(key.text) + "' for a value. Use grad=.");
+      const bool row = key.text == "row" && value.rows_of;
+      if (key.text != "grad" && key.text != "rows" && !row) {
+        fail(key, "unknown word '" + std::string(key.text) +
+                      "' for a value. Use grad=, or rows= and row=.");
       }
       expect(TokenKind::kEquals, "'='");
-      value.grad_of = param_ref();
+      if (row) {
+        value.rows_of->row = number(expect_word("the elements of a row"));
+      } else if (key.text == "rows") {
+        value.rows_of = RowsOf{param(), 0};
+      } else {
+        value.grad_of = param_ref();
+      }
     }
     placed(name, [&] { return program_.add_value(std::move(value)); });
   }

@@ -59,6 +59,10 @@ void append_param(std::string* out, const Param& param) {
 void append_value(std::string* out, const StepProgram& program, const Value& value) {
   *out += "value " + value.name + " " + to_string(value.bytes);
   if (value.grad_of) *out += " grad=" + ref_text(program, *value.grad_of);
+  if (value.rows_of) {
+    *out += " rows=" + program.param(value.rows_of->param).name +
+            " row=" + std::to_string(value.rows_of->row);
+  }
   *out += '\n';
 }
 

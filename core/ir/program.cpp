@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ir/program.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/error.h"
@@ -121,6 +122,7 @@ ParamId StepProgram::add_param(Param param) {
   const ParamId id{static_cast<uint32_t>(params.size())};
   operands_.emplace(param.name, id);
   params.push_back(std::move(param));
+  rows_.emplace_back();
   return id;
 }
 
@@ -128,10 +130,56 @@ ValueId StepProgram::add_value(Value value) {
   check_operand_name("value", value.name);
   check_not_negative("value", value.name, "size in bytes", value.bytes.value);
   if (value.grad_of) check_param_ref("value", value.name, *value.grad_of);
+  const std::optional<RowsOf> rows = value.rows_of;
+  if (rows) check_rows(value.name, *rows);
   const ValueId id{static_cast<uint32_t>(values.size())};
   operands_.emplace(value.name, id);
   values.push_back(std::move(value));
+  if (rows) read_rows(id, *rows);
   return id;
+}
+
+void StepProgram::check_rows(const std::string& name, RowsOf rows) const {
+  check_param_ref("value", name, {rows.param, 0});
+  const Param& owner = param(rows.param);
+  const auto fail = [&](const std::string& why) {
+    throw UserError(quoted("value", name) + "numbers rows of " + owner.name + ", " + why);
+  };
+  if (owner.placement != Placement::kSharded || owner.members.size() != 1) {
+    fail("which is not a sharded parameter of one member. Exchange all of it.");
+  }
+  if (rows.row < 1 || owner.numel % rows.row != 0) {
+    fail("whose " + std::to_string(owner.numel) + " elements are not rows of " +
+         std::to_string(rows.row) + ". Correct the row.");
+  }
+  const int64_t row = rows_[index(rows.param)].row;
+  if (row != 0 && row != rows.row) {
+    fail("whose rows have " + std::to_string(row) + " elements for another value and " +
+         std::to_string(rows.row) + " for this one. Correct one of them.");
+  }
+}
+
+void StepProgram::read_rows(ValueId id, RowsOf rows) {
+  Value& ids = values.at(index(id));
+  check_rows(ids.name, rows);
+  ids.rows_of = rows;
+  RowsRead& read = rows_[index(rows.param)];
+  // An empty batch reads none, and still takes part in the exchange.
+  read.count = std::max({read.count, ids.bytes.value / kRowNumberBytes, int64_t{1}});
+  read.row = rows.row;
+}
+
+std::optional<ValueId> StepProgram::rows_input(const Section& section, ParamId id) const {
+  const bool trains =
+      section.kind == SectionKind::kForward || section.kind == SectionKind::kBackward;
+  if (!trains || rows_read(id) == 0) return std::nullopt;
+  const auto forward = find_section(SectionKind::kForward, section.graph);
+  if (!forward) return std::nullopt;
+  for (ValueId input : sections[index(*forward)].inputs) {
+    const auto& rows = value(input).rows_of;
+    if (rows && rows->param == id) return input;
+  }
+  return std::nullopt;
 }
 
 RegionId StepProgram::add_region(Region region) {
@@ -197,6 +245,19 @@ Bytes StepProgram::full_bytes(ParamId id) const {
 Bytes StepProgram::shard_bytes(ParamId id) const {
   const Param& p = param(id);
   return Bytes{element_size(p.dtype)} * shard_numel(p.numel, world);
+}
+
+int64_t StepProgram::exchanged(ParamId id) const {
+  const RowsRead& read = rows_[index(id)];
+  return world * (read.count > 0 ? read.count * read.row : shard_numel(param(id).numel, world));
+}
+
+Bytes StepProgram::gather_bytes(ParamId id) const {
+  return Bytes{element_size(param(id).dtype)} * exchanged(id);
+}
+
+Bytes StepProgram::reduce_bytes(ParamId id) const {
+  return Bytes{element_size(reduce_dtype)} * exchanged(id);
 }
 
 }  // namespace deepcompile

@@ -28,6 +28,7 @@
 #include "base/units.h"
 #include "ir/dtype.h"
 #include "ir/op.h"
+#include "ir/value.h"
 
 namespace deepcompile {
 
@@ -48,23 +49,6 @@ struct Param {
   bool trainable = true;
   std::vector<std::string> members;  // names of the nn.Parameters inside; never empty
 };
-
-// One member tensor of a parameter. Written "small[3]", or "embed" for member 0.
-struct ParamRef {
-  ParamId param{};
-  uint32_t member = 0;
-
-  bool operator==(const ParamRef&) const = default;
-};
-
-// A tensor made by a region or handed in by the user's call.
-struct Value {
-  std::string name;
-  Bytes bytes;
-  std::optional<ParamRef> grad_of;  // set if it is the gradient of a member
-};
-
-using Operand = std::variant<ValueId, ParamRef>;
 
 // One call of a compiled piece of the graph. Equal regions share `code`.
 struct Region {
@@ -138,6 +122,17 @@ class StepProgram {
   std::optional<ParamId> find_param(std::string_view name) const;
   std::optional<ValueId> find_value(std::string_view name) const;
   std::optional<RegionId> find_region(std::string_view name) const;
+  // Lets a value number the rows that its graph reads of a parameter. Throws
+  // UserError if the parameter has no such rows.
+  void read_rows(ValueId id, RowsOf rows);
+
+  // What numbers the rows of P that a forward or backward exchanges: an input of
+  // its graph's forward; nothing if the section exchanges all of P.
+  std::optional<ValueId> rows_input(const Section& section, ParamId id) const;
+  // Most rows of P that a micro batch reads on one rank, repeated ones counted
+  // each time; 0 if every graph exchanges all of P.
+  int64_t rows_read(ParamId id) const { return rows_[index(id)].count; }
+
   // Position in `sections` of one graph's section; the update's graph is 0.
   std::optional<SectionId> find_section(SectionKind kind, uint32_t graph) const;
 
@@ -146,6 +141,10 @@ class StepProgram {
   Bytes full_bytes(ParamId id) const;
   // Bytes of one rank's shard of P's weights in P's dtype.
   Bytes shard_bytes(ParamId id) const;
+  // What a gather of P moves between the ranks, and what a reduction of it does
+  // (in reduce_dtype): bytes of a whole, be it of P or of the rows of all ranks.
+  Bytes gather_bytes(ParamId id) const;
+  Bytes reduce_bytes(ParamId id) const;
 
  private:
   // Lets a string_view be looked up without making a string of it.
@@ -156,12 +155,19 @@ class StepProgram {
   template <typename T>
   using NameMap = std::unordered_map<std::string, T, NameHash, std::equal_to<>>;
   using TableEntry = std::variant<ParamId, ValueId>;
+  struct RowsRead {
+    int64_t count = 0;  // on one rank
+    int64_t row = 0;    // elements of one
+  };
 
   void check_operand_name(std::string_view what, const std::string& name) const;
   void check_param_ref(std::string_view what, const std::string& name, ParamRef ref) const;
+  void check_rows(const std::string& name, RowsOf rows) const;
+  int64_t exchanged(ParamId id) const;  // elements of a whole
 
   NameMap<TableEntry> operands_;
   NameMap<RegionId> region_names_;
+  std::vector<RowsRead> rows_;  // by parameter
 };
 
 // Whether `text` is a name: [A-Za-z0-9_][A-Za-z0-9_.:/-]*.

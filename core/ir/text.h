@@ -7,7 +7,7 @@
 //   param embed bf16 4096 frozen                 # to the end of the line
 //   param small f32 512 whole (norm.weight, head.bias)
 //
-//   value ids 512B
+//   value ids 512B rows=embed row=64             # 64 row numbers; rows of 64 elements
 //   value g.norm 1KiB grad=small[0]
 //
 //   region fwd.0 code=0 workspace=410MiB moved=10MiB flops=1000000 time=3ms (ids, embed) -> (h0)

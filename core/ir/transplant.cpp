@@ -27,7 +27,11 @@ class ShapeReader {
   Shape read() {
     for (const Section& section : program_.sections) {
       std::string text(to_string(section.kind));
-      for (ValueId id : section.inputs) name(id);
+      for (ValueId id : section.inputs) {
+        name(id);
+        const auto& rows = program_.value(id).rows_of;
+        if (rows) text += "\nrows of " + member({rows->param, 0});
+      }
       for (const Instr& instr : section.instrs) {
         if (instr.op != Op::kRun || ran_[index(*instr.region)]) continue;
         ran_[index(*instr.region)] = true;

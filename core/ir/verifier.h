@@ -34,6 +34,7 @@ namespace deepcompile {
 void verify_structure(const StepProgram& program);
 void verify_plan(const StepProgram& program);
 void verify_residency(const StepProgram& program);  // a part of verify_plan
+void verify_rows(const StepProgram& program);       // a part of verify_structure
 // verify_plan if any instruction other than `run` is there, else verify_structure.
 void verify(const StepProgram& program);
 

@@ -309,6 +309,7 @@ class StructureVerifier {
 
 void verify_structure(const StepProgram& program) {
   StructureVerifier(program).verify();
+  verify_rows(program);
 }
 
 }  // namespace deepcompile

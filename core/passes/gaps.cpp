@@ -31,6 +31,8 @@ class GapFinder {
       const ParamId id{static_cast<uint32_t>(p)};
       // A sharded parameter gathered in the update is gathered for that: leave it.
       if (program_.params[p].placement != Placement::kSharded || in_update(events_[p])) continue;
+      // Rows are good for one micro batch's section alone.
+      if (program_.rows_read(id) > 0) continue;
       uint32_t releases = 0;
       for (size_t i = 0; i < events_[p].size(); ++i) {
         if (events_[p][i].op == Op::kRelease) add({id, releases++}, i, &gaps);

@@ -33,7 +33,7 @@ PlanRegion freeze_region(const Region& region) {
   return frozen;
 }
 
-PlanInstr freeze_instr(const StepProgram& program, const Instr& instr) {
+PlanInstr freeze_instr(const StepProgram& program, const Section& section, const Instr& instr) {
   PlanInstr frozen;
   frozen.op = instr.op;
   if (instr.param) frozen.param = slot(*instr.param);
@@ -45,6 +45,9 @@ PlanInstr freeze_instr(const StepProgram& program, const Instr& instr) {
     DC_CHECK(grad_of.has_value(), "verified programs reduce gradients only");
     frozen.members.push_back(static_cast<int32_t>(grad_of->member));
   }
+  if (instr.op == Op::kGather || instr.op == Op::kReduce) {
+    if (const auto ids = program.rows_input(section, *instr.param)) frozen.rows = slot(*ids);
+  }
   return frozen;
 }
 
@@ -53,7 +56,7 @@ PlanSection freeze_section(const StepProgram& program, const Section& section,
   PlanSection frozen{
       section.kind, section.graph, slots(section.inputs), slots(section.outputs), {}};
   for (size_t i = 0; i < section.instrs.size(); ++i) {
-    PlanInstr instr = freeze_instr(program, section.instrs[i]);
+    PlanInstr instr = freeze_instr(program, section, section.instrs[i]);
     instr.frees = slots(liveness.frees[i]);
     frozen.instrs.push_back(std::move(instr));
   }

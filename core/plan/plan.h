@@ -37,6 +37,9 @@ struct PlanInstr {
   std::vector<int32_t> values;   // into Plan::values: the gradients of a reduce, or what moves
   std::vector<int32_t> members;  // of a reduce, beside `values`: which member each belongs to
   std::vector<int32_t> frees;    // value slots that nothing reads after this instruction
+  // Of a gather or reduce by rows: the slot of the forward's input that numbers the rows; -1: of
+  // all of the parameter. In a backward it only names them: its forward's gather has read it.
+  int32_t rows = -1;
 
   bool operator==(const PlanInstr&) const = default;
 };

@@ -42,6 +42,7 @@ ordered_json to_json(const PlanInstr& instr) {
     if (!instr.members.empty()) json["members"] = instr.members;
   }
   if (!instr.frees.empty()) json["frees"] = instr.frees;
+  if (instr.rows >= 0) json["rows"] = instr.rows;
   return json;
 }
 
@@ -161,7 +162,7 @@ class Parser {
   }
 
   PlanInstr parse_instr(const JsonReader& reader) const {
-    reader.only({"op", "param", "region", "values", "members", "frees"});
+    reader.only({"op", "param", "region", "values", "members", "frees", "rows"});
     PlanInstr instr;
     const std::string word = reader.at("op").string();
     const auto op = deepcompile::parse_op(word);
@@ -186,6 +187,9 @@ class Parser {
       }
     }
     if (const auto frees = reader.find("frees")) instr.frees = value_list(*frees);
+    if (const auto rows = reader.find("rows")) {
+      instr.rows = index_below(*rows, plan_.values.size(), "values");
+    }
     return instr;
   }
 

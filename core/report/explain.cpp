@@ -60,6 +60,9 @@ std::string placement_text(const StepProgram& program, ParamId id) {
       text += "replicated with its optimizer states";
       break;
   }
+  if (program.rows_read(id) > 0) {
+    text += ", exchanged by rows: " + std::to_string(program.rows_read(id)) + " a rank";
+  }
   if (!param.trainable) text += ", frozen";
   if (param.members.size() > 1) text += ", packs " + counted(param.members.size(), "parameter");
   return text + "\n";

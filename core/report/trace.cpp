@@ -39,7 +39,11 @@ std::optional<Bytes> bytes_of(const StepProgram& program, const Instr& instr) {
   if (instr.param) {
     const Resource resource = traits(instr.op).resource;
     const bool states = resource == Resource::kToHost || resource == Resource::kToDevice;
-    return states ? footprint(program, *instr.param).states() : program.full_bytes(*instr.param);
+    if (states) return footprint(program, *instr.param).states();
+    const bool rows = program.rows_read(*instr.param) > 0;
+    if (rows && instr.op == Op::kGather) return program.gather_bytes(*instr.param);
+    if (rows && instr.op == Op::kReduce) return program.reduce_bytes(*instr.param);
+    return program.full_bytes(*instr.param);
   }
   if (instr.values.empty()) return std::nullopt;
   Bytes bytes;

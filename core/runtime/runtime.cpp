@@ -64,6 +64,14 @@ void Runtime::add_param(const ParamSpec& spec) {
   store_.add(spec);
 }
 
+void Runtime::exchange_rows_over(const std::string& group_name) {
+  const Scope scope(*this);
+  const auto timeout = std::chrono::milliseconds(static_cast<int64_t>(options_.timeout_s * 1e3));
+  store_.rows().use_host_side(make_c10d_transport(group_name, options_.rank, options_.world,
+                                                  c10::Device(c10::kCPU), timeout)
+                                  .transport);
+}
+
 void Runtime::set_hyper(const std::string& member, const Hyper& hyper) {
   const Scope scope(*this);
   store_.member(member).hyper = hyper;
@@ -240,6 +248,7 @@ std::vector<RuntimeValue> Runtime::run_section(LoadedPlan& loaded, size_t sectio
     outputs.push_back(local.at(slot));
   }
   if (kept && description.kind == SectionKind::kForward) {
+    kept->frame.rows = std::move(local.rows);
     kept->frame.slots.resize(local.slots.size());
     for (const int32_t slot : loaded.kept[section]) {
       kept->frame.at(slot) = std::move(local.at(slot));

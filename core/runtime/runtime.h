@@ -76,6 +76,9 @@ class Runtime {
   int64_t outside_bytes();
 
   void add_param(const ParamSpec& spec);
+  // Before a plan by rows is loaded: the c10d group, with a backend for CPU tensors
+  // and this runtime's ranks, over which ranks tell each other how many rows they read.
+  void exchange_rows_over(const std::string& group_name);
   void set_hyper(const std::string& member, const Hyper& hyper);
 
   // Outside plans: eager modules, checkpoints, reading a parameter.

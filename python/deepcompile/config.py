@@ -216,6 +216,11 @@ class CompileConfig:
     """How gradients are summed over ranks. `nccl`: by the process group, in the type of
     `communication_data_type`. `copy_engine`: pushed by the GPUs' copy engines, like gathers, into
     two pieces' worth of memory on each rank, and summed in f32. Auto: where it works."""
+    embedding_rows: str = _key(_choice("auto", "on", "off"), "auto")
+    """Sharded embeddings that nothing else reads: gather and reduce only the rows that the ranks'
+    micro batches use. Auto: those for which the simulator says that it pays, asked once, for the
+    first training batch. On: all; an error where there is none. Off: whole embeddings. A row's
+    gradients are summed in rank order and rounded once, whole ones as the transport does."""
     region_bytes: int = _key(_positive, 1 << 30)
     """Most bytes of parameters that one compiled region uses; one parameter may exceed it."""
     region_host: str = _key(_choice("cpp", "python"), "python")

@@ -206,8 +206,9 @@ class Engine:
     def compile_report(self) -> dict[str, Any]:
         """Seconds by stage, regions and distinct regions, disk cache hits, over all graphs; the
         reasons for graph breaks with how often each was met; what gathers and reductions go
-        over, and why; the fast forms in use; whose kernels update ("adamw") and measure gradients
-        ("norm"): deepcompile_cuda, torch or cpu, and the library's path or why there is none."""
+        over, and why; of each embedding, whether only rows in use are exchanged, and why; the fast
+        forms in use; whose kernels update ("adamw") and measure gradients ("norm"):
+        deepcompile_cuda, torch or cpu, and the library's path or why there is none."""
         breaks = {} if self._backend is None else self._backend.graph_breaks
         return {
             **engine_state.compile_report(self.planner.graphs),
@@ -215,6 +216,7 @@ class Engine:
             "graph_breaks": breaks,
             "gathers": self.runtime.gathers,
             "reductions": self.runtime.reductions,
+            "embedding_rows": self.planner.rows.report(),
             "kernels": self.runtime.kernels(),
             "fast_forms": self.fast_forms.report(),
         }

@@ -68,6 +68,10 @@ def _facts(engine: Engine) -> dict[str, str]:
         f"{engine.gradient_accumulation_steps()} accumulation x {engine.ranks.world} ranks",
         "Gathers": "{transport}: {why}".format(**engine.runtime.gathers),
         "Reductions": "{transport}: {why}".format(**engine.runtime.reductions),
+        **{
+            f"Embedding {name}": f"{'rows in use' if of['rows'] else 'whole'}: {of['why']}"
+            for name, of in engine.planner.rows.report().items()
+        },
         "Compute type": "bf16" if engine.config.bf16.enabled else "as the model's",
         "Device": f"{device.type} {name or platform.machine()}",
         "Optimizer kernels": f"{kernels['adamw']} ({kernels['library']})",

@@ -23,6 +23,7 @@ from .agreement import Agreed
 from .capture.program import update_program
 from .config import Config
 from .distributed import Ranks
+from .embedding_rows import EmbeddingRows, simulator
 from .errors import UserError
 from .params import ParamTable
 from .profile import Profile, RegionCost, apply_costs, take_times
@@ -71,6 +72,7 @@ class Planner:
         self._passes: dict[str, Any] = {}
         self._runners: list[PlanRunner] = []
         self.watch = StepWatch()
+        self.rows = EmbeddingRows(table, config, ranks, runtime)
         self.graphs: list[Installed] = []
         self.stage_pass = STAGE_PASS[config.stage]
         self.schedule = check_schedule([(0, [self.stage_pass])], config.stage, {})
@@ -150,6 +152,7 @@ class Planner:
     def end_step(self, step: int, profile: Profile | None) -> None:
         """After `step` steps: plan what the schedule asks for. Collective if it plans the whole
         step, which all ranks do after the same one."""
+        self.rows.close()
         order = self.last_order = self.watch.end()
         if self._from_cache:
             self._confirm_cached(step)
@@ -197,6 +200,7 @@ class Planner:
     def install(self, captured: Any) -> PlanRunner:
         """The capture's sink: plan a graph and return what runs it."""
         plain = self._header(captured.program.copy())
+        self._mark_rows(plain, captured)
         installed = Installed(captured, plain, _core.skeleton(plain))
         runner = PlanRunner(self._runtime, len(self.graphs), self.watch)
         self._plan(installed, runner)
@@ -204,6 +208,11 @@ class Planner:
         self.graphs.append(installed)
         self._runners.append(runner)
         return runner
+
+    def _mark_rows(self, plain: Any, captured: Any) -> None:
+        machine = links.machine_for(self._config, self._ranks)
+        simulate = simulator(machine, self.plain_update(), self.stage_pass)
+        self.rows.mark(plain, captured, simulate)
 
     def _program_for(self, installed: Installed) -> Any:
         """The graph with instructions, by the plan that holds."""

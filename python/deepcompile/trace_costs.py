@@ -170,8 +170,9 @@ class _Reader:
         return end - start - beside + beside / self.slowdown
 
     def reduced_bytes(self, event: _Event) -> int:
-        """What goes on the wire of this reduce: the whole gradient in the reduction's type."""
-        return self._reduced(event, self.params[event.plan, event.instr.operand].full_bytes)
+        """What goes on the wire of this reduce: the gradient's whole, or all ranks' rows of it, in
+        the reduction's type."""
+        return self.params[event.plan, event.instr.operand].reduce_bytes
 
     def result_bytes(self, event: _Event) -> int:
         """What a reduction leaves on this rank."""
@@ -186,6 +187,8 @@ class _Reader:
     def stages(self, event: _Event) -> bool:
         """Whether the gradient is copied into a buffer first."""
         names = event.instr.values
+        if self.params[event.plan, event.instr.operand].rows_read:
+            return True
         return not (
             len(names) == 1 and self.values[event.plan][names[0]] == self.reduced_bytes(event)
         )
@@ -264,7 +267,8 @@ class _Gaps:
     def _hides_work(self, event: _Event) -> bool:
         """Kernels of a transfer's own, which its record does not have."""
         if event.op == "gather":
-            return event.instr.operand in self.reader.deferred
+            by_rows = self.reader.params[event.plan, event.instr.operand].rows_read
+            return bool(by_rows) or event.instr.operand in self.reader.deferred
         return self.reader.sums_locally(event.plan)
 
     def _add(self, op: str, chain: float, staged: list[_Event], known: bool) -> None:
@@ -341,10 +345,11 @@ def _transfers(reader: _Reader) -> dict[str, Points]:
     sizes: dict[str, dict[int, list[float]]] = {op: defaultdict(list) for op in LINK}
     for event, ns in reader.link.transfers:
         param = reader.params[event.plan, event.instr.operand]
+        # By rows, a gather is a reduce-scatter of them, and a reduction an all-gather.
         if event.op == "gather":
-            sizes["gather"][param.full_bytes].append(ns)
+            sizes["reduce" if param.rows_read else "gather"][param.gather_bytes].append(ns)
         elif param.placement != "replicated":  # else a gather follows, which has no record
-            sizes["reduce"][reader.reduced_bytes(event)].append(ns)
+            sizes["gather" if param.rows_read else "reduce"][param.reduce_bytes].append(ns)
     found = {}
     for op, by_size in sizes.items():
         enough = {size: times for size, times in by_size.items() if len(times) >= LEAST_SAMPLES}

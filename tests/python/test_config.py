@@ -179,6 +179,7 @@ def test_refused(keys, expected):
         ({"compile": {"schedule": [[0]]}}, "[0] is not [step, [passes]]"),
         ({"compile": {"schedule": "best"}}, 'must be "auto" or a list of'),
         ({"compile": {"causal_attention": True}}, "must be one of auto, on, off"),
+        ({"compile": {"embedding_rows": "rows"}}, "must be one of auto, on, off"),
         ({"compile": {"experts": "eager"}}, "one of auto, model, grouped_mm, batched_mm"),
         ({"compile": {"loss_only": "auto"}}, "compile.loss_only: must be true or false"),
     ],

@@ -129,7 +129,7 @@ void Executor::perform(const Place& place, Frame* frame, const std::shared_ptr<S
     case Op::kRun:
       break;
     case Op::kGather:
-      return gather(*param, span);
+      return gather(place, frame, span);
     case Op::kWait:
       return store_.wait(*param);
     case Op::kRelease:
@@ -176,11 +176,35 @@ void Executor::move_values(const PlanInstr& instr, Frame* frame,
   values_.await(frame, instr.values);
 }
 
-void Executor::gather(ParamState& param, const std::shared_ptr<Span>& span) {
+void Executor::gather(const Place& place, Frame* frame, const std::shared_ptr<Span>& span) {
+  ParamState& param = *place.param();
   optimizer_.apply(param);
-  if (param.presence != Presence::kShard) return;
-  store_.gather(param, span);
-  gathered_.push_back(&param);
+  const bool starts = param.presence == Presence::kShard;
+  if (const int32_t slot = place.get().rows; slot >= 0) {
+    const std::shared_ptr<RowSet> set = rows_at(place, frame);
+    at::Tensor numbers;
+    if (!set->numbers.defined()) {
+      values_.fetch(frame, slot);
+      numbers = frame->at(slot).toTensor();
+      if (numbers.scalar_type() != at::kLong || numbers.device() != device_) {
+        throw UserError("[runtime] " + describe(place) + ": its rows are numbered in " +
+                        std::string(c10::toString(numbers.scalar_type())) + " on " +
+                        numbers.device().str() + ". Give 64-bit integers on " + device_.str() +
+                        ".");
+      }
+    }
+    store_.gather_rows(param, set, numbers, span);
+  } else {
+    store_.gather(param, span);
+  }
+  if (starts) gathered_.push_back(&param);
+}
+
+// One set a call: its forward's first gather completes it, later gathers and the reduction use it.
+std::shared_ptr<RowSet> Executor::rows_at(const Place& place, Frame* frame) const {
+  std::shared_ptr<RowSet>& set = frame->rows[place.get().rows];
+  if (!set) set = std::make_shared<RowSet>();
+  return set;
 }
 
 void Executor::update(SectionKind kind, ParamState& param) {
@@ -208,6 +232,7 @@ void Executor::reduce(const Place& place, Frame* frame, const std::shared_ptr<Sp
       if (!fresh) at->second = at::add(at->second, value.toTensor());
     }
   }
+  if (instr.rows >= 0) return store_.reduce_rows(param, rows_at(place, frame), grads, span);
   if (sums_locally(place)) return store_.add_locally(param, grads);
   store_.reduce(param, grads, span);
 }
@@ -228,7 +253,7 @@ Executor::Inputs Executor::region_inputs(const Place& place, Frame* frame) {
     }
     ParamState& param = *input.param;
     param.bring_full_back();
-    if (param.presence != Presence::kWhole || param.due) {
+    if (!param.is_bound() || param.due) {
       throw UserError("[runtime] " + describe(place) + ": parameter " + param.name +
                       (param.due ? " has an update outstanding" : " is not whole") +
                       ". The plan must gather it and wait for it first.");
@@ -297,6 +322,7 @@ std::set<int32_t> Executor::used_slots(const Place& place) const {
   const PlanInstr& instr = place.get();
   std::set<int32_t> used(place.part().outputs.begin(), place.part().outputs.end());
   used.insert(instr.values.begin(), instr.values.end());
+  if (instr.rows >= 0) used.insert(instr.rows);
   if (instr.region < 0) return used;
   for (const PlanOperand& input :
        place.loaded->plan.regions[static_cast<size_t>(instr.region)].inputs) {

@@ -81,7 +81,8 @@ class Executor {
                HeldInputs* held);
   void move_states(const PlanInstr& instr, ParamState& param, const std::shared_ptr<Span>& span);
   void move_values(const PlanInstr& instr, Frame* frame, const std::shared_ptr<Span>& span);
-  void gather(ParamState& param, const std::shared_ptr<Span>& span);
+  void gather(const Place& place, Frame* frame, const std::shared_ptr<Span>& span);
+  std::shared_ptr<RowSet> rows_at(const Place& place, Frame* frame) const;
   void update(SectionKind kind, ParamState& param);
   void reduce(const Place& place, Frame* frame, const std::shared_ptr<Span>& span);
   void accumulate(const Place& place);

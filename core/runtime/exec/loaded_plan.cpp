@@ -78,6 +78,27 @@ void check_objects(const LoadedPlan& loaded) {
   }
 }
 
+void check_rows(const LoadedPlan& loaded, ParamStore& store) {
+  for (const PlanSection& section : loaded.plan.sections) {
+    for (const PlanInstr& instr : section.instrs) {
+      if (instr.rows < 0) continue;
+      const ParamState& param = *loaded.params.at(static_cast<size_t>(instr.param));
+      const bool fits = param.placement == Placement::kSharded && param.members.size() == 1 &&
+                        param.members[0].slot.tensor().dim() == 2 && !loaded.plan.boundary;
+      if (!fits) {
+        refuse(loaded.plan, "parameter " + param.name +
+                                " is exchanged by rows, and is not one sharded matrix whose "
+                                "gradient is reduced in each micro batch. Plan again.");
+      }
+      if (param.world == 1 || !store.rows().has_host_side()) {
+        refuse(loaded.plan, "parameter " + param.name +
+                                " is exchanged by rows, and the ranks cannot exchange how many. "
+                                "Call exchange_rows_over first, with several ranks.");
+      }
+    }
+  }
+}
+
 // Value slots that the backward of `graph` reads before it makes them itself.
 std::vector<int32_t> read_by_backward(const Plan& plan, uint32_t graph) {
   std::set<int32_t> read;
@@ -152,6 +173,7 @@ LoadedPlan load_plan(std::string_view text, std::vector<std::shared_ptr<RegionCo
     loaded.params.push_back(param);
   }
   check_objects(loaded);
+  check_rows(loaded, store);
   for (const PlanSection& section : loaded.plan.sections) {
     loaded.kept.push_back(section.kind == SectionKind::kForward
                               ? read_by_backward(loaded.plan, section.graph)

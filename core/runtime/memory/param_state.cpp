@@ -183,7 +183,7 @@ void ParamState::drop_gradient() {
   for (Member& member : members) member.has_grad = false;
 }
 
-at::Tensor ParamState::flat_gradient(const MemberGrads& grads, c10::ScalarType reduce_dtype) const {
+void ParamState::check_gradients(const MemberGrads& grads) const {
   for (const auto& [index, grad] : grads) {
     DC_CHECK(index < members.size(), "gradient of a member that " + name + " lacks");
     if (grad.layout() != c10::kStrided) {
@@ -198,6 +198,10 @@ at::Tensor ParamState::flat_gradient(const MemberGrads& grads, c10::ScalarType r
                       device_.str() + ". Return a gradient of the parameter's shape.");
     }
   }
+}
+
+at::Tensor ParamState::flat_gradient(const MemberGrads& grads, c10::ScalarType reduce_dtype) const {
+  check_gradients(grads);
   const bool covers = grads.size() == 1 && members.size() == 1 && members[0].offset == 0;
   if (covers) {
     const at::Tensor& grad = grads.begin()->second;

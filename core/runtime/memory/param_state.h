@@ -26,6 +26,7 @@
 #include "runtime/comm/transport.h"
 #include "runtime/hyper.h"
 #include "runtime/memory/member_slot.h"
+#include "runtime/memory/row_set.h"
 
 namespace deepcompile {
 
@@ -67,6 +68,7 @@ enum class Presence {
   kShard,     // only the shard is valid
   kInFlight,  // a gather into the full buffer is under way
   kWhole,     // the full buffer is valid, and the members are bound to it
+  kRows,      // the same of the rows that one micro batch reads; the others hold anything
 };
 
 // A reduction under way. `source` stays alive until it was waited for.
@@ -75,6 +77,7 @@ struct PendingReduction {
   at::Tensor source;
   at::Tensor piece;                     // this rank's sum
   at::Tensor value;                     // what is accumulated: the piece, or all if replicated
+  std::shared_ptr<const RowSet> rows;   // set: `value` is all ranks' rows, not yet summed
   std::unique_ptr<Transfer> broadcast;  // of the pieces, if replicated and in order
   std::vector<size_t> members;
 };
@@ -120,6 +123,9 @@ class ParamState {
   // The part of a member inside this rank's owned range, in flat elements; may be empty.
   Range owned_range(const Member& member) const;
 
+  // What regions read is there.
+  bool is_bound() const { return presence == Presence::kWhole || presence == Presence::kRows; }
+
   at::Tensor shard() const;   // weights, this rank's piece
   at::Tensor owned() const;   // weights, what the optimizer updates here
   at::Tensor master() const;  // f32 (f64 for f64 weights) values of `owned`; trainable only
@@ -138,14 +144,16 @@ class ParamState {
   void store_from_master();  // owned weights := the master's values
   void drop_gradient();
 
-  // The gradients as one flat padded buffer of `reduce_dtype`: the gradient's
-  // own memory where it already is that, else a copy. Throws UserError on a
-  // gradient of another size.
+  // Throws UserError on a gradient of another size, device or layout than its member's.
+  void check_gradients(const MemberGrads& grads) const;
+  // The gradients, which it checks, as one flat padded buffer of `reduce_dtype`:
+  // the gradient's own memory where it already is that, else a copy.
   at::Tensor flat_gradient(const MemberGrads& grads, c10::ScalarType reduce_dtype) const;
 
   at::Tensor full;  // undefined while not allocated
   Presence presence = Presence::kShard;
   std::unique_ptr<Transfer> gathering;
+  std::optional<ComingRows> coming;  // set if that gather is by rows
   std::optional<PendingReduction> pending;
   // Gradient over `owned_range`, times grad_scale; undefined if there is none.
   at::Tensor gradient;

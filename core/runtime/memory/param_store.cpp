@@ -26,6 +26,7 @@ int64_t bytes_of(const at::Tensor& tensor) {
 ParamStore::ParamStore(Transport& transport, int64_t rank, int64_t world, c10::Device device,
                        c10::ScalarType reduce_dtype, int64_t accumulation)
     : transport_(transport),
+      rows_(transport, rank, world),
       rank_(rank),
       world_(world),
       device_(device),
@@ -83,22 +84,41 @@ Member& ParamStore::member(const std::string& name) {
 }
 
 void ParamStore::gather(ParamState& param, std::shared_ptr<Span> span) {
+  if (param.presence == Presence::kRows || param.coming) {
+    throw UserError("[runtime] parameter " + param.name +
+                    " is gathered whole while rows of it are there. Release it first.");
+  }
   if (param.presence != Presence::kShard) return;
   param.allocate_full();
   param.gathering = transport_.gather(param.full, param.shard(), std::move(span));
   param.presence = Presence::kInFlight;
 }
 
+void ParamStore::gather_rows(ParamState& param, const std::shared_ptr<RowSet>& set,
+                             const at::Tensor& numbers, std::shared_ptr<Span> span) {
+  rows_.meet(set.get(), numbers);  // also for what is whole: the reduction wants the set
+  if (param.presence != Presence::kShard) return;
+  param.allocate_full();
+  RowExchange::Gather gather = rows_.start_gather(param, *set, std::move(span));
+  param.gathering = std::move(gather.transfer);
+  param.coming = ComingRows{set, gather.rows};
+  param.presence = Presence::kInFlight;
+}
+
 void ParamStore::wait(ParamState& param) {
   if (param.presence == Presence::kWhole) return param.bring_full_back();
+  if (param.presence == Presence::kRows) return;
   if (param.presence == Presence::kShard) {
     throw UserError("[runtime] parameter " + param.name +
                     " is waited for, but no gather of it was started. Gather it first.");
   }
   const std::unique_ptr<Transfer> gathering = std::move(param.gathering);
+  const std::optional<ComingRows> rows = std::exchange(param.coming, std::nullopt);
   param.presence = Presence::kShard;  // until the wait succeeds
   gathering->wait();
+  if (rows) rows_.place(param, *rows->set, rows->rows);
   param.bind_members();
+  if (rows) param.presence = Presence::kRows;
 }
 
 void ParamStore::release(ParamState& param) {
@@ -144,12 +164,33 @@ at::Tensor ParamStore::reduction_source(ParamState& param, const MemberGrads& gr
   return source;
 }
 
-void ParamStore::reduce(ParamState& param, const MemberGrads& grads, std::shared_ptr<Span> span) {
+void ParamStore::check_reducible(const ParamState& param) const {
   check_trainable(param);
   if (param.pending) {
     throw UserError("[runtime] parameter " + param.name +
                     " is reduced again before its last reduction was accumulated.");
   }
+}
+
+void ParamStore::reduce_rows(ParamState& param, std::shared_ptr<const RowSet> set,
+                             const MemberGrads& grads, std::shared_ptr<Span> span) {
+  check_reducible(param);
+  DC_CHECK(set && set->numbers.defined(), "a backward reduces rows that its forward gathered");
+  param.check_gradients(grads);
+  PendingReduction pending;
+  const at::Tensor gradient = grads.empty() ? at::Tensor() : grads.begin()->second;
+  pending.source = rows_.rows_of(param, *set, gradient, reduce_dtype_);
+  pending.value =
+      at::empty({world_, pending.source.size(0), pending.source.size(1)}, pending.source.options());
+  for (const auto& grad : grads) pending.members.push_back(grad.first);
+  pending.transfer =
+      transport_.gather(pending.value.view({-1}), pending.source.view({-1}), std::move(span));
+  pending.rows = std::move(set);
+  param.pending = std::move(pending);
+}
+
+void ParamStore::reduce(ParamState& param, const MemberGrads& grads, std::shared_ptr<Span> span) {
+  check_reducible(param);
   PendingReduction pending;
   const bool replicated = param.placement == Placement::kReplicated;
   const c10::TensorOptions options = param.options().dtype(reduce_dtype_);
@@ -199,6 +240,10 @@ void ParamStore::accumulate(ParamState& param) {
   // In this order, so that it can be tried again after an allocation failed.
   end_reduction(param, &*param.pending);
   param.pending->source.reset();
+  if (param.pending->rows) {
+    param.pending->value = rows_.sum(param, *param.pending->rows, param.pending->value);
+    param.pending->rows.reset();
+  }
   add_to_gradient(param, param.pending->value);
   for (const size_t member : param.pending->members) param.members[member].has_grad = true;
   param.pending.reset();
@@ -252,6 +297,7 @@ void ParamStore::abandon_transfers(bool reachable) {
           wait(*param);
         } else {
           param->gathering.reset();
+          param->coming.reset();
           param->presence = Presence::kShard;
         }
       }
@@ -275,6 +321,7 @@ void ParamStore::visit(const std::function<void(const at::Tensor&)>& visitor) co
     visitor(param->exp_avg_sq_if_made());
     visitor(param->gradient);
     visitor(param->local_sum);
+    if (param->coming) visitor(param->coming->rows);
     if (param->due) visitor(param->due->gradient);
     if (!param->pending) continue;
     visitor(param->pending->source);

@@ -17,6 +17,7 @@
 
 #include "runtime/comm/transport.h"
 #include "runtime/memory/param_state.h"
+#include "runtime/memory/row_exchange.h"
 
 namespace deepcompile {
 
@@ -38,7 +39,12 @@ class ParamStore {
 
   // Starts making P whole; nothing if it is, or is on its way.
   void gather(ParamState& param, std::shared_ptr<Span> span = nullptr);
-  // P is whole, and its members are bound, for the current stream's next work.
+  // As gather, of the rows of a set alone: P is then good for these. The set is
+  // completed from `numbers`, this rank's rows, if it is not complete.
+  void gather_rows(ParamState& param, const std::shared_ptr<RowSet>& set, const at::Tensor& numbers,
+                   std::shared_ptr<Span> span);
+  // P is whole, or its rows are there, and its members are bound, for the current
+  // stream's next work.
   void wait(ParamState& param);
   // Gives the full buffer back. Nothing for parameters that are kept whole.
   void release(ParamState& param);
@@ -46,6 +52,10 @@ class ParamStore {
   // Starts the sum of P's gradients, and of its local sum, over ranks. Members
   // without one count as zeros.
   void reduce(ParamState& param, const MemberGrads& grads, std::shared_ptr<Span> span = nullptr);
+  // The same if no rank's gradient has other rows than those of the set: only
+  // they are sent. The sum is rounded once.
+  void reduce_rows(ParamState& param, std::shared_ptr<const RowSet> set, const MemberGrads& grads,
+                   std::shared_ptr<Span> span);
   // Adds P's gradients to its local sum: no transfer. The next reduction takes it.
   void add_locally(ParamState& param, const MemberGrads& grads);
   // Waits for the sum and adds it, as a mean over ranks, to P's gradient.
@@ -64,6 +74,8 @@ class ParamStore {
   // that were not accumulated. `reachable` false: the peers are gone, do not wait.
   void abandon_transfers(bool reachable);
 
+  RowExchange& rows() { return rows_; }
+
   BufferReport buffer_report() const;
   // Every tensor this rank holds on the device, those of one memory too; some undefined.
   void visit(const std::function<void(const at::Tensor&)>& visitor) const;
@@ -71,10 +83,12 @@ class ParamStore {
  private:
   at::Tensor reduction_source(ParamState& param, const MemberGrads& grads) const;
   void check_trainable(const ParamState& param) const;
+  void check_reducible(const ParamState& param) const;
   void end_reduction(ParamState& param, PendingReduction* pending);
   void add_to_gradient(ParamState& param, const at::Tensor& sum);
 
   Transport& transport_;
+  RowExchange rows_;
   int64_t rank_;
   int64_t world_;
   c10::Device device_;

@@ -6,9 +6,11 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <vector>
 
 #include "runtime/exec/region.h"
+#include "runtime/memory/row_set.h"
 #include "runtime/offload/host_link.h"
 
 namespace deepcompile {
@@ -30,6 +32,8 @@ struct MovedValue {
 struct Frame {
   std::vector<RuntimeValue> slots;      // empty while a value is only on the host
   std::map<int32_t, MovedValue> moved;  // by slot
+  // The rows that this call's numbers, and those of the other ranks, name; by slot.
+  std::map<int32_t, std::shared_ptr<RowSet>> rows;
 
   RuntimeValue& at(int32_t slot) { return slots[static_cast<size_t>(slot)]; }
   const RuntimeValue& at(int32_t slot) const { return slots[static_cast<size_t>(slot)]; }

@@ -22,6 +22,7 @@ from deepcompile.capture.graph import (
     ValueIR,
 )
 from deepcompile.capture.joint import OWN_MEMORY, derived, is_factory
+from deepcompile.capture.rows import row_reads
 from deepcompile.capture.saved import TOKEN, is_number
 from deepcompile.capture.sources import (
     Source,
@@ -134,6 +135,9 @@ class Assembler:
         values = outputs(forward.graph)
         made = dict(zip(kept, values[num_outputs:], strict=True))
         self._section(fwd, values[:num_outputs])
+        for read, numbers in row_reads(fwd.gm.graph, fwd.params, bwd.params, self._table):
+            read.value = None if numbers is None else self._names[numbers]
+            self.ir.rows.append(read)
         for placeholder, value in holders.items():
             self._names[placeholder] = self._names[made[value]]
         self._section(bwd, outputs(backward.graph), skip=set(holders))

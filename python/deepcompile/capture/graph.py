@@ -81,11 +81,24 @@ class SectionIR:
 
 
 @dataclass
+class RowRead:
+    """A parameter that embeddings read."""
+
+    member: MemberRef
+    value: str | None = None
+    """The forward's input that numbers its rows, nothing else of it being read; None: there is
+    none."""
+    why: str = ""
+    """Why there is none."""
+
+
+@dataclass
 class GraphIR:
     graph: int
     values: list[ValueIR]
     regions: list[RegionIR]
     sections: list[SectionIR]
+    rows: list[RowRead] = field(default_factory=list)
 
     def region(self, name: str) -> RegionIR:
         return next(r for r in self.regions if r.name == name)
