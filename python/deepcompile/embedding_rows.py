@@ -55,7 +55,7 @@ class EmbeddingRows:
                 self._adopt(*self._ranks.from_first(decision))
         for read in reads:
             if read.member.param in self._chosen and read.value is not None:
-                self._read_rows(program, read)
+                read_rows(program, read, self._table)
             self._why.setdefault(
                 self._table.member(read.member).name, "not in the graph that was decided by"
             )
@@ -65,10 +65,6 @@ class EmbeddingRows:
         if self._chosen is None:
             missing = self._wanted == "on" and self._ranks.world > 1
             self._adopt(set(), {}, "no training graph reads one" if missing else "")
-
-    def _read_rows(self, program: Any, read: Any) -> None:
-        spec, row = self._table.spec(read.member), self._table.member(read.member).shape[1]
-        program.read_rows(read.value, spec.name, row)
 
     def _decide(
         self, program: Any, reads: list[Any], simulate: Simulate
@@ -82,7 +78,7 @@ class EmbeddingRows:
             if yes:
                 chosen.add(read.member.param)
                 program = program.copy()
-                self._read_rows(program, read)
+                read_rows(program, read, self._table)
         if self._wanted != "on" or chosen or self._ranks.world == 1:
             return chosen, why, ""
         return chosen, why, "; ".join(f"{name}: {text}" for name, text in why.items())
@@ -94,15 +90,7 @@ class EmbeddingRows:
             return False, "there is one rank"
         if self._wanted != "auto":
             return self._wanted == "on", f"compile.embedding_rows is {self._wanted!r}"
-        by_rows = program.copy()
-        self._read_rows(by_rows, read)
-        try:
-            whole_ns = simulate(program)
-            rows_ns = simulate(by_rows) + HOST_EXCHANGE_NS * program.accumulation
-        except UserError as error:
-            return False, f"the two could not be compared: {error}"
-        times = f"simulated step {rows_ns / 1e6:.3f} ms by rows, {whole_ns / 1e6:.3f} ms whole"
-        return rows_ns < whole_ns, times
+        return pays(program, read, self._table, simulate)
 
     def _adopt(self, chosen: set[int], why: dict[str, str], error: str) -> None:
         if error:
@@ -113,6 +101,25 @@ class EmbeddingRows:
         if chosen:
             self._runtime.exchange_rows_over(_host_group(self._ranks))
         self._chosen, self._why = chosen, why
+
+
+def read_rows(program: Any, read: Any, table: ParamTable) -> None:
+    """Let a graph's compute-only program exchange the rows of a RowRead with a value."""
+    row = table.member(read.member).shape[1]
+    program.read_rows(read.value, table.spec(read.member).name, row)
+
+
+def pays(program: Any, read: Any, table: ParamTable, simulate: Simulate) -> tuple[bool, str]:
+    """Whether that makes the graph's step faster, and the two times in words."""
+    by_rows = program.copy()
+    read_rows(by_rows, read, table)
+    try:
+        whole_ns = simulate(program)
+        rows_ns = simulate(by_rows) + HOST_EXCHANGE_NS * program.accumulation
+    except UserError as error:
+        return False, f"the two could not be compared: {error}"
+    times = f"simulated step {rows_ns / 1e6:.3f} ms by rows, {whole_ns / 1e6:.3f} ms whole"
+    return rows_ns < whole_ns, times
 
 
 def _host_group(ranks: Ranks) -> Any:

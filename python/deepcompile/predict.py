@@ -11,6 +11,7 @@ from typing import Any
 
 from . import _core
 from .config import CompileConfig
+from .embedding_rows import pays, read_rows, simulator
 from .errors import UserError
 from .schedule import STAGE_PASS
 
@@ -68,9 +69,10 @@ def default_budget(machine: _core.Machine) -> int:
 
 
 def capture_step(
-    options: StepOptions, seq: int, world: int
+    options: StepOptions, seq: int, world: int, machine: _core.Machine
 ) -> tuple[_core.StepProgram, dict[str, Any]]:
-    """The model's whole step, compute alone, and what the capture says of it."""
+    """The model's whole step, compute alone, and what the capture says of it. Embeddings are
+    exchanged by rows where that pays on the machine, as an engine would."""
     from .capture.graph import CaptureOptions
     from .capture.meta import capture_model, capture_repeated
     from .capture.program import update_program
@@ -101,6 +103,11 @@ def capture_step(
         program.clip = options.clip
         program.boundary = options.stage == 1
         program.reduce_dtype = SHORT_DTYPES[options.reduce_dtype or options.dtype]
+    simulate = simulator(machine, update, STAGE_PASS[options.stage])
+    for graph, program in zip(graphs, programs, strict=True):
+        for read in graph.ir.rows if world > 1 else ():
+            if read.value is not None and pays(program, read, table, simulate)[0]:
+                read_rows(program, read, table)
     facts = {
         "parameters": sum(m.numel for spec in table.params for m in spec.members),
         "regions": sum(len(program.regions) for program in programs),

@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which parameters a capture finds that are read by rows, and why others are not."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import deepcompile
 from deepcompile import _core
 from deepcompile.capture import CaptureOptions, make_backend, surface_errors
-from deepcompile.capture.meta import _DrySink, capture_model
+from deepcompile.capture.meta import _DrySink
 from deepcompile.params import ParamTable
+from deepcompile.predict import StepOptions, capture_step
 
 
 class Reads(nn.Module):
@@ -118,10 +123,18 @@ def test_other_numbers_and_stages_are_refused():
         assert found(plain, stage=stage)[0]["first"] == (None, "kept whole on every rank")
 
 
-def test_predictions_exchange_whole_embeddings():
-    (graph,), _ = capture_model(
-        "llama-tiny", batch=2, seq=64, stage=3, world=4, persistence_threshold=1000
-    )
-    (read,) = graph.ir.rows
-    assert read.value is not None
-    assert [p.rows_read for p in graph.program.params] == [0] * len(graph.program.params)
+@pytest.mark.parametrize("layers", [2, 8])
+def test_predictions_exchange_rows_where_that_pays(layers):
+    """8 layers are made of fewer captured ones."""
+    text = (Path(deepcompile.__file__).parent / "machines/4xh200.json").read_text()
+    described = json.loads(text)
+    described["links"]["intra"]["latency_ns"] = 10**7  # a transfer more costs more than rows save
+    far = _core.Machine.parse(json.dumps(described), "far")
+    options = StepOptions("llama-3-8b", layers=layers)
+    found = []
+    for machine in (_core.Machine.builtin("4xh200"), far):
+        params = capture_step(options, 128, 4, machine)[0].params
+        found += [p for p in params if p.name == "model.embed_tokens.weight"]
+    rows, whole = found
+    assert rows.rows_read == 128 and rows.gather_bytes < rows.full_bytes / 100
+    assert whole.rows_read == 0 and whole.gather_bytes == whole.full_bytes

@@ -145,7 +145,7 @@ def capture(job: Job, machine: _core.Machine, marks: str) -> _core.StepProgram:
         checkpointing=job.sweep.checkpointing,
         checkpoint_marks=marks,
     )
-    return capture_step(options, job.seq, machine.ranks)[0]
+    return capture_step(options, job.seq, machine.ranks, machine)[0]
 
 
 def simulate(

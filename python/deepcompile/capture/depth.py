@@ -244,7 +244,8 @@ class _Deepening:
                 names.append(region.name)
             returned = [self._outside(half, True, name) for name in section.outputs]
             sections.append(SectionIR(section.kind, section.inputs, returned, names))
-        deep = GraphIR(self._ir.graph, values, regions, sections)
+        rows = [replace(read, member=self._param(read.member, 0)) for read in self._ir.rows]
+        deep = GraphIR(self._ir.graph, values, regions, sections, rows)
         if len(self._ir.params_used()) == len(self._few.params):
             missing = set(range(len(self._many.params))) - set(deep.params_used())
             if missing:

@@ -170,7 +170,7 @@ def plan_sequence(options: argparse.Namespace, seq: int, budget: int) -> dict[st
     """Plans for one sequence length, as plain data: programs are text."""
     machine = read_machine(options.machine)
     step = step_options(options)
-    captured, facts = capture_step(step, seq, options.ranks or machine.ranks)
+    captured, facts = capture_step(step, seq, options.ranks or machine.ranks, machine)
     plans, program = [], captured
     for name, words in variants(options):
         program = captured.copy()
