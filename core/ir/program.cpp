@@ -169,6 +169,11 @@ void StepProgram::read_rows(ValueId id, RowsOf rows) {
   read.row = rows.row;
 }
 
+void StepProgram::forget_rows() {
+  for (Value& value : values) value.rows_of.reset();
+  for (RowsRead& read : rows_) read = {};
+}
+
 std::optional<ValueId> StepProgram::rows_input(const Section& section, ParamId id) const {
   const bool trains =
       section.kind == SectionKind::kForward || section.kind == SectionKind::kBackward;

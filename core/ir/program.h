@@ -125,6 +125,8 @@ class StepProgram {
   // Lets a value number the rows that its graph reads of a parameter. Throws
   // UserError if the parameter has no such rows.
   void read_rows(ValueId id, RowsOf rows);
+  // All parameters are exchanged whole again.
+  void forget_rows();
 
   // What numbers the rows of P that a forward or backward exchanges: an input of
   // its graph's forward; nothing if the section exchanges all of P.

@@ -85,6 +85,13 @@ std::string refused(const std::string& text) {
   return error_of([&] { verify(parse_program(text)); });
 }
 
+TEST(Rows, AreForgotten) {
+  StepProgram program = rows();
+  program.forget_rows();
+  EXPECT_EQ(print(program), print(whole()));
+  EXPECT_EQ(program.rows_read(*program.find_param("e")), 0);
+}
+
 TEST(Rows, TextRoundTrips) {
   EXPECT_EQ(print(rows()), kRows);
 }

@@ -165,6 +165,22 @@ def test_what_does_not_fit_is_a_row_that_says_so(swept, tmp_path):
         assert row.failure == "OOM" and row.error.startswith("does not fit: ")
 
 
+def test_only_ours_exchanges_an_embedding_by_rows():
+    pytest.importorskip("transformers")
+    from deepcompile.bench.simulate import AUTO, Job, capture, plans, read_machine, simulate
+
+    sweep = SimulatedSweep("4xh200", models=("llama-3-8b",), num_layers=1)
+    job, machine = Job(sweep, "llama-3-8b", 1, 64), read_machine("4xh200")
+    rows = capture(job, machine, "obey")
+    assert any(param.rows_read for param in rows.params)
+    whole = rows.copy()
+    whole.forget_rows()
+    for plan in (*plans(), AUTO):
+        ours = plan.framework == "deepcompile"
+        times = [simulate(job, machine, program, plan, 1)["step_ns"] for program in (rows, whole)]
+        assert times[0] < times[1] if ours else times[0] == times[1]
+
+
 def test_mistakes_are_named(tmp_path, capsys):
     base = ["bench", "--simulate", "--machine"]
     for arguments, cause in {

@@ -152,6 +152,8 @@ def simulate(
     job: Job, machine: _core.Machine, captured: _core.StepProgram, plan: Plan, accumulation: int
 ) -> dict[str, Any]:
     program = captured.copy()
+    if plan.framework != AUTO.framework:
+        program.forget_rows()  # the peers have no such thing
     program.accumulation = accumulation
     tokens = job.batch * job.seq * accumulation
     budget = job.sweep.memory_budget or default_budget(machine)
