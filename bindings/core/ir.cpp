@@ -344,8 +344,7 @@ void bind_program_building(py::class_<StepProgram, ProgramPtr>& program) {
   program.def("read_rows", &read_rows, py::arg("value"), py::arg("param"), py::arg("row"),
               "Lets a forward's input number the rows of `row` elements that its graph reads of\n"
               "a sharded parameter: only these are gathered and reduced.");
-  program.def("forget_rows", &StepProgram::forget_rows,
-              "Exchanges all parameters whole again.");
+  program.def("forget_rows", &StepProgram::forget_rows, "Exchanges all parameters whole again.");
   program.def("add_region", &add_region, py::arg("name"), py::arg("code"), py::arg("inputs"),
               py::arg("outputs"), py::arg("workspace") = 0, py::arg("moved") = 0,
               py::arg("flops") = 0, py::arg("once") = false, py::arg("checkpoint") = false,
