@@ -11,7 +11,6 @@ from typing import Any
 
 from . import _core
 from .config import CompileConfig
-from .embedding_rows import pays, read_rows, simulator
 from .errors import UserError
 from .schedule import STAGE_PASS
 
@@ -76,6 +75,7 @@ def capture_step(
     from .capture.graph import CaptureOptions
     from .capture.meta import capture_model, capture_repeated
     from .capture.program import update_program
+    from .embedding_rows import pays, read_rows, simulator
 
     wanted = {}
     if options.persistence_threshold is not None:
