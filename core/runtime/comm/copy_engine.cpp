@@ -40,7 +40,7 @@ class CopyEngineTransport final : public Transport {
         memory_(driver, rank, world, device) {
     memory_.used_on(PeerSignals::handle(signals_.comm()));
     if (!pushes) return;
-    reductions_.emplace(signals_, driver, rank, world, device, options.least_bytes, options.copies);
+    reductions_.emplace(signals_, rank, world, device, options.least_bytes, options.copies);
   }
 
   std::unique_ptr<Transfer> gather(at::Tensor full, at::Tensor shard,
@@ -146,7 +146,7 @@ std::unique_ptr<Transfer> CopyEngineTransport::gather(at::Tensor full, at::Tenso
 
 void CopyEngineTransport::pull(const PeerShard& shard, const at::Tensor& full, int64_t bytes,
                                uint32_t ready) {
-  const Driver& driver = signals_.driver();
+  const Driver& driver = *signals_.driver();
   const Driver::Stream stream = PeerSignals::handle(signals_.comm());
   std::vector<MemoryOp> ops;
   signals_.tell(&ops, shard, ready);

@@ -43,6 +43,10 @@ bool until(std::chrono::steady_clock::time_point deadline, const std::function<b
 
 }  // namespace
 
+int64_t peer_aligned(int64_t bytes) {
+  return round_up(bytes, kAlignment);
+}
+
 std::vector<std::string> exchange(Transport& transport, c10::Device device, int64_t world,
                                   const std::string& mine, size_t size) {
   DC_CHECK(mine.size() <= size, "a message between ranks is too long");
@@ -281,11 +285,11 @@ at::Tensor PeerMemory::allocate(const std::string& name, int64_t numel, bool in_
   shard->bytes = numel * static_cast<int64_t>(options.dtype().itemsize());
   shard->in_place = in_place;
   const int64_t total = in_place ? world_ * shard->bytes : shard->bytes;
-  shard->block = block_with(round_up(total, kAlignment));
+  shard->block = block_with(peer_aligned(total));
   PeerBlock& block = *shard->block;
   shard->slot = block.next_slot++;
   shard->offset = block.used;
-  block.used += round_up(total, kAlignment);
+  block.used += peer_aligned(total);
   char* const start = block.here() + shard->offset;
   at::Tensor tensor = at::from_blob(
       start, {in_place ? world_ * numel : numel}, {1},

@@ -42,6 +42,9 @@ std::vector<std::string> exchange_errors(Transport& transport, c10::Device devic
 // TransportError of the first rank with an error.
 void throw_first(const std::vector<std::string>& errors);
 
+// Bytes of memory that peers read or write, rounded up to where the next may begin.
+int64_t peer_aligned(int64_t bytes);
+
 class PeerBlock;
 
 // One shard's place in every rank's memory.

@@ -29,7 +29,7 @@ class PeerSignals {
   PeerSignals(std::shared_ptr<const Driver> driver, int64_t rank, int64_t world,
               std::chrono::milliseconds timeout, std::shared_ptr<const StreamPair> streams);
 
-  const Driver& driver() const { return *driver_; }
+  const std::shared_ptr<const Driver>& driver() const { return driver_; }
   const StreamPair* streams() const { return streams_.get(); }
   std::optional<c10::Stream> comm() const;
   std::optional<c10::Stream> compute() const;

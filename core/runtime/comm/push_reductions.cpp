@@ -9,12 +9,6 @@
 #include "base/error.h"
 
 namespace deepcompile {
-namespace {
-
-constexpr int64_t kAlignment = 512;  // of a piece in the inbox, in bytes
-
-}  // namespace
-
 // A reduction under way.
 class PushReductions::Push final : public Transfer {
  public:
@@ -32,11 +26,9 @@ class PushReductions::Push final : public Transfer {
   uint64_t number_;
 };
 
-PushReductions::PushReductions(PeerSignals& signals, std::shared_ptr<const Driver> driver,
-                               int64_t rank, int64_t world, c10::Device device, int64_t least_bytes,
-                               CopyKind copies)
+PushReductions::PushReductions(PeerSignals& signals, int64_t rank, int64_t world,
+                               c10::Device device, int64_t least_bytes, CopyKind copies)
     : signals_(signals),
-      driver_(std::move(driver)),
       rank_(rank),
       world_(world),
       device_(device),
@@ -56,14 +48,10 @@ bool PushReductions::takes(int64_t piece_bytes) const {
   return piece_bytes > 0 && piece_bytes >= least_bytes_ && piece_bytes <= largest_;
 }
 
-int64_t PushReductions::stride(int64_t piece_bytes) const {
-  return (piece_bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
-
 void PushReductions::make_inbox(Transport& base) {
-  const int64_t capacity = 2 * (world_ - 1) * stride(largest_);
+  const int64_t capacity = 2 * (world_ - 1) * peer_aligned(largest_);
   const auto bytes = c10::TensorOptions().dtype(c10::kByte).device(device_);
-  auto memory = std::make_unique<PeerMemory>(driver_, rank_, world_, device_);
+  auto memory = std::make_unique<PeerMemory>(signals_.driver(), rank_, world_, device_);
   std::string error;
   try {
     held_[0] = memory->allocate("the inbox of reductions", capacity, /*in_place=*/false, bytes);
@@ -91,7 +79,7 @@ std::unique_ptr<Transfer> PushReductions::start(at::Tensor piece, at::Tensor ful
   if (!memory_) make_inbox(base);
   const auto bytes = static_cast<int64_t>(piece.nbytes());
   DC_CHECK(static_cast<int64_t>(full.nbytes()) == world_ * bytes, "pieces of another size");
-  const int64_t room = (world_ - 1) * stride(bytes);
+  const int64_t room = (world_ - 1) * peer_aligned(bytes);
   const InboxRing::Place place = ring_->next(room);
   // What may find no memory comes before anything that peers count on.
   while (!under_way_.empty() && under_way_.begin()->first <= place.after) {
@@ -119,7 +107,7 @@ std::unique_ptr<Transfer> PushReductions::start(at::Tensor piece, at::Tensor ful
 DeviceAddress PushReductions::slot(int64_t owner, int64_t source, const UnderWay& reduction) const {
   const int64_t index = source < owner ? source : source - 1;
   return inbox_->source(owner) +
-         static_cast<DeviceAddress>(reduction.begin + index * stride(reduction.bytes));
+         static_cast<DeviceAddress>(reduction.begin + index * peer_aligned(reduction.bytes));
 }
 
 void PushReductions::push(uint64_t number, const UnderWay& reduction) {
@@ -128,12 +116,13 @@ void PushReductions::push(uint64_t number, const UnderWay& reduction) {
   const auto from = reinterpret_cast<DeviceAddress>(reduction.full.const_data_ptr());
   for (int64_t d = 1; d < world_; ++d) {
     const int64_t owner = (rank_ + d) % world_;
-    driver_->copy(slot(owner, rank_, reduction), from + static_cast<DeviceAddress>(owner * bytes),
-                  bytes, stream, copies_);
+    signals_.driver()->copy(slot(owner, rank_, reduction),
+                            from + static_cast<DeviceAddress>(owner * bytes), bytes, stream,
+                            copies_);
   }
   std::vector<MemoryOp> ops;
   signals_.tell(&ops, *inbox_, static_cast<uint32_t>(number));
-  driver_->run(std::move(ops), stream);
+  signals_.driver()->run(std::move(ops), stream);
 }
 
 void PushReductions::finish(uint64_t number) {
@@ -151,7 +140,7 @@ void PushReductions::finish(uint64_t number) {
   if (done <= told_) return;
   std::vector<MemoryOp> ops;
   signals_.tell(&ops, *freed_, static_cast<uint32_t>(done));
-  driver_->run(std::move(ops), PeerSignals::handle(compute));
+  signals_.driver()->run(std::move(ops), PeerSignals::handle(compute));
   memory_->used_on(PeerSignals::handle(compute));
   told_ = done;
 }

@@ -52,8 +52,8 @@ namespace deepcompile {
 class PushReductions {
  public:
   // `least_bytes`: of a piece; smaller ones are not taken.
-  PushReductions(PeerSignals& signals, std::shared_ptr<const Driver> driver, int64_t rank,
-                 int64_t world, c10::Device device, int64_t least_bytes, CopyKind copies);
+  PushReductions(PeerSignals& signals, int64_t rank, int64_t world, c10::Device device,
+                 int64_t least_bytes, CopyKind copies);
   ~PushReductions();
 
   // A reduction will have pieces of so many bytes: the inbox will hold two such.
@@ -82,12 +82,10 @@ class PushReductions {
   void finish(uint64_t number);  // nothing if it was
   void drop(uint64_t number);
   void sum(const UnderWay& reduction);
-  int64_t stride(int64_t piece_bytes) const;
   // Where the piece of `source` lies in the inbox of `owner`, as this rank sees it.
   DeviceAddress slot(int64_t owner, int64_t source, const UnderWay& reduction) const;
 
   PeerSignals& signals_;
-  const std::shared_ptr<const Driver> driver_;
   const int64_t rank_;
   const int64_t world_;
   const c10::Device device_;

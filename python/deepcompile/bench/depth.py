@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..cli.arguments import Parser, comma_separated, not_negative, positive
-from ..errors import UserError, fail
+from ..errors import UserError, exit_code
 from . import measure, peers, process, results, suites, sweep
 from .arguments import dtype_of, learning_arguments, options_from
 from .conditions import Condition
@@ -339,24 +339,21 @@ def plan(argv: Sequence[str], place: Place | None = None) -> Depth:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        args = parser().parse_args(given)
-        if args.table:
-            print(markdown(Results.load(args.table)))
-            return 0
-        depth = plan(given)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, depth.interrupt)
-        code = depth.run()
-        found = depth.sweep.rows()
-        bases = [search.base for search in depth.searches]
-        print("\n" + markdown(found, bases))
-        return code
-    except UserError as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: Sequence[str]) -> int:
+    args = parser().parse_args(argv)
+    if args.table:
+        print(markdown(Results.load(args.table)))
+        return 0
+    depth = plan(argv)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, depth.interrupt)
+    code = depth.run()
+    bases = [search.base for search in depth.searches]
+    print("\n" + markdown(depth.sweep.rows(), bases))
+    return code
 
 
 if __name__ == "__main__":

@@ -9,36 +9,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError, fail
+from ..errors import UserError, exit_code
 from . import peers, process, worker
 from .arguments import log_name, parse_run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        place = process.place_from()
-        condition, options = parse_run(
-            sys.argv[1:] if argv is None else argv, place.world, place.nodes
-        )
-        reason = peers.why_not(condition)
-        if reason is not None:
-            raise UserError(f"[bench] {condition.label}: {reason}.")
-        log = Path(os.environ.get("LOG_BASE") or "logs") / log_name(condition)
-        print(f"Logging to {log}", flush=True)
-        outcome = process.run(
-            place,
-            ["--job", worker.job_text([condition], options)],
-            log,
-            on_line=lambda line: print(line, flush=True),
-        )
-        if outcome.error is not None:
-            raise UserError(f"[bench] {condition.label}: {outcome.error}")
-        return 0
-    except UserError as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: Sequence[str]) -> int:
+    place = process.place_from()
+    condition, options = parse_run(argv, place.world, place.nodes)
+    reason = peers.why_not(condition)
+    if reason is not None:
+        raise UserError(f"[bench] {condition.label}: {reason}.")
+    log = Path(os.environ.get("LOG_BASE") or "logs") / log_name(condition)
+    print(f"Logging to {log}", flush=True)
+    outcome = process.run(
+        place,
+        ["--job", worker.job_text([condition], options)],
+        log,
+        on_line=lambda line: print(line, flush=True),
+    )
+    if outcome.error is not None:
+        raise UserError(f"[bench] {condition.label}: {outcome.error}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cli.arguments import Parser, comma_separated, positives
-from ..errors import UserError, fail
+from ..errors import UserError, exit_code
 from . import measure, peers, process, results, suites, worker
 from .arguments import dtype_of, learning_arguments, log_name, options_from
 from .conditions import Condition
@@ -340,17 +340,17 @@ def interrupt(*_: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, interrupt)
-    try:
-        codes = []
-        for sweep in plan(sys.argv[1:] if argv is None else argv):
-            codes.append(sweep.run())
-            if codes[-1] in (OUT_OF_TIME, 130):
-                break
-        return max(codes, default=0)
-    except UserError as error:
-        return fail(error)
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: run_all(sys.argv[1:] if argv is None else argv))
+
+
+def run_all(argv: Sequence[str]) -> int:
+    """The highest code of the planned sweeps."""
+    codes = []
+    for sweep in plan(argv):
+        codes.append(sweep.run())
+        if codes[-1] in (OUT_OF_TIME, 130):
+            break
+    return max(codes, default=0)
 
 
 if __name__ == "__main__":
