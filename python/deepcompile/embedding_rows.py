@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from . import _core
 from .config import Config
@@ -51,8 +50,7 @@ class EmbeddingRows:
             return
         if self._chosen is None:
             decision = self._decide(program, reads, simulate) if self._ranks.rank == 0 else None
-            with unset_fake_temporarily():  # the capture's mode would take the ranks' messages too
-                self._adopt(*self._ranks.from_first(decision))
+            self._adopt(*self._ranks.from_first(decision))
         for read in reads:
             if read.member.param in self._chosen and read.value is not None:
                 read_rows(program, read, self._table)

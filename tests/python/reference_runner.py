@@ -90,11 +90,13 @@ class ReferenceSink:
 class Compiled:
     """A model compiled over a reference sink, its parameters' storage emptied."""
 
-    def __init__(self, model, *, threshold=100, entry=False, fullgraph=True, **options):
+    def __init__(
+        self, model, *, threshold=100, entry=False, fullgraph=True, sink=ReferenceSink, **options
+    ):
         torch._dynamo.reset()
         self.model = model
         self.table = ParamTable.build(model, persistence_threshold=threshold)
-        self.sink = ReferenceSink(self.table)
+        self.sink = sink(self.table)
         for ref in self.table.refs():
             self.table.tensor(ref).untyped_storage().resize_(0)
         self.options = CaptureOptions(**{"backend": "eager", "dynamic": False, **options})

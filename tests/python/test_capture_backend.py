@@ -3,7 +3,16 @@
 
 import pytest
 import torch
-from reference_runner import Compiled, Sequential, hf_loss, llama, mixtral, pair, tokens
+from reference_runner import (
+    Compiled,
+    ReferenceSink,
+    Sequential,
+    hf_loss,
+    llama,
+    mixtral,
+    pair,
+    tokens,
+)
 from torch import nn
 
 from deepcompile import _core
@@ -31,6 +40,31 @@ def test_program_is_valid_and_holds_runs_only(captured):
     ops = {line.split()[0] for line in text.splitlines() if line.startswith("  ")}
     assert ops == {"run"}
     assert [s.kind for s in program.sections] == ["forward", "backward"]
+
+
+class AskingSink(ReferenceSink):
+    """Notes under what a graph is installed."""
+
+    def __init__(self, table):
+        super().__init__(table)
+        self.modes = []
+
+    def install(self, captured):
+        modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+        python = torch._C._dispatch_tls_is_dispatch_key_included(
+            torch._C.DispatchKey.PythonDispatcher
+        )
+        self.modes.append((captured.inference, modes, python))
+        return super().install(captured)
+
+
+def test_a_graph_is_installed_when_its_tracing_is_over():
+    """The sink may queue a collective, for which a dispatch in Python would hold the GIL."""
+    compiled = Compiled(Sequential(), sink=AskingSink)
+    compiled(X).sum().backward()
+    with torch.no_grad():
+        compiled(X)
+    assert compiled.sink.modes == [(False, [], False), (True, [], False)]
 
 
 def test_program_runs_through_the_passes(captured):

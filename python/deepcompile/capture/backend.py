@@ -185,9 +185,12 @@ class _Capture:
         guard_identity(gm, backend.table)
         self.fake_mode: Any = None
         self.forward: fx.GraphModule | None = None
-        self.function: Callable | None = None
+        self.metadata: Any = None
+        """AOTAutograd's, of a training graph that one node of ours can stand for."""
+        self.assembler: Assembler | None = None
+        self.captured: CapturedGraph | None = None
         self.functions: dict[str, Callable] = {}
-        self.direct: DirectCall | None = None
+        """By section; there once the sink has installed the graph."""
 
     def run(self, example_inputs: list[Any]) -> Callable[..., Any]:
         table = self.backend.table
@@ -213,7 +216,11 @@ class _Capture:
                 )(self.gm, example_inputs)
         inner = ("partition", "cut", "compile")
         self.times["aot"] -= sum(self.times[s] for s in inner)
-        return compiled if self.direct is None else wrap(self.direct, compiled)
+        # The sink may talk to other ranks. Not inside AOTAutograd, which dispatches in Python: the
+        # GIL would be held while a collective is queued, and Gloo's threads hold the queue while
+        # they wait for the GIL to give a tensor back.
+        direct = self._install()
+        return compiled if direct is None else wrap(direct, compiled)
 
     def _partition(
         self, joint: fx.GraphModule, inputs: Any, **kwargs: Any
@@ -230,9 +237,13 @@ class _Capture:
 
     def _keep_forward(self, gm: fx.GraphModule, example_inputs: Any) -> Callable:
         self.forward = gm
+        return self._section("forward")
+
+    def _section(self, kind: str) -> Callable:
+        """What AOTAutograd is given for a section before there is a runner."""
 
         def run(args: list) -> Any:
-            return self.functions["forward"](args)
+            return self.functions[kind](args)
 
         run._boxed_call = True
         return run
@@ -246,30 +257,26 @@ class _Capture:
         # Saved values are the runner's to give away; the runner refuses a second backward.
         metadata = TracingContext.get().fw_metadata
         metadata.bw_donated_idxs = []
-        plain = is_plain(metadata, self.gm, self.forward.graph)
-        assembler = self._assembler()
+        if is_plain(metadata, self.gm, self.forward.graph):
+            self.metadata = metadata
+        self.assembler = self._assembler()
         with _timed(self.times, "cut"):
             for graph in (self.forward.graph, gm.graph):
                 params = param_inputs(graph, self.sources)
                 refuse_param_mutation(graph, params, self.backend.table)
-            assembler.training(self.forward, gm)
-        runner = self._install(assembler, inference=False)
-        calls = assembler.calls
-        self.functions["forward"] = forward_function(runner, calls["forward"], assembler.saved)
-        if plain:
-            made = assembler.section_outputs["forward"]
-            self.direct = direct_call(runner, calls, metadata, len(assembler.saved), made)
+            self.assembler.training(self.forward, gm)
         self.forward = None
-        return backward_function(runner, calls["backward"], assembler.token)
+        self._compile(inference=False)
+        return self._section("backward")
 
     def _finish_inference(self, gm: fx.GraphModule, example_inputs: Any) -> Callable:
-        assembler = self._assembler()
+        self.assembler = self._assembler()
         with _timed(self.times, "cut"):
             params = param_inputs(gm.graph, self.sources)
             refuse_param_mutation(gm.graph, params, self.backend.table)
-            assembler.inference(gm)
-        runner = self._install(assembler, inference=True)
-        return inference_function(runner, assembler.calls["inference"])
+            self.assembler.inference(gm)
+        self._compile(inference=True)
+        return self._section("inference")
 
     def _assembler(self) -> Assembler:
         backend = self.backend
@@ -277,28 +284,42 @@ class _Capture:
             self.graph_id, backend.table, self.sources, backend.compiler, self.fake_mode
         )
 
-    def _install(self, assembler: Assembler, *, inference: bool) -> Any:
-        backend, ir = self.backend, assembler.ir
+    def _compile(self, *, inference: bool) -> None:
+        backend, assembler = self.backend, self.assembler
         with _timed(self.times, "cut"):
-            program = to_program(ir, backend.table, world=backend.world)
+            program = to_program(assembler.ir, backend.table, world=backend.world)
         with _timed(self.times, "compile"):
             cache = backend.compiler.compile(self.fake_mode)
-        captured = CapturedGraph(
+        self.captured = CapturedGraph(
             self.graph_id,
-            ir,
+            assembler.ir,
             program,
             backend.compiler.codes,
             inference,
             times=self.times,
             section_outputs=assembler.section_outputs,
-            distinct_regions=len({r.code for r in ir.regions}),
+            distinct_regions=len({r.code for r in assembler.ir.regions}),
             cache={**cache, "reused": assembler.reused},
             user_stack=self.where,
         )
+
+    def _install(self) -> DirectCall | None:
+        """Hand the graph to the sink and take its runner into use. The call of a plain graph."""
+        backend, captured, assembler = self.backend, self.captured, self.assembler
+        self.captured = self.assembler = None  # AOTAutograd keeps this capture
         backend.graphs.append(captured)
-        runner = backend.sink.install(captured)
-        backend._owned.append(runner)
-        return BorrowedRunner(runner)
+        owned = backend.sink.install(captured)
+        backend._owned.append(owned)
+        runner, calls = BorrowedRunner(owned), assembler.calls
+        if captured.inference:
+            self.functions["inference"] = inference_function(runner, calls["inference"])
+            return None
+        self.functions["forward"] = forward_function(runner, calls["forward"], assembler.saved)
+        self.functions["backward"] = backward_function(runner, calls["backward"], assembler.token)
+        if self.metadata is None:
+            return None
+        made = assembler.section_outputs["forward"]
+        return direct_call(runner, calls, self.metadata, len(assembler.saved), made)
 
 
 @contextlib.contextmanager

@@ -163,4 +163,6 @@ class Runner(Protocol):
 
 
 class Sink(Protocol):
-    def install(self, captured: CapturedGraph) -> Runner: ...
+    def install(self, captured: CapturedGraph) -> Runner:
+        """Called once a graph, before it first runs, when its tracing is over: tensors are real and
+        the GIL is free, so that it may talk to other ranks."""
