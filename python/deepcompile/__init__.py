@@ -41,6 +41,7 @@ _HOMES = {
     "GatheredParameters": "api",
     "initialize": "api",
 }
+_MODULES = ("data", "models", "passes")
 
 
 def cmake_dir() -> str:
@@ -58,8 +59,10 @@ def cmake_dir() -> str:
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: the command line plans without starting torch.
-    if name in _HOMES:
-        from importlib import import_module
+    from importlib import import_module
 
+    if name in _HOMES:
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    if name in _MODULES:
+        return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ from .links import named_machine
 from .lr_schedules import build_scheduler
 from .optimizer import ShardedOptimizer
 from .params import MemberRef, ParamTable
-from .placement import prepare
+from .placement import Arrival
 
 
 def initialize(
@@ -46,7 +46,9 @@ def initialize(
     default: the configuration's. `device`: default: this rank's GPU, or the CPU.
 
     The model's parameters keep their identity and shape; their values move into
-    the engine's shards. Parameters on the meta device are initialised first.
+    the engine's shards, one after another: rank 0's, wherever they are. Parameters
+    on the meta device are replaced, and initialised by their modules unless they
+    are real on rank 0.
     """
     if not isinstance(model, nn.Module):
         raise UserError(
@@ -63,16 +65,19 @@ def initialize(
     )
     settings = settings.with_batch(ranks.world)
     _check_trainable(model)
-    prepare(model, ranks, torch.bfloat16 if settings.bf16.enabled else None)
+    arrival = Arrival(model, ranks, torch.bfloat16 if settings.bf16.enabled else None)
     source = _source_optimizer(model, settings, optimizer, model_parameters)
     optimizers.check_supported(source)
     table = ParamTable.build(
         model,
         stage=settings.stage,
         persistence_threshold=settings.zero_optimization.stage3_param_persistence_threshold,
+        anywhere=True,
     )
-    forms = FastForms(model, settings.compile)  # reads the parameters: they are whole until here
-    engine = Engine(model, settings, ranks, table, _runtime(table, settings, ranks), source, forms)
+    forms = FastForms(model, settings.compile, ranks.device)
+    runtime = _runtime(settings, ranks)
+    arrival.into(table, lambda index: _add_param(runtime, table, index), source)
+    engine = Engine(model, settings, ranks, table, runtime, source, forms)
     engine.lr_scheduler = _scheduler(engine.optimizer, settings, lr_scheduler)
     if training_data is not None:
         engine.training_dataloader = _dataloader(training_data, settings, ranks, collate_fn)
@@ -87,11 +92,11 @@ def _check_trainable(model: nn.Module) -> None:
         )
 
 
-def _runtime(table: ParamTable, config: Config, ranks: Ranks) -> Any:
-    """A runtime that holds the table's params; it takes the parameters' memory."""
+def _runtime(config: Config, ranks: Ranks) -> Any:
+    """A runtime without parameters."""
     from . import _runtime as native
 
-    runtime = native.Runtime(
+    return native.Runtime(
         process_group=ranks.group if ranks.world > 1 else None,
         rank=ranks.rank,
         world=ranks.world,
@@ -103,13 +108,16 @@ def _runtime(table: ParamTable, config: Config, ranks: Ranks) -> Any:
         gather=config.compile.gather,
         reduce=config.compile.reduce,
     )
-    for index, spec in enumerate(table.params):
-        members = [
-            (member.name, table.tensor(MemberRef(index, j)), member.offset)
-            for j, member in enumerate(spec.members)
-        ]
-        runtime.add_param(spec.name, members, spec.numel, spec.placement, spec.trainable)
-    return runtime
+
+
+def _add_param(runtime: Any, table: ParamTable, index: int) -> None:
+    """Let the runtime hold a param of the table; it takes the parameters' memory."""
+    spec = table.params[index]
+    members = [
+        (member.name, table.tensor(MemberRef(index, at)), member.offset)
+        for at, member in enumerate(spec.members)
+    ]
+    runtime.add_param(spec.name, members, spec.numel, spec.placement, spec.trainable)
 
 
 def _source_optimizer(

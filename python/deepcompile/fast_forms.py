@@ -26,6 +26,7 @@ from .errors import UserError
 log = logging.getLogger("deepcompile")
 
 GROUPED, BATCHED = "grouped_mm", "batched_mm"
+_CPU = torch.device("cpu")
 _ALIGNED_BYTES = 16
 """Rows of the grouped matmul's operands begin at multiples of this."""
 
@@ -45,24 +46,27 @@ def _weights(experts: list[nn.Module]) -> list[torch.Tensor]:
     return [p for module in experts for p in module.parameters(recurse=False) if p.dim() == 3]
 
 
-def why_not_grouped(experts: list[nn.Module]) -> str | None:
-    """Why the experts' weights cannot go through torch's grouped matmul in a compiled graph."""
+def why_not_grouped(experts: list[nn.Module], device: torch.device) -> str | None:
+    """Why the experts' weights cannot go through torch's grouped matmul in a graph compiled for
+    ``device``."""
     if not hasattr(torch.nn.functional, "grouped_mm") and not hasattr(torch, "_grouped_mm"):
         return f"torch {torch.__version__} has no grouped matmul"
     for weight in _weights(experts):
         if weight.dtype != torch.bfloat16:
             name = str(weight.dtype).removeprefix("torch.")
             return f"the experts are {name}, and the grouped matmul is compiled for bfloat16 only"
-        if weight.device.type == "cuda" and torch.cuda.get_device_capability(weight.device) < (8,):
-            return f"{torch.cuda.get_device_name(weight.device)} has no grouped matmul"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8,):
+            return f"{torch.cuda.get_device_name(device)} has no grouped matmul"
         if any(size * weight.element_size() % _ALIGNED_BYTES for size in weight.shape[1:]):
             rows = "x".join(map(str, weight.shape))
             return f"experts of {rows} have rows that are no multiple of {_ALIGNED_BYTES} bytes"
     return None
 
 
-def choose_experts(model: nn.Module, wanted: str) -> tuple[str | None, str]:
-    """(implementation to use, or None to keep the model's own; why)."""
+def choose_experts(
+    model: nn.Module, wanted: str, device: torch.device = _CPU
+) -> tuple[str | None, str]:
+    """(implementation to use on ``device``, or None to keep the model's own; why)."""
     experts = expert_modules(model)
     if wanted == "model":
         return None, "compile.experts is model"
@@ -73,7 +77,7 @@ def choose_experts(model: nn.Module, wanted: str) -> tuple[str | None, str]:
             f"[engine] compile.experts {wanted!r}: {type(model).__name__} has no experts that "
             "transformers dispatches. Remove the key."
         )
-    why_not = why_not_grouped(experts)
+    why_not = why_not_grouped(experts, device)
     if wanted == GROUPED and why_not is not None:
         raise UserError(
             f"[engine] compile.experts 'grouped_mm': {why_not}. Set bf16.enabled on a GPU that "
@@ -92,22 +96,22 @@ def choose_experts(model: nn.Module, wanted: str) -> tuple[str | None, str]:
 class FastForms:
     """What one model is switched to in its engine's compiled calls."""
 
-    def __init__(self, model: nn.Module, settings: CompileConfig):
-        """Decides for ``model``, whose parameters are whole. Raises UserError where the
-        configuration asks for what the model does not have."""
+    def __init__(self, model: nn.Module, settings: CompileConfig, device: torch.device):
+        """Decides for ``model`` on ``device`` without reading its parameters' values. Raises
+        UserError where the configuration asks for what the model does not have."""
         self._wanted = settings.causal_attention
         self._names = _argument_names(model)
         if self._wanted == "off" or not settings.deepcompile:
             self._why = "compile.causal_attention is off, or compile.deepcompile false"
         else:
-            self._why = attention.why_not(model)
+            self._why = attention.why_not(model, device)
         if self._wanted == "on" and settings.deepcompile and self._why is not None:
             raise UserError(
                 f"[engine] compile.causal_attention 'on': {type(model).__name__} keeps its own "
                 f"attention: {self._why}. Set it to auto, or change the model."
             )
         self._attention = [] if self._why is not None else attention.sdpa_configs(model)
-        self._experts, self._experts_why = choose_experts(model, settings.experts)
+        self._experts, self._experts_why = choose_experts(model, settings.experts, device)
         configs = {id(m.config): m.config for m in expert_modules(model)}
         self._given = [(c, c._experts_implementation) for c in configs.values() if self._experts]
         self._loss_only = settings.loss_only

@@ -88,7 +88,6 @@ class ParamTable:
     params: list[ParamSpec]
     stage: int
     persistence_threshold: int
-    device: torch.device
     _tensors: list[list[nn.Parameter]]
     _refs: dict[int, MemberRef] = field(default_factory=dict)
 
@@ -103,6 +102,12 @@ class ParamTable:
 
     def tensor(self, ref: MemberRef) -> nn.Parameter:
         return self._tensors[ref.param][ref.member]
+
+    def replace(self, ref: MemberRef, tensor: nn.Parameter) -> None:
+        """Let ``tensor`` be the member from now on."""
+        del self._refs[id(self.tensor(ref))]
+        self._tensors[ref.param][ref.member] = tensor
+        self._refs[id(tensor)] = ref
 
     def spec(self, ref: MemberRef) -> ParamSpec:
         return self.params[ref.param]
@@ -135,15 +140,17 @@ class ParamTable:
         *,
         stage: int = 3,
         persistence_threshold: int = PERSISTENCE_THRESHOLD,
+        anywhere: bool = False,
     ) -> ParamTable:
-        """Group ``model``'s parameters. Raises UserError for those that cannot be sharded."""
+        """Group ``model``'s parameters. Raises UserError for those that cannot be sharded.
+        ``anywhere``: they may be on several devices, as they are on their way to one."""
         if stage not in _PLACEMENTS:
             raise UserError(
                 f"[params] stage {stage}: does not exist. Set zero_optimization.stage to 0, 1, 2 "
                 "or 3."
             )
         named = list(model.named_parameters())  # one name per tensor: tied ones once
-        _check(model, named)
+        _check(model, named, anywhere)
         large, small = [], {}
         for name, tensor in named:
             if tensor.numel() < persistence_threshold:
@@ -157,7 +164,7 @@ class ParamTable:
         for (dtype, trainable), members in small.items():
             specs.append(_pack(names, dtype, trainable, members, packed))
             tensors.append([t for _, t in members])
-        return cls(specs, stage, persistence_threshold, named[0][1].device, tensors)
+        return cls(specs, stage, persistence_threshold, tensors)
 
 
 class _UniqueNames:
@@ -211,7 +218,7 @@ def _pack(
     return ParamSpec(name, dtype, end, placement, trainable, tuple(specs), packed=True)
 
 
-def _check(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
+def _check(model: nn.Module, named: list[tuple[str, nn.Parameter]], anywhere: bool) -> None:
     if not any(t.requires_grad for _, t in named):
         raise UserError(
             f"[params] {type(model).__name__}: no parameter requires a gradient, so there is "
@@ -221,7 +228,7 @@ def _check(model: nn.Module, named: list[tuple[str, nn.Parameter]]) -> None:
     first_name, first = named[0]
     for name, tensor in named:
         cause, remedy = _unsupported(tensor)
-        if cause is None and tensor.device != first.device:
+        if cause is None and tensor.device != first.device and not anywhere:
             cause = f"is on {tensor.device}, while {first_name} is on {first.device}"
             remedy = "Move the whole model to one device before initialize"
         if cause is None:

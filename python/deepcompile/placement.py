@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Getting a model's tensors ready: on the device, in the compute type, equal on all ranks.
+"""A model's tensors on their way into a runtime: on the device, in the compute type, equal on all
+ranks, one after another.
 
-Parameters on the meta device are made by their own module (reset_parameters)
-or by Hugging Face's _init_weights. Whatever was there or was made, rank 0's
-values win.
+Parameters on the meta device are made by their own module (reset_parameters) or by Hugging Face's
+_init_weights, in the order of the modules. Whatever was there or was made, rank 0's values win;
+what is real on rank 0 is not made elsewhere. So a model that no rank could hold is built on the
+meta device, or loaded by rank 0 into its host's memory and built on the meta device by the others.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +18,15 @@ from torch import nn
 
 from .distributed import Ranks
 from .errors import UserError
+from .params import MemberRef, ParamTable
 
 
 def _fail(name: str, cause: str) -> UserError:
     return UserError(f"[initialize] {name}: {cause}")
 
 
-def _is_meta(tensor: torch.Tensor | None) -> bool:
-    return tensor is not None and tensor.is_meta
-
-
-def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    return {**module._parameters, **module._buffers}
+def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: t for k, t in (module._parameters | module._buffers).items() if t is not None}
 
 
 def _hf_initialiser(model: nn.Module) -> Any:
@@ -37,104 +37,157 @@ def _hf_initialiser(model: nn.Module) -> Any:
     return None
 
 
-def materialise(model: nn.Module, device: torch.device) -> list[str]:
-    """Give meta tensors memory and values, module by module. Returns the parameters' names.
+def _joined(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
 
-    Tied parameters stay tied. Raises UserError for a module that cannot say what its
-    tensors begin as.
+
+def _keeps_type(module: nn.Module, key: str) -> bool:
+    """Buffers that are not saved (rotary tables, for one) keep the precision their module chose."""
+    return key in module._non_persistent_buffers_set
+
+
+class Arrival:
+    """A model whose parameters get their values one by one; see `into`.
+
+    Making one is collective. It casts floating parameters to `dtype` (None: leaves them) where they
+    are. Raises UserError if another rank built a different model.
     """
-    waiting = {
-        name: module
-        for name, module in model.named_modules()
-        if any(_is_meta(t) for t in _own_tensors(module).values())
-    }
-    if not waiting:
-        return []
-    hf_init = _hf_initialiser(model)
-    made: list[str] = []
-    real: dict[int, nn.Parameter] = {}
-    for name, module in waiting.items():
-        before = dict(module._parameters)
-        if all(p is None or id(p) in real or not p.is_meta for p in before.values()) and not any(
-            _is_meta(b) for b in module._buffers.values()
-        ):
-            module._parameters.update({k: real.get(id(p), p) for k, p in before.items()})
-            continue
-        module.to_empty(device=device, recurse=False)
-        _initialise(name, module, hf_init)
-        for key, old in before.items():
-            if old is not None and old.is_meta:
-                real.setdefault(id(old), module._parameters[key])
-                module._parameters[key] = real[id(old)]
-                made.append(f"{name}.{key}" if name else key)
-    return made
 
+    def __init__(self, model: nn.Module, ranks: Ranks, dtype: torch.dtype | None):
+        self._model, self._ranks, self._dtype = model, ranks, dtype
+        self._hf_init = _hf_initialiser(model)
+        self._real_on_first = self._compare()
+        self._made_in: dict[int, torch.dtype] = {}
+        """Element type in which a meta parameter is initialised, by its id."""
+        for parameter in model.parameters():
+            if parameter.is_meta:
+                self._made_in[id(parameter)] = parameter.dtype
+            parameter.data = self._cast(parameter.data)
+        for module in model.modules():
+            if type(module)._apply is not nn.Module._apply:  # it moves more than parameters
+                module._apply(lambda t: t if t.is_meta else t.to(ranks.device), recurse=False)
+        self._waiting = [
+            (name, module)
+            for name, module in model.named_modules()
+            if any(t.is_meta for t in _own_tensors(module).values())
+        ]
+        self._new: dict[int, nn.Parameter] = {}
+        """What took the place of a meta parameter, by the old one's id."""
+        self._old: list[nn.Parameter] = []
+        """Those, so that nothing else gets their ids."""
 
-def _initialise(name: str, module: nn.Module, hf_init: Any) -> None:
-    reset = getattr(module, "reset_parameters", None)
-    if hf_init is None and not callable(reset):
-        raise _fail(
-            f"{name or 'the model'} ({type(module).__name__})",
-            "is on the meta device and has no reset_parameters(); add one, or build the model "
-            "with real tensors",
-        )
-    with torch.no_grad():
-        for tensor in _own_tensors(module).values():
-            if tensor is not None and tensor.is_floating_point():
-                tensor.fill_(float("nan"))
-        if callable(reset):
-            reset()
-        if hf_init is not None:
-            hf_init(module)
-        for key, tensor in _own_tensors(module).items():
-            if tensor is not None and tensor.is_floating_point() and tensor.isnan().any():
-                raise _fail(
-                    f"{name}.{key}" if name else key,
-                    f"{type(module).__name__} was built on the meta device and does not "
-                    "initialise it; build the model with real tensors",
-                )
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._dtype if tensor.is_floating_point() else None)
 
+    def into(self, table: ParamTable, add: Callable[[int], None], source: Any) -> None:
+        """Give each of the table's params its values and `add` it, which takes its memory: of large
+        parameters, no more than one module's are there at a time. `source`: an optimizer, whose
+        parameters become the table's. Collective."""
+        for index, spec in enumerate(table.params):
+            for at in range(len(spec.members)):
+                self._bring(table, MemberRef(index, at))
+            add(index)
+        while self._waiting:
+            self._make_next()
+        self._move_buffers()
+        for group in source.param_groups:
+            group["params"] = [self._new.get(id(p), p) for p in group["params"]]
 
-def to_compute_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast floating parameters and persistent buffers. Buffers that are not saved (rotary
-    tables, for one) keep the precision their module chose."""
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.is_floating_point():
-                parameter.data = parameter.data.to(dtype)
-        for key, buffer in module._buffers.items():
-            kept = key in module._non_persistent_buffers_set
-            if buffer is not None and buffer.is_floating_point() and not kept:
-                module._buffers[key] = buffer.to(dtype)
+    def _bring(self, table: ParamTable, ref: MemberRef) -> None:
+        parameter = table.tensor(ref)
+        if parameter.is_meta:
+            while id(parameter) not in self._new:
+                self._make_next()
+            parameter = self._new[id(parameter)]
+            table.replace(ref, parameter)
+        parameter.data = parameter.data.to(self._ranks.device)
+        self._ranks.broadcast_tensor(parameter.data)
 
+    def _make_next(self) -> None:
+        """Memory and values for the tensors of the next module that has some on the meta device."""
+        name, module = self._waiting.pop(0)
+        old = {k: p for k, p in module._parameters.items() if p is not None and p.is_meta}
+        made_before = {k: self._new[id(p)] for k, p in old.items() if id(p) in self._new}  # tied
+        buffers = [k for k, b in module._buffers.items() if b is not None and b.is_meta]
+        if old.keys() - made_before.keys() or buffers:
+            self._empty(module, old, buffers)
+            if not all(_joined(name, key) in self._real_on_first for key in [*old, *buffers]):
+                self._initialise(name, module)
+        for key, parameter in old.items():
+            if key in made_before:
+                setattr(module, key, made_before[key])
+                continue
+            made = self._new[id(parameter)] = module._parameters[key]
+            made.data = self._cast(made.data)
+            self._old.append(parameter)
 
-def prepare(model: nn.Module, ranks: Ranks, dtype: torch.dtype | None) -> None:
-    """Materialise, move to the ranks' device, cast to `dtype` (None: leave), and take rank 0's
-    values. Collective."""
-    materialise(model, ranks.device)
-    model.to(ranks.device)
-    if dtype is not None:
-        to_compute_dtype(model, dtype)
-    _check_equal(model, ranks)
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_contiguous():
-                ranks.broadcast_tensor(tensor.data)
-            else:
-                dense = tensor.data.contiguous()
-                ranks.broadcast_tensor(dense)
-                tensor.data.copy_(dense)
+    def _empty(self, module: nn.Module, old: dict[str, nn.Parameter], buffers: list[str]) -> None:
+        device = self._ranks.device
+        for key, parameter in old.items():
+            dtype = self._made_in[id(parameter)]
+            empty = torch.empty_like(parameter, dtype=dtype, device=device, requires_grad=False)
+            setattr(module, key, nn.Parameter(empty, parameter.requires_grad))
+        for key in buffers:
+            module._buffers[key] = torch.empty_like(module._buffers[key], device=device)
 
+    def _initialise(self, name: str, module: nn.Module) -> None:
+        reset = getattr(module, "reset_parameters", None)
+        if self._hf_init is None and not callable(reset):
+            raise _fail(
+                f"{name or 'the model'} ({type(module).__name__})",
+                "is on the meta device and has no reset_parameters(); add one, or build the model "
+                "with real tensors",
+            )
+        with torch.no_grad():
+            for tensor in _own_tensors(module).values():
+                if tensor.is_floating_point():
+                    tensor.fill_(float("nan"))
+            if callable(reset):
+                reset()
+            if self._hf_init is not None:
+                self._hf_init(module)
+            for key, tensor in _own_tensors(module).items():
+                if tensor.is_floating_point() and tensor.isnan().any():
+                    raise _fail(
+                        _joined(name, key),
+                        f"{type(module).__name__} was built on the meta device and does not "
+                        "initialise it; build the model with real tensors",
+                    )
 
-def _check_equal(model: nn.Module, ranks: Ranks) -> None:
-    """UserError if another rank built a different model."""
-    mine = [(n, tuple(t.shape), str(t.dtype)) for n, t in model.state_dict(keep_vars=True).items()]
-    for rank, theirs in enumerate(ranks.gather(mine)):
-        if theirs == mine:
-            continue
+    def _move_buffers(self) -> None:
+        for module in self._model.modules():
+            for key, buffer in module._buffers.items():
+                if buffer is not None:
+                    moved = buffer.to(self._ranks.device)
+                    module._buffers[key] = moved if _keeps_type(module, key) else self._cast(moved)
+        with torch.no_grad():
+            for buffer in self._model.buffers():
+                dense = buffer.contiguous()
+                self._ranks.broadcast_tensor(dense)
+                if dense is not buffer:
+                    buffer.copy_(dense)
+
+    def _compare(self) -> set[str]:
+        """Names of what is real on rank 0. UserError if another rank built a different model."""
+        mine, real = [], set()
+        for prefix, module in self._model.named_modules(remove_duplicate=False):
+            for key, tensor in _own_tensors(module).items():
+                name = _joined(prefix, key)
+                cast = tensor.is_floating_point() and not _keeps_type(module, key)
+                dtype = (self._dtype if cast else None) or tensor.dtype
+                mine.append((name, tuple(tensor.shape), str(dtype)))
+                if not tensor.is_meta:
+                    real.add(name)
+        everyone = self._ranks.gather((mine, real))
+        for rank, (theirs, _) in enumerate(everyone):
+            if theirs != mine:
+                raise self._differs(rank, theirs, mine)
+        return everyone[0][1]
+
+    def _differs(self, rank: int, theirs: list, mine: list) -> UserError:
+        me, remedy = self._ranks.rank, "build the same model on every rank"
         for a, b in zip(theirs, mine, strict=False):
             if a != b:
-                raise _fail("model", f"rank {rank} has {a}, rank {ranks.rank} has {b}; build the "
-                            "same model on every rank")  # fmt: skip
-        raise _fail("model", f"rank {rank} has {len(theirs)} tensors, rank {ranks.rank} has "
-                    f"{len(mine)}; build the same model on every rank")  # fmt: skip
+                return _fail("model", f"rank {rank} has {a}, rank {me} has {b}; {remedy}")
+        counts = f"rank {rank} has {len(theirs)} tensors, rank {me} has {len(mine)}"
+        return _fail("model", f"{counts}; {remedy}")

@@ -174,6 +174,38 @@ def test_different_models_on_ranks_are_an_error():
         assert "build the same model on every rank" in said
 
 
+def _loaded_by_one(rank: int, world: int, name: str, bf16: bool) -> list[dict]:
+    """The state after a step where every rank has values, and where the others have none."""
+    import deepcompile
+
+    def never(*_: object) -> None:
+        raise AssertionError("initialised what rank 0 has")
+
+    found = []
+    for everywhere in (True, False):
+        with torch.device("cpu" if everywhere or rank == 0 else "meta"):
+            model = cases.make(name)
+        if not everywhere and rank != 0:
+            model._init_weights = never
+        extra = {"bf16": {"enabled": True}} if bf16 else {}
+        if bf16 and rank == 0:
+            for parameter in model.parameters():  # as a checkpoint might be stored
+                parameter.data = parameter.data.bfloat16()
+        config = cases.config_for(world, 3, **extra)
+        engine = deepcompile.initialize(model=model, config=config)[0]
+        losses, norms = cases.train_steps(engine, 0, 2)
+        found.append(cases.result_of(engine, losses, norms))
+    return found
+
+
+@pytest.mark.parametrize(("name", "bf16"), [("llama", False), ("llama_tied", True)])
+def test_rank_0_loads_and_the_others_build_on_the_meta_device(name, bf16):
+    for everywhere, by_one in run_ranks(_loaded_by_one, 2, name, bf16, timeout=120):
+        assert everywhere["losses"] == by_one["losses"]
+        for member, value in everywhere["state"].items():
+            assert np.array_equal(value, by_one["state"][member]), member
+
+
 class Experts(torch.nn.Module):
     """Each rank sends its batch through an expert of its own."""
 

@@ -139,7 +139,7 @@ def test_a_window_is_the_models_own_where_the_sequence_is_longer(captured):
 def test_models_that_cannot_are_left_alone_and_named(make, reason):
     model = make()
     state = torch.random.get_rng_state()
-    found = why_not(model)
+    found = why_not(model, torch.device("cpu"))
     assert found is None if reason is None else reason in found
     assert torch.equal(torch.random.get_rng_state(), state)
     if hasattr(model, "config"):
@@ -183,7 +183,7 @@ def test_experts_are_chosen_by_type_and_shape():
 
 def test_what_is_set_later_stays_and_an_error_undoes_the_forms():
     model = mixtral()
-    forms = FastForms(model, CompileConfig())
+    forms = FastForms(model, CompileConfig(), torch.device("cpu"))
     with pytest.raises(RuntimeError), forms.applied((), labelled()):
         assert model.config._attn_implementation == NAME
         assert model.config._experts_implementation == "batched_mm"

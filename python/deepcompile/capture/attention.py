@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from deepcompile.errors import UserError
 
@@ -137,9 +138,22 @@ def _source_asks_for_sdpa(model: nn.Module) -> str | None:
     return None
 
 
-def _try(model: nn.Module, configs: list[Any]) -> str | None:
-    """Run ``model`` on a few tokens up to its first attention; what is wrong, if anything."""
-    device = next(model.parameters()).device
+def _stand_ins(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+    """Zeros of the parameters' shapes that take no memory, and the buffers, on ``device``."""
+    found = {
+        name: torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
+        for name, p in model.named_parameters()
+    }
+    for name, buffer in model.named_buffers():
+        found[name] = (
+            torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+        )
+    return found
+
+
+def _try(model: nn.Module, configs: list[Any], device: torch.device) -> str | None:
+    """Run ``model`` on a few tokens up to its first attention; what is wrong, if anything. What it
+    asks for there depends on no parameter's value, so that it may have none yet."""
     token = 1 if getattr(model.config, "pad_token_id", None) == 0 else 0
     tokens = torch.full((1, _PROBE_TOKENS), token, dtype=torch.int64, device=device)
     devices = [device] if device.type == "cuda" else []
@@ -148,7 +162,8 @@ def _try(model: nn.Module, configs: list[Any]) -> str | None:
         with warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(devices):
             warnings.simplefilter("ignore")
             with implementation(configs, _PROBE):
-                model(input_ids=tokens, use_cache=False)
+                inputs = {"input_ids": tokens, "use_cache": False}
+                functional_call(model, _stand_ins(model, device), (), inputs)
     except _Attention:
         if not _asked:
             return "it makes no mask before its first attention"
@@ -165,9 +180,9 @@ def _try(model: nn.Module, configs: list[Any]) -> str | None:
     return "its attention does not go through transformers' attention functions"
 
 
-def why_not(model: nn.Module) -> str | None:
-    """Why ``model`` cannot use sdpa_causal in any batch; None: it can. Its parameters must be
-    whole: it is run up to its first attention."""
+def why_not(model: nn.Module, device: torch.device) -> str | None:
+    """Why ``model`` cannot use sdpa_causal in any batch; None: it can. It is run up to its first
+    attention on ``device``, with stand-ins for its parameters."""
     if not hasattr(model, "set_attn_implementation"):
         return "it is no Hugging Face model"
     if getattr(model.config, "is_encoder_decoder", False):
@@ -180,7 +195,7 @@ def why_not(model: nn.Module) -> str | None:
     if kind is not None:
         return f"{kind} treats sdpa apart from other implementations"
     register()
-    return _try(model, configs)
+    return _try(model, configs, device)
 
 
 def use_causal_attention(model: nn.Module) -> None:

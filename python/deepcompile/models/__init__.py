@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face configurations that ship with deepcompile, and how to build a model of one.
+"""Hugging Face configurations that ship with deepcompile, and how to build or load a model.
 
 The numbers are those of the published ``config.json`` files of each model.
 """
@@ -7,12 +7,25 @@ The numbers are those of the published ``config.json`` files of each model.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepcompile.errors import UserError
 
+if TYPE_CHECKING:
+    import torch
+
 _FOLDER = Path(__file__).parent
+SHIPPED = {
+    "meta-llama/Meta-Llama-3-70B-Instruct": "llama-3-70b",
+    "meta-llama/Meta-Llama-3-70B": "llama-3-70b",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama-3-8b",
+    "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
+    "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b",
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": "mixtral-8x7b",
+}
+"""Hugging Face names whose configurations ship with deepcompile."""
 
 
 def names() -> list[str]:
@@ -32,10 +45,10 @@ def _transformers() -> Any:
 
 
 def _path(name_or_path: str | Path) -> Path:
-    builtin = _FOLDER / f"{name_or_path}.json"
-    if str(name_or_path) in names():
-        return builtin
     path = Path(name_or_path)
+    builtin = SHIPPED.get(str(name_or_path), str(name_or_path))
+    if builtin in names() and not path.is_dir():
+        return _FOLDER / f"{builtin}.json"
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
@@ -96,6 +109,47 @@ def build(config: Any, num_layers: int | None = None) -> Any:
         )
     config.use_cache = False
     return transformers.AutoModelForCausalLM.from_config(config)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Activation checkpointing, under the name that this transformers has for it."""
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def pretrained(name_or_path: str | Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
+    """A causal language model with the weights of a Hugging Face name or of a local folder, for
+    initialize() under a launcher: rank 0 loads it into its host's memory, the others build it on
+    the meta device and get their shards from rank 0.
+
+    ``dtype``: of the parameters; None: the configuration's, or fp32. ``options``: more of
+    transformers' from_pretrained (``revision``, ``local_files_only``, ...).
+    """
+    import torch
+
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(name_or_path, **options)
+    except Exception as error:  # transformers raises several kinds
+        raise _not_loaded(name_or_path, error) from error
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    config.use_cache = False
+    kind = transformers.AutoModelForCausalLM
+    if int(os.environ.get("RANK", "0")) != 0:
+        with torch.device("meta"):
+            return kind.from_config(config, dtype=dtype)
+    try:
+        return kind.from_pretrained(name_or_path, config=config, dtype=dtype, **options)
+    except Exception as error:
+        raise _not_loaded(name_or_path, error) from error
+
+
+def _not_loaded(name_or_path: str | Path, error: Exception) -> UserError:
+    cause = " ".join(str(error).split())[:300].rstrip(".")
+    return UserError(
+        f"[models] {name_or_path}: {cause}. Give the name of a causal language model on the "
+        "Hugging Face hub, or a folder that save_pretrained wrote."
+    )
 
 
 def _depth(config: Any, num_layers: int) -> dict[str, int]:
