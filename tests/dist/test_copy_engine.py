@@ -218,10 +218,11 @@ def chosen(rank, world, library):
         "missing": ask("auto", library="libc.so.6"),
         "nonsense": ask("symmetric"),
     }
-    for hook in ("no_access", "no_mapping", "deaf"):
+    for hook in ("no_access", "no_memory", "no_handle", "no_mapping", "deaf"):
         fake.set(**{hook: one})
         said[hook] = ask("auto", library=library)
         fake.set(**{hook: 0})
+    said["threads"] = fake.count("threads"), fake.count("bare_threads")
     return said
 
 
@@ -270,8 +271,16 @@ def test_it_is_taken_where_it_works_and_refused_by_name(ends):
         assert said["missing"][0] == "nccl" and "no function cuInit" in said["missing"][1]
         assert "Use nccl, copy_engine or auto" in said["nonsense"]
         assert "rank 1: GPU fake:01.0 cannot access" in said["no_access"][1]
+        assert "rank 1: it has no memory for a block" in said["no_memory"][1]
+        assert "rank 1: cuIpcGetMemHandle: CUDA_ERROR_INVALID_VALUE" in said["no_handle"][1]
         assert "rank 1: cuIpcOpenMemHandle: CUDA_ERROR_MAP_FAILED" in said["no_mapping"][1]
         assert "rank 0: a word written by rank 1 did not arrive" in said["deaf"][1]
+
+
+def test_the_watch_works_in_the_context_of_its_device(ends):
+    for said, _, _ in ends:  # without one, CUDA makes another on device 0
+        threads, bare = said["threads"]
+        assert threads > 0 and bare == 0
 
 
 def test_a_dropped_engine_gives_its_memory_back(ends):

@@ -165,6 +165,35 @@ def test_nobody_sums_what_has_not_arrived_or_overwrites_what_is_not_summed(drive
     assert one[3], "rank 1 pushes into what rank 0 has not summed"
 
 
+def counted(rank, world, library):
+    """(what is wrong, writes and waits given to a stream together, writes) of 20 reductions."""
+    fake = Fake(library)
+    runtime, names = reducer(rank, world, library, [1024] * 2)
+    whole = gradients(1024, world, torch.float32)
+    wrong, before = [], None
+    for turn in range(12):
+        if turn == 2:  # the inbox is there, and was gone round once
+            before = fake.count("batches"), fake.count("writes")
+        for name in names:
+            runtime.reduce(name, {name: whole[rank]})
+        for name in names:
+            runtime.accumulate(name)
+            part = runtime.gradient(name)
+            mine = (sum(whole) / world)[rank * len(part) :][: len(part)]
+            wrong += [] if torch.allclose(part, mine, atol=1e-6) else [turn]
+        runtime.zero_grad()
+    return wrong, fake.count("batches") - before[0], fake.count("writes") - before[1]
+
+
+def test_few_steps_of_a_stream_are_given_for_a_reduction(driver):
+    reductions, world = 20, 4
+    for wrong, batches, writes in run_ranks(counted, world, driver):
+        assert wrong == []
+        # "freed" is waited for, "arrived" written, and waited for with the write to "freed" of the
+        # reduction before; one more where the place of the first of two was just summed.
+        assert batches <= 3.5 * reductions and writes <= 2 * world * reductions
+
+
 def absent(rank, world, library):
     runtime, (name,) = reducer(rank, world, library, [64], timeout=1.5)
     whole = gradients(64, world, torch.float32)

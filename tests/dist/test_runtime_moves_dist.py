@@ -3,10 +3,11 @@
 
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
-from toy_step import PACK, PLANS, Reference, Toy, batch
+from toy_step import CODES, GRAPH, PACK, PLANS, Reference, Toy, batch, before, plan_text
 
 from deepcompile import _runtime
 from deepcompile.errors import UserError
@@ -72,6 +73,33 @@ def relief(rank, world):
 def test_one_rank_may_run_short():
     quiet, short = run_ranks(relief, 2, timeout=200)
     assert not any(quiet) and sum(count > 0 for count in short) >= 2, short
+
+
+def fails_while_short(rank, world):
+    """A section fails on all ranks, when rank 1 has sent a parameter that is whole to the host."""
+    calls = []
+
+    def broken(args):
+        calls.append(len(args))
+        if rank == 1 and len(calls) == 1:
+            raise torch.OutOfMemoryError("full")
+        raise ValueError("a broken batch")
+
+    toy = Toy(rank, world, 3, group=dist.group.WORLD, timeout_s=10)
+    graph = plan_text(world, 3, GRAPH, (before("run fwd.1", "gather w1", "wait w1"),))
+    toy.graph = toy.runtime.load_plan(graph, [CODES[0], broken, *CODES[2:]])
+    expected = {name: value.detach() for name, value in Reference().named_parameters()}
+    toy.runtime.limit_bytes(1 << 40 if rank == 1 else 0)  # ready to try again
+    with pytest.raises(ValueError, match="a broken batch"):
+        toy.micro_step(*batch(rank))
+    sent = toy.runtime.relieved()["params_bytes"]
+    toy.runtime.limit_bytes(0)
+    found = toy.full_values()
+    return sent > 0, all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_a_failed_section_sent_away_is_gathered_anew():
+    assert run_ranks(fails_while_short, 2) == [(False, True), (True, True)]
 
 
 def boundary(rank, world):

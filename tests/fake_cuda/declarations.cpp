@@ -51,6 +51,7 @@ CHECK(cuDevicePrimaryCtxRetain, retain);
 CHECK(cuDevicePrimaryCtxRelease, release);
 CHECK(cuCtxPushCurrent, push);
 CHECK(cuCtxPopCurrent, pop);
+CHECK(cuCtxGetCurrent, current);
 CHECK(cuMemAlloc, allocate);
 CHECK(cuMemFree, free);
 CHECK(cuIpcGetMemHandle, ipc_get);

@@ -30,6 +30,7 @@ constexpr int kSuccess = 0;
 constexpr int kInvalidValue = 1;
 constexpr int kOutOfMemory = 2;
 constexpr int kInvalidDevice = 101;
+constexpr int kInvalidContext = 201;
 constexpr int kMapFailed = 205;
 constexpr int kLaunchTimeout = 702;
 constexpr int kDevices = 64;
@@ -59,6 +60,7 @@ std::map<Address, size_t> peers;
 std::map<std::string, std::atomic<int>> hooks;  // see fake_cuda_set
 std::map<std::string, std::atomic<int>> counts;
 int context;
+thread_local int pushed_contexts = 0;
 
 void count(const char* what) {
   const std::lock_guard<std::mutex> lock(mutex);
@@ -114,14 +116,16 @@ extern "C" {
 
 // Hooks: pull_ms and push_ms (each copy from or to a peer's memory takes so long), ignore_waits,
 // ignore_odd_waits and ignore_even_waits (all waits, or those for such values, are over at once),
-// no_memory (to allocate), no_access (between devices), no_mapping (of a peer's memory), deaf
-// (peers' words are not written).
+// no_memory (to allocate), no_handle (of own memory), no_access (between devices), no_mapping (of a
+// peer's memory), deaf (peers' words are not written).
 void fake_cuda_set(const char* what, int value) {
   const std::lock_guard<std::mutex> lock(mutex);
   hooks[what] = value;
 }
 
-// Counts: pulls, pushes, allocations and mappings (those there are), writes, overlapping (copies).
+// Counts: pulls, pushes, allocations and mappings (those there are), writes, batches (of writes and
+// waits), overlapping (copies), threads (that leave captures alone), bare_threads (those of them
+// without a context).
 int fake_cuda_count(const char* what) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (std::strcmp(what, "allocations") == 0) return static_cast<int>(own.size());
@@ -137,6 +141,7 @@ int cuGetErrorName(int error, const char** name) {
   static const std::map<int, const char*> names{{kInvalidValue, "CUDA_ERROR_INVALID_VALUE"},
                                                 {kOutOfMemory, "CUDA_ERROR_OUT_OF_MEMORY"},
                                                 {kInvalidDevice, "CUDA_ERROR_INVALID_DEVICE"},
+                                                {kInvalidContext, "CUDA_ERROR_INVALID_CONTEXT"},
                                                 {kMapFailed, "CUDA_ERROR_MAP_FAILED"},
                                                 {kLaunchTimeout, "CUDA_ERROR_LAUNCH_TIMEOUT"}};
   const auto found = names.find(error);
@@ -173,10 +178,18 @@ int cuDevicePrimaryCtxRelease_v2(int) {
   return kSuccess;
 }
 int cuCtxPushCurrent_v2(void* pushed) {
-  return pushed == &context ? kSuccess : kInvalidValue;
+  if (pushed != &context) return kInvalidValue;
+  ++pushed_contexts;
+  return kSuccess;
 }
 int cuCtxPopCurrent_v2(void** popped) {
+  if (pushed_contexts == 0) return kInvalidContext;
+  --pushed_contexts;
   *popped = &context;
+  return kSuccess;
+}
+int cuCtxGetCurrent(void** found) {
+  *found = pushed_contexts > 0 ? &context : nullptr;
   return kSuccess;
 }
 
@@ -204,6 +217,7 @@ int cuMemFree_v2(Address address) {
 }
 
 int cuIpcGetMemHandle(Handle* handle, Address address) {
+  if (hook("no_handle") != 0) return kInvalidValue;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = own.find(address);
   if (found == own.end()) return kInvalidValue;
@@ -241,6 +255,7 @@ int cuIpcCloseMemHandle(Address address) {
 }
 
 int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void*) {
+  if (pushed_contexts == 0) return kInvalidContext;
   copy(to, from, bytes);
   return kSuccess;
 }
@@ -265,7 +280,9 @@ int cuMemcpyBatchAsync_v2(Address* to, Address* from, size_t* bytes, size_t copi
 }
 
 int cuStreamBatchMemOp_v2(void*, unsigned ops, BatchOp* op, unsigned flags) {
+  if (pushed_contexts == 0) return kInvalidContext;
   if (flags != 0 || ops > 256) return kInvalidValue;
+  count("batches");
   for (unsigned i = 0; i < ops; ++i) {
     if (op[i].flags != 0 || op[i].address % 4 != 0) return kInvalidValue;
     if (op[i].operation == 1) {
@@ -298,6 +315,7 @@ int cuStreamSynchronize(void*) {
 }
 
 int cuThreadExchangeStreamCaptureMode(int* mode) {
+  count(pushed_contexts > 0 ? "threads" : "bare_threads");
   *mode = 0;
   return kSuccess;
 }

@@ -186,14 +186,15 @@ class StreamTransport final : public Transport {
                                   const std::shared_ptr<Span>& span, Call&& call) {
     // Order: whatever wrote the inputs, or last used the output's memory
     // (compute) -> collective (comm).
-    streams_->mark(streams_->compute()).block(streams_->comm());
+    streams_->comm_follows_compute();
     const c10::StreamGuard on_comm(streams_->comm());
     if (span) span->start(streams_->comm());
     // With asyncOp false the backend uses the current stream, ours. Waiting
     // then costs nothing, and orders our stream after backends that do not.
     if (const Work work = translated(call)) translated([&] { work->wait(); });
     if (span) span->stop(streams_->comm());
-    return std::make_unique<StreamTransfer>(streams_, std::move(buffers));
+    return std::make_unique<StreamTransfer>(streams_, std::move(buffers),
+                                            streams_->mark(streams_->comm()));
   }
 
   std::shared_ptr<const StreamPair> streams_;

@@ -130,16 +130,17 @@ std::unique_ptr<Transfer> CopyEngineTransport::gather(at::Tensor full, at::Tenso
            "a gather of " + place->name + " into a buffer of another size");
   // Order: whatever wrote the shard, or last used the full buffer's memory
   // (compute) -> pulls (comm).
-  if (streams_) streams_->mark(streams_->compute()).block(streams_->comm());
+  if (streams_) streams_->comm_follows_compute();
   if (span) span->start(signals_.comm());
   ++place->round;
   const uint32_t ready = 2 * place->round - 1;
-  signals_.watched("the gather of " + place->name, *place, ready, signals_.comm(),
-                   [&] { pull(*place, full, bytes, ready); });
+  Mark done = signals_.watched("the gather of " + place->name, *place, ready, signals_.comm(),
+                               [&] { pull(*place, full, bytes, ready); });
   if (span) span->stop(signals_.comm());
   std::unique_ptr<Transfer> on_stream;
   if (streams_) {
-    on_stream = std::make_unique<StreamTransfer>(streams_, std::vector<at::Tensor>{full, shard});
+    on_stream = std::make_unique<StreamTransfer>(streams_, std::vector<at::Tensor>{full, shard},
+                                                 std::move(done));
   }
   return std::make_unique<Pull>(*this, place, std::move(on_stream));
 }

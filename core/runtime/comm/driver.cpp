@@ -47,6 +47,7 @@ Driver::Functions::Functions(const std::string& library) {
   find("cuDevicePrimaryCtxRelease_v2", &release);
   find("cuCtxPushCurrent_v2", &push);
   find("cuCtxPopCurrent_v2", &pop);
+  find("cuCtxGetCurrent", &current);
   find("cuMemAlloc_v2", &allocate);
   find("cuMemFree_v2", &free);
   find("cuIpcGetMemHandle", &ipc_get);
@@ -66,18 +67,22 @@ Driver::Functions::Functions(const std::string& library) {
 // The device's context on this thread, and what was there before afterwards.
 class Driver::Current {
  public:
-  explicit Current(const Driver& driver) : pop_(driver.functions_->pop) {
+  explicit Current(const Driver& driver) {
+    void* now = nullptr;
+    driver.check(driver.functions_->current(&now), "cuCtxGetCurrent");
+    if (now == driver.context_) return;  // torch's threads have it
     driver.check(driver.functions_->push(driver.context_), "cuCtxPushCurrent");
+    pop_ = driver.functions_->pop;
   }
   ~Current() {
     void* context = nullptr;
-    pop_(&context);
+    if (pop_ != nullptr) pop_(&context);
   }
   Current(const Current&) = delete;
   Current& operator=(const Current&) = delete;
 
  private:
-  int (*pop_)(void**);
+  int (*pop_)(void**) = nullptr;  // null: it was there
 };
 
 Driver::Driver(const std::string& library, int device)
@@ -211,7 +216,8 @@ bool Driver::idle(Stream stream) const {
   return true;
 }
 
-void Driver::leave_captures_alone() const {
+void Driver::serve_this_thread() const {
+  check(functions_->push(context_), "cuCtxPushCurrent");  // until the thread ends
   int mode = kRelaxed;
   check(functions_->capture_mode(&mode), "cuThreadExchangeStreamCaptureMode");
 }

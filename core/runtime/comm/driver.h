@@ -3,7 +3,8 @@
 //
 // They are looked up in libcuda when the first engine asks, so the runtime
 // builds and runs without CUDA's headers and without a GPU. Each call makes the
-// device's primary context, the one torch uses, current for its duration.
+// device's primary context, the one torch uses, current for its duration, if it
+// is not.
 //
 // Callers: PeerMemory, the copy engine transport and its watch; any thread.
 // Methods throw TransportError with the driver's name for what went wrong.
@@ -64,8 +65,11 @@ class Driver {
   void run(std::vector<MemoryOp> ops, Stream stream) const;
   bool idle(Stream stream) const;  // all that was started on it is over
 
-  // This thread's calls do not break a capture of a CUDA graph on another thread.
-  void leave_captures_alone() const;
+  // For a thread that this library starts: the device's context is current on it
+  // from now on, and its calls do not break a capture of a CUDA graph on another
+  // thread. On a new thread device 0 is current, and CUDA's runtime makes a context
+  // there, of 0.5 GB, for a rank of another device that so much as asks an event.
+  void serve_this_thread() const;
   // On a stream of the driver's own, beside whatever others wait for; over on return.
   std::vector<uint32_t> read(DeviceAddress address, int64_t words) const;
   void write(DeviceAddress address, uint32_t value) const;

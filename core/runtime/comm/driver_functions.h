@@ -60,6 +60,7 @@ struct Functions {
   int (*release)(int) = nullptr;
   int (*push)(void*) = nullptr;
   int (*pop)(void**) = nullptr;
+  int (*current)(void**) = nullptr;
   int (*allocate)(Address*, size_t) = nullptr;
   int (*free)(Address) = nullptr;
   int (*ipc_get)(IpcHandle*, Address) = nullptr;

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/error.h"
 #include "runtime/comm/peer_memory.h"
 
 namespace deepcompile {
@@ -83,21 +84,27 @@ void try_peers(Transport& base, const std::shared_ptr<const Driver>& driver, int
   PeerMemory memory(driver, rank, world, device);
   const Driver::Stream stream = streams ? streams->comm().native_handle() : nullptr;
   memory.used_on(stream);
-  const at::Tensor mine = memory.allocate("trial", kNumel, /*in_place=*/false, options);
+  at::Tensor mine;
+  std::string error;
+  try {
+    mine = memory.allocate("trial", kNumel, /*in_place=*/false, options);
+  } catch (const UserError&) {
+    error = "it has no memory for a block that peers can read";
+  }
+  throw_first(exchange_errors(base, device, world, error));
   mine.fill_(rank + 1);
   memory.map(base);
   const PeerShard& shard = *memory.find(mine.const_data_ptr());
   const at::Tensor received = at::empty({world, kNumel}, options);
-  std::string error;
   try {
-    if (streams) streams->mark(streams->compute()).block(streams->comm());
+    if (streams) streams->comm_follows_compute();
     for (int64_t peer = 0; peer < world; ++peer) {
       const auto to = static_cast<DeviceAddress>(peer * shard.bytes) +
                       reinterpret_cast<DeviceAddress>(received.const_data_ptr());
       driver->copy(to, shard.source(peer), shard.bytes, stream, CopyKind::kPlain);
       driver->write(shard.word(peer, rank), static_cast<uint32_t>(rank + 1));
     }
-    if (streams) streams->mark(streams->comm()).block(streams->compute());
+    if (streams) streams->mark(streams->comm())->block(streams->compute());
   } catch (const TransportError& failed) {
     error = failed.what();
   }

@@ -153,9 +153,11 @@ struct Remains {
 void PeerBlock::open(const std::vector<std::string>& handles) {
   mapped_ = true;
   for (int64_t rank = 0; rank < world(); ++rank) {
-    if (rank == rank_) continue;
+    const std::string& bytes = handles[static_cast<size_t>(rank)];
+    const bool none = bytes.find_first_not_of('\0') == std::string::npos;  // it says why itself
+    if (rank == rank_ || none) continue;
     IpcHandle handle;
-    std::memcpy(handle.bytes, handles[static_cast<size_t>(rank)].data(), sizeof(handle.bytes));
+    std::memcpy(handle.bytes, bytes.data(), sizeof(handle.bytes));
     bases_[static_cast<size_t>(rank)] = driver_->open(handle);
   }
 }
@@ -328,10 +330,14 @@ void PeerMemory::map(Transport& transport) {
   std::string error;
   for (const auto& block : blocks_) {
     if (block->mapped()) continue;
-    const IpcHandle handle = block->handle();
-    const std::string mine(handle.bytes, sizeof(handle.bytes));
+    IpcHandle mine;  // stays zeros if there is none: peers wait for an answer all the same
+    try {
+      mine = block->handle();
+    } catch (const TransportError& failed) {
+      error = failed.what();
+    }
     const std::vector<std::string> handles =
-        exchange(transport, device_, world_, mine, mine.size());
+        exchange(transport, device_, world_, {mine.bytes, sizeof(mine.bytes)}, sizeof(mine.bytes));
     try {
       block->open(handles);
     } catch (const TransportError& failed) {

@@ -5,8 +5,6 @@
 // Callers: the copy engine transport and its reductions, under the runtime's lock.
 #pragma once
 
-#include <c10/core/Event.h>
-
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -45,8 +43,9 @@ class PeerSignals {
   void await(std::vector<MemoryOp>* ops, const PeerShard& shard, uint32_t value) const;
 
   // Runs `action`, which makes `stream` wait until the shard's words reach `value`.
+  // What follows all that it gave the stream; null on a CPU.
   template <typename Action>
-  void watched(std::string what, const PeerShard& shard, uint32_t value,
+  Mark watched(std::string what, const PeerShard& shard, uint32_t value,
                const std::optional<c10::Stream>& stream, Action&& action);
   // Makes `stream` wait for that, and do nothing else.
   void watched_wait(std::string what, const PeerShard& shard, uint32_t value,
@@ -61,16 +60,16 @@ class PeerSignals {
 };
 
 template <typename Action>
-void PeerSignals::watched(std::string what, const PeerShard& shard, uint32_t value,
+Mark PeerSignals::watched(std::string what, const PeerShard& shard, uint32_t value,
                           const std::optional<c10::Stream>& stream, Action&& action) {
   WatchedWait wait{.what = std::move(what), .words = {}, .value = value, .over = {}};
   for (int64_t rank = 0; rank < world_; ++rank) wait.words.push_back(shard.word(rank_, rank));
   if (stream) {
     action();
-    auto event = std::make_shared<c10::Event>(stream->device_type());
-    event->record(*stream);
-    wait.over = [event] { return event->query(); };
-    return watch_.add(std::move(wait));
+    Mark done = streams_->mark(*stream);
+    wait.over = [done] { return done->query(); };
+    watch_.add(std::move(wait));
+    return done;
   }
   auto over = std::make_shared<std::atomic<bool>>(false);
   wait.over = [over] { return over->load(); };
@@ -78,6 +77,7 @@ void PeerSignals::watched(std::string what, const PeerShard& shard, uint32_t val
   action();
   *over = true;
   watch_.check();
+  return nullptr;
 }
 
 }  // namespace deepcompile

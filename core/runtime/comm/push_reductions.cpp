@@ -87,11 +87,16 @@ std::unique_ptr<Transfer> PushReductions::start(at::Tensor piece, at::Tensor ful
   }
   const uint64_t number = ++last_;
   ring_->take(place, room, number);
-  UnderWay reduction{place.begin, bytes, std::move(piece), std::move(full), std::nullopt};
+  UnderWay reduction{place.begin, bytes, std::move(piece), std::move(full)};
   // Order: what wrote the gradient (compute) -> pushes (comm).
   const std::optional<c10::Stream> comm = signals_.comm();
-  if (comm) signals_.streams()->mark(*signals_.compute()).block(*comm);
+  if (comm) signals_.streams()->comm_follows_compute();
   if (place.after > settled_) {
+    if (place.after > told_) {
+      std::vector<MemoryOp> ops;
+      tell_freed(&ops);
+      signals_.driver()->run(std::move(ops), PeerSignals::handle(signals_.compute()));
+    }
     signals_.watched_wait("a reduction's place in its peers' inboxes", *freed_,
                           static_cast<uint32_t>(place.after), comm);
     settled_ = place.after;
@@ -99,7 +104,6 @@ std::unique_ptr<Transfer> PushReductions::start(at::Tensor piece, at::Tensor ful
   if (span) span->start(comm);
   push(number, reduction);
   if (span) span->stop(comm);
-  if (comm) reduction.pushed.emplace(signals_.streams()->mark(*comm));
   under_way_.emplace(number, std::move(reduction));
   return std::make_unique<Push>(*this, number);
 }
@@ -131,24 +135,32 @@ void PushReductions::finish(uint64_t number) {
   signals_.check();
   const UnderWay& reduction = found->second;
   const std::optional<c10::Stream> compute = signals_.compute();
-  if (reduction.pushed) reduction.pushed->block(*compute);
-  signals_.watched_wait("the pieces of a reduction", *inbox_, static_cast<uint32_t>(number),
-                        compute);
+  const auto arrived = static_cast<uint32_t>(number);
+  signals_.watched("the pieces of a reduction", *inbox_, arrived, compute, [&] {
+    std::vector<MemoryOp> ops;
+    tell_freed(&ops);
+    signals_.await(&ops, *inbox_, arrived);
+    signals_.driver()->run(std::move(ops), PeerSignals::handle(compute));
+  });
+  memory_->used_on(PeerSignals::handle(compute));
   if (reduction.piece.defined()) sum(reduction);
   under_way_.erase(found);
-  const uint64_t done = under_way_.empty() ? last_ : under_way_.begin()->first - 1;
-  if (done <= told_) return;
-  std::vector<MemoryOp> ops;
-  signals_.tell(&ops, *freed_, static_cast<uint32_t>(done));
-  signals_.driver()->run(std::move(ops), PeerSignals::handle(compute));
-  memory_->used_on(PeerSignals::handle(compute));
-  told_ = done;
+  summed_ = under_way_.empty() ? last_ : under_way_.begin()->first - 1;
+}
+
+void PushReductions::tell_freed(std::vector<MemoryOp>* ops) {
+  if (summed_ <= told_) return;
+  signals_.tell(ops, *freed_, static_cast<uint32_t>(summed_));
+  told_ = summed_;
 }
 
 void PushReductions::drop(uint64_t number) {
   const auto found = under_way_.find(number);
   if (found == under_way_.end()) return;
-  if (found->second.pushed) found->second.pushed->block(*signals_.compute());
+  // Order: pushes (comm) -> reuse of the gradient's memory (compute).
+  if (const StreamPair* const streams = signals_.streams()) {
+    streams->mark(streams->comm())->block(streams->compute());
+  }
   found->second.piece.reset();
   found->second.full.reset();
 }

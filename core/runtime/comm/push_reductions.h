@@ -13,16 +13,19 @@
 //   2. copy the piece of rank+1, rank+2, ... into that rank's inbox;
 //   3. write n to every rank's word "arrived".
 //
-// and on the compute stream, when n is waited for: after this rank's own step 3,
-// wait until every word "arrived" is at least n, add the pieces up in the order
-// of ranks (PieceSum), and write to "freed" the last number up to which all sums
-// are done here.
+// and on the compute stream, when n is waited for: wait until every word "arrived"
+// is at least n, and add the pieces up in the order of ranks (PieceSum). The last
+// number up to which all sums are done here is written to "freed" together with
+// the next such wait, or before step 1 of a reduction whose place needs it: each
+// such step interrupts the kernels.
 //
 // Why that is enough:
-// - Before n is started, all of 1 to k are waited for, on every rank: so what
-//   step 1 waits for was given to the peers' streams before n was given to ours.
-//   All ranks give their streams the same work in the same order, so no wait
-//   needs anything that comes after it, and nothing hangs.
+// - One of the words "arrived" is this rank's own, written after its pushes: the
+//   gradient's memory is free for compute then, without an event.
+// - Before n is started, all of 1 to k are waited for, and said to be free, on
+//   every rank: so what step 1 waits for is given to the peers' streams before
+//   their own step 1 of n. All ranks give their streams the same work in the same
+//   order, so no wait needs anything that comes after it, and nothing hangs.
 // - Sums are in f32 with one rounding, in the order of ranks: the same bits under
 //   every plan. With two ranks they are those of a sum in the gradient's type.
 // - Numbers are compared as differences, so the 32 bits of a word may go round.
@@ -32,7 +35,6 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/core/Event.h>
 
 #include <cstdint>
 #include <map>
@@ -70,16 +72,16 @@ class PushReductions {
  private:
   class Push;
   struct UnderWay {
-    int64_t begin;                     // in the inbox
-    int64_t bytes;                     // of a piece
-    at::Tensor piece;                  // undefined: nobody wants the sum
-    at::Tensor full;                   // until the sum has read its part
-    std::optional<c10::Event> pushed;  // on a CPU: none, it is over
+    int64_t begin;     // in the inbox
+    int64_t bytes;     // of a piece
+    at::Tensor piece;  // undefined: nobody wants the sum
+    at::Tensor full;   // until the sum has read its part
   };
 
   void make_inbox(Transport& base);
   void push(uint64_t number, const UnderWay& reduction);
-  void finish(uint64_t number);  // nothing if it was
+  void finish(uint64_t number);                 // nothing if it was
+  void tell_freed(std::vector<MemoryOp>* ops);  // nothing if all know
   void drop(uint64_t number);
   void sum(const UnderWay& reduction);
   // Where the piece of `source` lies in the inbox of `owner`, as this rank sees it.
@@ -100,6 +102,7 @@ class PushReductions {
   std::optional<InboxRing> ring_;
   uint64_t last_ = 0;     // number started
   uint64_t settled_ = 0;  // up to which all ranks are known to have freed
+  uint64_t summed_ = 0;   // up to which all sums are done here, on compute
   uint64_t told_ = 0;     // up to which this rank told so
   std::map<uint64_t, UnderWay> under_way_;
 };

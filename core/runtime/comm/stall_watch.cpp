@@ -58,8 +58,8 @@ void StallWatch::check() const {
 void StallWatch::watch() {
   const auto nap = std::clamp(timeout_ / 8, milliseconds(5), milliseconds(kLongestNap));
   try {
-    driver_->leave_captures_alone();
-  } catch (const std::exception&) {  // there is nothing to capture then
+    driver_->serve_this_thread();
+  } catch (const std::exception&) {  // the device is lost: others say so
   }
   std::unique_lock<std::mutex> lock(mutex_);
   while (!ended_) {
@@ -74,6 +74,8 @@ void StallWatch::watch() {
     } else if (!failure_.empty() && late > timeout_ + kGrace) {
       std::fprintf(stderr, "[runtime] %s; its stream does not end\n", failure_.c_str());
       std::abort();
+    } else if (!failure_.empty()) {
+      release(waits_);  // of a transfer that was checked before the failure, and given after it
     }
   }
 }

@@ -55,7 +55,9 @@ void Executor::run(const LoadedPlan& loaded, size_t section, Frame* frame) {
 void Executor::recover(bool reachable) {
   store_.abandon_transfers(reachable);
   for (ParamState* param : gathered_) {
-    if (param->full.defined() && param->placement == Placement::kSharded) param->drop_full();
+    // Also what relief sent away: the other ranks, which have it, gather it anew.
+    const bool whole = param->full.defined() || param->full_is_away();
+    if (whole && param->placement == Placement::kSharded) param->drop_full();
   }
   gathered_.clear();
 }
