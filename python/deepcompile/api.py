@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import foreign
 from . import optimizer as optimizers
 from .config import Config, load_config
 from .distributed import Ranks, join
@@ -34,6 +35,7 @@ def initialize(
     collate_fn: Callable[[list], Any] | None = None,
     dist_init_required: bool | None = None,
     device: torch.device | str | None = None,
+    **others: Any,
 ) -> tuple[Engine, ShardedOptimizer, Any, Any]:
     """(engine, optimizer, dataloader, lr_scheduler) for training `model`; collective.
 
@@ -44,18 +46,15 @@ def initialize(
     `training_data`: a dataset, of which this rank gets its part in micro-batches.
     `lr_scheduler`: a torch scheduler, or a function from optimizer to one;
     default: the configuration's. `device`: default: this rank's GPU, or the CPU.
+    `others`: DeepSpeed's arguments that are not here, each an error that says why.
 
     The model's parameters keep their identity and shape; their values move into
     the engine's shards, one after another: rank 0's, wherever they are. Parameters
     on the meta device are replaced, and initialised by their modules unless they
     are real on rank 0.
     """
-    if not isinstance(model, nn.Module):
-        raise UserError(
-            f"[initialize] model: must be a torch.nn.Module, not {type(model).__name__}"
-        )
-    if config is None:
-        raise UserError("[initialize] config: give a JSON file's path or a dict")
+    foreign.check_initialize(others)
+    _check_given(model, config)
     settings = load_config(config)
     named_machine(settings)  # a name that does not exist is an error now, not in the report
     ranks = join(
@@ -82,6 +81,16 @@ def initialize(
     if training_data is not None:
         engine.training_dataloader = _dataloader(training_data, settings, ranks, collate_fn)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _check_given(model: Any, config: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise UserError(
+            f"[initialize] model: must be a torch.nn.Module, not {type(model).__name__}; it is "
+            "the first argument, and config the second"
+        )
+    if config is None:
+        raise UserError("[initialize] config: give a JSON file's path or a dict")
 
 
 def _check_trainable(model: nn.Module) -> None:
@@ -162,6 +171,11 @@ def _dataloader(dataset: Any, config: Config, ranks: Ranks, collate_fn: Any) -> 
 
     sampler = None
     if not isinstance(dataset, IterableDataset):
+        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+            raise UserError(
+                f"[initialize] training_data: {type(dataset).__name__} is no dataset with a length "
+                "and items by number; a DataLoader of your own needs no initialize()"
+            )
         sampler = DistributedSampler(
             dataset, ranks.world, ranks.rank, drop_last=config.dataloader_drop_last
         )
@@ -187,10 +201,15 @@ class GatheredParameters:
     def __init__(
         self,
         engine: Engine,
-        parameters: nn.Parameter | Iterable[nn.Parameter],
+        parameters: nn.Parameter | Iterable[nn.Parameter] = (),
         modifier_rank: int | None = None,
         enabled: bool = True,
     ):
+        if not isinstance(engine, Engine):
+            raise UserError(
+                "[engine] GatheredParameters: the engine comes first: "
+                "GatheredParameters(engine, parameters)"
+            )
         if isinstance(parameters, nn.Parameter):
             parameters = [parameters]
         self._engine = engine

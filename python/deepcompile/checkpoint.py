@@ -150,6 +150,8 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
 
 
 def _check_tag(tag: str) -> str:
+    if not isinstance(tag, str):
+        raise _fail(f"tag {tag!r}", f"must be text, not {type(tag).__name__}")
     if not tag or tag in (".", "..", "latest") or "/" in tag or os.sep in tag or tag[-4:] == ".tmp":
         raise _fail(f"tag {tag!r}", "must be a plain folder name, other than latest or *.tmp")
     return tag

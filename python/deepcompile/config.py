@@ -241,6 +241,11 @@ class CompileConfig:
     """How Hugging Face mixtures of experts multiply in the compiled model. Auto: `grouped_mm` where
     the device has it and the experts are bf16, `batched_mm` otherwise; a `batched_mm` or kernel
     library that the model was given stays. Model: what the model was given."""
+    equal_layers: str = _key(_choice("auto", "on", "off"), "auto")
+    """Trace four layers where all are alike, and repeat what comes of them: a deep model is then
+    traced in the time of a shallow one. Auto: Hugging Face models whose layers are known not to
+    depend on their number. On: any model with a list of equal layers; an error if it has none.
+    Off: all layers are traced."""
     cache_dir: str | None = _key(_text, None)
     """Where compiled regions are kept between runs. Default: Inductor's cache folder."""
     machine: str | None = _key(_text, None)
@@ -395,13 +400,18 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise _fail(str(path), "no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise _fail(str(path), f"cannot be read: {error}") from None
+    return parse_json(text, str(path))
+
+
+def parse_json(text: str, name: str) -> dict[str, Any]:
+    """The object that a JSON text holds; errors call the text `name`."""
     try:
         table = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
-        place = f"{path}:{error.lineno}:{error.colno}"
+        place = f"{name}:{error.lineno}:{error.colno}"
         raise _fail(place, f"not valid JSON: {error.msg}") from None
     if not isinstance(table, dict):
-        raise _fail(str(path), "must hold one JSON object")
+        raise _fail(name, "must hold one JSON object")
     return table
 
 
@@ -466,12 +476,14 @@ def _check_together(config: Config) -> None:
 
 
 def load_config(source: str | Path | dict[str, Any]) -> Config:
-    """The checked configuration from a JSON file or a dict; warns of keys without effect.
+    """The checked configuration from a JSON file, its text or a dict; warns of keys without effect.
 
     The batch triple is as given: Config.with_batch(world) resolves it.
     """
     if isinstance(source, dict):
         table = source
+    elif isinstance(source, str) and source.lstrip().startswith("{"):
+        table = parse_json(source, "config")
     elif isinstance(source, str | Path):
         table = read_json(source)
     else:

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import engine_report, engine_state
+from . import engine_report, engine_state, foreign
 from .capture import (
     CaptureBackend,
     CaptureOptions,
+    EqualLayers,
     make_backend,
     make_entry,
     output_of,
@@ -34,6 +35,7 @@ from .capture import (
 from .config import Config
 from .distributed import Ranks
 from .eager import EagerHooks
+from .engine_numbers import EngineNumbers
 from .errors import UserError
 from .fast_forms import FastForms
 from .optimizer import ShardedOptimizer
@@ -55,7 +57,7 @@ allocations and code. So is the second step of each plan that all ranks agreed o
 atexit.register(gc.collect)
 
 
-class Engine:
+class Engine(EngineNumbers):
     """Trains one model. Made by deepcompile.initialize()."""
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
         self.runtime = runtime
         self.planner = Planner(table, config, ranks, runtime)
         self.relief = Relief(self.planner, runtime, ranks)
+        self.equal_layers = EqualLayers(model, config.compile.equal_layers)
         self.hooks = EagerHooks(model, table, runtime, config.zero_optimization.leaf_module.classes)
         self.optimizer = ShardedOptimizer(
             source,
@@ -174,6 +177,7 @@ class Engine:
             dynamic=kwargs.get("dynamic"),
             inductor_options=dict(kwargs.get("options") or {}),
             cache_dir=settings.cache_dir,
+            deep=self.equal_layers.deep,
         )
         self._backend = make_backend(self.table, options, self.planner, world=self.ranks.world)
         return torch.compile(
@@ -207,8 +211,9 @@ class Engine:
         """Seconds by stage, regions and distinct regions, disk cache hits, over all graphs; the
         reasons for graph breaks with how often each was met; what gathers and reductions go
         over, and why; of each embedding, whether only rows in use are exchanged, and why; the fast
-        forms in use; whose kernels update ("adamw") and measure gradients ("norm"):
-        deepcompile_cuda, torch or cpu, and the library's path or why there is none."""
+        forms in use; whether few layers are traced for all, and why; whose kernels update ("adamw")
+        and measure gradients ("norm"): deepcompile_cuda, torch or cpu, and the library's path or
+        why there is none."""
         breaks = {} if self._backend is None else self._backend.graph_breaks
         return {
             **engine_state.compile_report(self.planner.graphs),
@@ -219,6 +224,7 @@ class Engine:
             "embedding_rows": self.planner.rows.report(),
             "kernels": self.runtime.kernels(),
             "fast_forms": self.fast_forms.report(),
+            "equal_layers": self.equal_layers.report(),
         }
 
     # ---- a step
@@ -237,7 +243,7 @@ class Engine:
             if self._compiled is None:
                 return output_of(self._entry(*args, **kwargs))
             with surface_errors(), self.fast_forms.applied(args, kwargs):
-                return output_of(self._compiled(*args, **kwargs))
+                return output_of(self.equal_layers.call(self._compiled, args, kwargs))
 
     def _begin_micro_batch(self) -> None:
         """Tell the runtime where in a step it is, and trace the step if someone wants that."""
@@ -399,12 +405,7 @@ class Engine:
     def __getattr__(self, name: str) -> Any:
         if name == "module":  # not set yet: __init__ failed
             raise AttributeError(name)
-        try:
-            return getattr(self.module, name)
-        except AttributeError:
-            raise AttributeError(
-                f"neither the engine nor {type(self.module).__name__} has {name!r}"
-            ) from None
+        return foreign.of_engine(self.module, name)
 
     def state_dict(self, fp32: bool = False, rank0_only: bool = False) -> dict[str, torch.Tensor]:
         """Whole tensors on the CPU, by the module's names; collective.
@@ -414,35 +415,39 @@ class Engine:
         """
         return engine_state.gathered_state(self, fp32, rank0_only)
 
-    def save_16bit_model(self, directory: str | Path, name: str = "pytorch_model.bin") -> Path:
+    def save_16bit_model(
+        self, save_dir: str | Path, save_filename: str = "pytorch_model.bin"
+    ) -> Path:
         """Write the whole model in its compute type to one file on rank 0; collective.
         A name that ends in .safetensors is written in that format."""
-        return engine_state.export(self, Path(directory) / name)
+        return engine_state.export(self, Path(save_dir) / save_filename)
 
     def save_checkpoint(
         self,
-        directory: str | Path,
+        save_dir: str | Path,
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
     ) -> Path:
         """Save everything that a resumed run needs to go on; collective. Atomic: a save that
         dies leaves the previous one. `tag` defaults to global_stepN."""
-        return engine_state.save(self, directory, tag, dict(client_state or {}))
+        return engine_state.save(self, save_dir, tag, dict(client_state or {}))
 
     def load_checkpoint(
         self,
-        directory: str | Path,
+        load_dir: str | Path,
         tag: str | None = None,
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         strict_batch: bool = True,
+        load_module_only: bool = False,
     ) -> tuple[str | None, dict[str, Any]]:
         """(folder, client_state); collective. Without a tag the latest; (None, {}) and a
         warning if there is none. Any number of ranks can load what any other saved, if the
-        train batch size is the same or `strict_batch` is False."""
-        return engine_state.load(
-            self, directory, tag, load_optimizer_states, load_lr_scheduler_states, strict_batch
-        )
+        train batch size is the same or `strict_batch` is False. `load_module_only`: neither
+        the optimizer's states nor the schedule's."""
+        optimizer = load_optimizer_states and not load_module_only
+        schedule = load_lr_scheduler_states and not load_module_only
+        return engine_state.load(self, load_dir, tag, optimizer, schedule, strict_batch)
 
     def report(self, path: str | Path, **more: Any) -> Path | None:
         """Write the HTML report of this run on rank 0: plan, simulation, the traced step,
@@ -454,46 +459,3 @@ class Engine:
         """Write the simulated and the traced step as a Perfetto trace on rank 0; collective.
         None elsewhere, and if no compiled step was traced."""
         return engine_report.write_trace(self, Path(path))
-
-    # ---- numbers
-
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of the last step's gradients before clipping; None without clipping."""
-        return None if self._grad_norm is None else float(self._grad_norm)
-
-    def get_lr(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def train_batch_size(self) -> int:
-        return self.config.train_batch_size
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        return self.config.train_micro_batch_size_per_gpu
-
-    def gradient_accumulation_steps(self) -> int:
-        return self.config.gradient_accumulation_steps
-
-    def gradient_clipping(self) -> float:
-        return self.config.gradient_clipping
-
-    def zero_optimization_stage(self) -> int:
-        return self.config.stage
-
-    def bfloat16_enabled(self) -> bool:
-        return self.config.bf16.enabled
-
-    @property
-    def device(self) -> torch.device:
-        return self.ranks.device
-
-    @property
-    def local_rank(self) -> int:
-        return self.ranks.device.index or 0
-
-    @property
-    def global_rank(self) -> int:
-        return self.ranks.rank
-
-    @property
-    def world_size(self) -> int:
-        return self.ranks.world

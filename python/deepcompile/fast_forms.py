@@ -9,7 +9,6 @@ before.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from .capture import attention
+from .capture.entry import argument_names
 from .config import CompileConfig
 from .errors import UserError
 
@@ -100,7 +100,7 @@ class FastForms:
         """Decides for ``model`` on ``device`` without reading its parameters' values. Raises
         UserError where the configuration asks for what the model does not have."""
         self._wanted = settings.causal_attention
-        self._names = _argument_names(model)
+        self._names = argument_names(model)
         if self._wanted == "off" or not settings.deepcompile:
             self._why = "compile.causal_attention is off, or compile.deepcompile false"
         else:
@@ -176,13 +176,3 @@ class FastForms:
             "experts": {"implementation": self._experts or "model", "why": self._experts_why},
             "loss_only": self._loss_only,
         }
-
-
-def _argument_names(model: nn.Module) -> list[str]:
-    """Names of what the model's forward takes by position."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):  # compiled code
-        return []
-    return [parameter.name for parameter in parameters if parameter.kind in kinds]

@@ -157,6 +157,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         super().add_param_group(param_group)
 
+    def state_dict(self) -> dict[str, Any]:
+        """An error: torch's would leave the states out, which are sharded."""
+        raise _fail(
+            "state_dict", "its states are the engine's shards; call engine.save_checkpoint()"
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise _fail(
+            "load_state_dict", "its states are the engine's shards; call engine.load_checkpoint()"
+        )
+
     def hyper_state(self) -> list[dict[str, Any]]:
         """Each group's numbers and its members' names: what a checkpoint keeps."""
         kept = []

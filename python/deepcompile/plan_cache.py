@@ -36,7 +36,7 @@ _SECTIONS = ("bf16", "zero_optimization")
 _COMPILE_KEYS = (
     "region_bytes", "differentiable_outputs", "memory_budget", "memory_reserve", "early_updates",
     "checkpoint_marks", "region_host", "gather", "reduce", "loss_only", "causal_attention",
-    "experts", "embedding_rows",
+    "experts", "embedding_rows", "equal_layers",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from deepcompile.capture import meta
+from deepcompile.capture.layers import layers_alike
 from deepcompile.capture.meta import capture_model, capture_repeated
 from deepcompile.errors import UserError
 from deepcompile.models import build, load_config, names
@@ -147,6 +148,8 @@ def small(kind: str, **fields):
         (small("Mixtral", num_local_experts=4), 5, {}),
         (small("Mixtral", num_local_experts=4), 8, {"stage": 2}),
         (small("Qwen3", head_dim=16), 6, {}),
+        (small("Qwen2"), 6, {}),
+        (small("Mistral"), 6, {}),
     ],
     ids=lambda x: type(x).__name__ if hasattr(x, "to_dict") else str(x),
 )
@@ -175,9 +178,9 @@ def test_layers_that_differ_are_all_captured(caplog):
     options = {"batch": 1, "seq": 16, "persistence_threshold": 1000}
     with torch.device("meta"):
         model = build(config)
-    assert meta.layers_alike(model, 6)
+    assert layers_alike(model.model.layers)
     model.model.layers[4].self_attn.attention_dropout = 0.5
-    assert not meta.layers_alike(model, 6)
+    assert not layers_alike(model.model.layers)
     # Dropout draws a seed a layer in front: no rule says what a layer in between reads.
     with caplog.at_level("INFO", "deepcompile"):
         graphs, _ = capture_repeated("gpt2", num_layers=5, **options)

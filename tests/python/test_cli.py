@@ -171,8 +171,10 @@ def test_explain_gives_reasons(plan: Path):
     assert "why: kept sharded" in result.stdout
     assert "region f: code 0, makes 4 B, 100 us" in result.stdout
     assert "kept whole instead: " in result.stdout
+    assert "  why: as captured: a plan has no other choice for it" in result.stdout
     every = deepcompile("explain", str(plan), "--machine", "4xh200", "--all")
     assert "param a: f32, 128 elements" in every.stdout and "gather #0" in every.stdout
+    assert "region f: code 0, makes 4 B, 100 us" in every.stdout
 
 
 def test_report_writes_a_page(plan: Path, tmp_path: Path):
@@ -222,6 +224,10 @@ def test_a_negative_bandwidth_is_one_clear_error(plan: Path, tmp_path: Path):
         (["plan", "--model", "m", "--machine", "2x-cpu", "--ranks", "x"], ["whole number"]),
         (["sim", __file__, "--machine", __file__], ["test_cli.py"]),
         (["launch"], ["nothing to run"]),
+        (["launch", "--nproc-per-node", "2", "no.py"], ["no.py: there is no such script"]),
+        (["plan", "--model", "m", "--machine", "2x-cpu", "--ranks", "3"], ["2x-cpu has 2 ranks"]),
+        (["sim", "-", "--machine", "2x-cpu", "--memory-budget", "-1GiB"], ["--option=-1"]),
+        (["bench", "nope"], ["invalid choice: 'nope'", "See deepcompile bench --help"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "0"], ["--seq"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "8,"], ["neither a file"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", ","], ["at least one"]),

@@ -69,7 +69,7 @@ def test_the_table_has_bars(model: Path, tmp_path: Path):
     result = plan(model, "--seq", "32", "--chart", str(page))
     assert result.returncode == 0, result.stderr
     assert "seq 32" in result.stdout and "tokens/s/GPU" in result.stdout
-    assert "AdamW with fp32 master weights" in result.stdout
+    assert "AdamW with fp32 master weights" in result.stdout and " M parameters" in result.stdout
     rows = [line for line in result.stdout.splitlines() if "█" in line]
     assert [row.split()[0] for row in rows] == ["ZeRO3", "P", "S", "P+S", "auto"]
     assert "<svg" in page.read_text() and page.read_text().startswith("<!doctype html>")
@@ -143,5 +143,7 @@ def test_explain_groups_equal_layers(model: Path, tmp_path: Path):
     assert len(every.stdout) > 2 * len(result.stdout)
     for layer in range(6):
         assert f"param model.layers.{layer}.mlp.up_proj.weight: " in every.stdout
+    regions = every.stdout.split("\nregion ")[1:]
+    assert len(regions) > 6 and all("\n  why: " in region for region in regions)
     for text in (result.stdout, every.stdout):
         assert "else" in text and " instead: " in text

@@ -78,9 +78,17 @@ def test_the_command_draws_and_says_the_times(tmp_path, capsys):
     assert (tmp_path / "step.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_the_only_step_needs_no_name_and_a_predicted_one_no_machine(tmp_path):
+    path = trace(tmp_path, STEP, "predicted on 4xh200")
+    assert timeline.read_step(path)[0] == "predicted on 4xh200"
+    assert timeline.read(path, "predicted") == timeline.read(path)
+
+
 def test_what_is_no_step_is_refused(tmp_path, capsys):
-    with pytest.raises(UserError, match="has no 'predicted', only measured"):
+    with pytest.raises(UserError, match="has no step 'predicted', only 'measured'.*--process"):
         timeline.read(trace(tmp_path, STEP), "predicted")
+    with pytest.raises(UserError, match="cannot be read .No such file.*Check the path"):
+        timeline.read(tmp_path / "none.json")
     with pytest.raises(UserError, match="nothing ran in 'measured'"):
         timeline.read(trace(tmp_path, []))
     (tmp_path / "other.json").write_text("[1]")

@@ -54,8 +54,9 @@ class Suite:
 
 
 def _table(model: str, layers: int, frameworks: tuple[str, ...] = ()) -> Suite:
+    depth = f"at most {-layers} layers" if layers else "all layers"
     return Suite(
-        "FSDP2 (default, best) and ours side by side, as issue 5's table",
+        f"FSDP2 (default, best) and ours side by side: {model}, {depth}",
         ((model, layers),),
         frameworks or ("fsdp_c", "fsdp_c@best", "deepcompile"),
         recompute_ours=False,

@@ -236,7 +236,7 @@ def limit_arguments(parser: argparse.ArgumentParser) -> None:
 def parser() -> Parser:
     lines = "\n".join(f"  {name:<8}{suite.about}" for name, suite in suites.SUITES.items())
     made = Parser(
-        prog="python -m deepcompile.bench.sweep",
+        prog="deepcompile bench",
         description=__doc__.splitlines()[0],
         epilog=f"suites:\n{lines}\n\nframeworks: {suites.__doc__.split(chr(10) + chr(10), 1)[1]}"
         "environment: NUM_NODES, NGPUS_PER_NODE, HOSTFILE, PROFILE_DIR, MODEL",

@@ -68,7 +68,7 @@ def aligned(
     return ["| " + " | ".join(line) + " |" for line in (head, rule, *lines)]
 
 
-# ---- issue 5's table, a line for each size
+# ---- ours beside FSDP2, a line for each size
 
 
 def _cell(row: Row | None) -> str:

@@ -22,22 +22,13 @@ from ..errors import UserError
 from .conditions import Condition
 
 WEIGHTS = "model.safetensors"
-SHIPPED = {
-    "meta-llama/Meta-Llama-3-70B-Instruct": "llama-3-70b",
-    "meta-llama/Meta-Llama-3-70B": "llama-3-70b",
-    "meta-llama/Meta-Llama-3-8B-Instruct": "llama-3-8b",
-    "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
-    "mistralai/Mixtral-8x7B-v0.1": "mixtral-8x7b",
-    "mistralai/Mixtral-8x7B-Instruct-v0.1": "mixtral-8x7b",
-}
-"""Hugging Face names whose configurations ship with deepcompile."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 
 
 def model_config(name: str) -> Any:
     """The transformers config of a shipped name, a Hugging Face name, a local folder or a
     config.json."""
-    name = SHIPPED.get(name, name)
+    name = models.SHIPPED.get(name, name)
     if name in models.names() or Path(name).exists() or "/" not in name:
         return models.load_config(name)
     from transformers import AutoConfig
@@ -84,7 +75,7 @@ def build(
     model._init_weights = Filler(model, dtype, seed)  # what initialises meta parameters asks this
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        models.enable_checkpointing(model)
     return model
 
 

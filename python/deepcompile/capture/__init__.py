@@ -9,11 +9,13 @@ from deepcompile.capture.backend import (
 )
 from deepcompile.capture.entry import make_entry, output_of
 from deepcompile.capture.graph import CapturedGraph, CaptureOptions, Runner, Sink
+from deepcompile.capture.layers import EqualLayers
 
 __all__ = [
     "CaptureBackend",
     "CaptureOptions",
     "CapturedGraph",
+    "EqualLayers",
     "Runner",
     "Sink",
     "make_backend",

@@ -287,18 +287,21 @@ class _Capture:
     def _compile(self, *, inference: bool) -> None:
         backend, assembler = self.backend, self.assembler
         with _timed(self.times, "cut"):
-            program = to_program(assembler.ir, backend.table, world=backend.world)
+            ir = assembler.ir
+            if backend.options.deep is not None:
+                ir = backend.options.deep(ir, backend.table)
+            program = to_program(ir, backend.table, world=backend.world)
         with _timed(self.times, "compile"):
             cache = backend.compiler.compile(self.fake_mode)
         self.captured = CapturedGraph(
             self.graph_id,
-            assembler.ir,
+            ir,
             program,
             backend.compiler.codes,
             inference,
             times=self.times,
             section_outputs=assembler.section_outputs,
-            distinct_regions=len({r.code for r in assembler.ir.regions}),
+            distinct_regions=len({r.code for r in ir.regions}),
             cache={**cache, "reused": assembler.reused},
             user_stack=self.where,
         )

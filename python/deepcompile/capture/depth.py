@@ -5,12 +5,15 @@ Equal layers give equal regions. A capture of four layers holds them as copies
 in a row, in the forward and, in reverse, in the backward. ``deepen`` puts more
 copies between them. What a copy reads follows from its place: what all copies
 read is shared, the rest comes from a fixed number of copies before it or, in
-the backward, from the forward's copy of the same layer. A graph that does not
-follow these rules raises ``NotRegular``; the caller then captures all layers.
+the backward, from the forward's copy of the same layer. Around the copies only
+the nearest two are read: what reads all layers, or returns something of each,
+would need more of them. A graph that does not follow these rules raises
+``NotRegular``; the caller then captures all layers.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -96,10 +99,9 @@ def layer_name(a: str, b: str) -> tuple[_LayerName, int] | None:
 
 
 def deepen(ir: GraphIR, few: ParamTable, many: ParamTable, more: int) -> GraphIR:
-    """``ir`` with ``more`` more layers. ``few`` and ``many`` are the params of the model as
-    captured and of the deep one. Raises NotRegular."""
-    if [s.kind for s in ir.sections] != ["forward", "backward"]:
-        raise NotRegular(f"the graph has sections {[s.kind for s in ir.sections]}")
+    """``ir``, of a training step or an evaluation, with ``more`` more layers. ``few`` and ``many``
+    are the params of the model as captured and of the deep one; ``few`` may have more than the
+    graph uses. Raises NotRegular."""
     reason = "no region occurs twice in a row"
     for halves in _blocks(ir):
         try:
@@ -110,7 +112,7 @@ def deepen(ir: GraphIR, few: ParamTable, many: ParamTable, more: int) -> GraphIR
 
 
 def _blocks(ir: GraphIR) -> Iterator[list[_Half]]:
-    """Pairs of blocks to try, those of most copies first."""
+    """Blocks to try, one for each section, those of most copies first."""
     by_name = {r.name: r for r in ir.regions}
     choices = []
     for section in ir.sections:
@@ -125,9 +127,8 @@ def _blocks(ir: GraphIR) -> Iterator[list[_Half]]:
             and len(set(codes[start : start + period])) == period
         ]
         choices.append(sorted(found, key=lambda h: (-h.count * h.period, h.period, h.start)))
-    for forward in choices[0]:
-        for backward in choices[1]:
-            yield [forward, backward]
+    for halves in itertools.product(*choices):
+        yield list(halves)
 
 
 class _Deepening:
@@ -246,11 +247,20 @@ class _Deepening:
             sections.append(SectionIR(section.kind, section.inputs, returned, names))
         rows = [replace(read, member=self._param(read.member, 0)) for read in self._ir.rows]
         deep = GraphIR(self._ir.graph, values, regions, sections, rows)
-        if len(self._ir.params_used()) == len(self._few.params):
-            missing = set(range(len(self._many.params))) - set(deep.params_used())
-            if missing:
-                raise NotRegular(f"nothing uses {self._many.params[min(missing)].name}")
+        self._check_layers(deep)
         return deep
+
+    def _check_layers(self, deep: GraphIR) -> None:
+        """That every layer uses what the first one does."""
+        used = {self._many.member(ref).name for ref in deep.members_used()}
+        for name in self._refs:
+            for prefix in self._prefixes:
+                match = re.match(r"\d+", name[len(prefix) :]) if name.startswith(prefix) else None
+                if match is None:
+                    continue
+                first = f"{prefix}0{name[len(prefix) + match.end() :]}"
+                if (name in used) != (first in used):
+                    raise NotRegular(f"{name} and {first} are not used alike")
 
     def _half(self, half: int, names: list[str]) -> Iterator[tuple[RegionIR, list[ValueIR]]]:
         part = self._halves[half]
@@ -331,4 +341,9 @@ class _Deepening:
         if place is None or place.copy is None:
             return name
         low = half == 1 and behind and place.half == 0  # the backward of the first layers
+        last = self._halves[place.half].count - 1
+        if (place.copy if low else last - place.copy) > min(1, last - 1):
+            raise NotRegular(
+                f"{name}, made in one of several equal layers, is read outside of them"
+            )
         return self._in_copy(place, place.copy + (0 if low else self._more))

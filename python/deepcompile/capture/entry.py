@@ -11,6 +11,7 @@ output, so that nobody holds their memory until the next forward.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -108,3 +109,13 @@ def make_entry(
     # another's, after which Dynamo would run it uncompiled.
     entry.__code__ = entry.__code__.replace()
     return entry
+
+
+def argument_names(model: nn.Module) -> list[str]:
+    """Names of what the model's forward takes by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):  # compiled code
+        return []
+    return [parameter.name for parameter in parameters if parameter.kind in kinds]

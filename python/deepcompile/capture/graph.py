@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from deepcompile.params import MemberRef
+from deepcompile.params import MemberRef, ParamTable
 
 BoxedCode = Callable[[list], Sequence[Any]]
 """A region's compiled function: takes a list of inputs, empties it, returns the outputs."""
@@ -40,6 +40,8 @@ class CaptureOptions:
     """Inductor's disk cache and the locks around it; None: torch's own choice."""
     compile_threads: int | None = None
     """Inductor's worker processes; None: torch's own choice."""
+    deep: Callable[[GraphIR, ParamTable], GraphIR] | None = None
+    """What a graph stands for of which some equal layers were traced (layers.py)."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,14 @@ class GraphIR:
     def region(self, name: str) -> RegionIR:
         return next(r for r in self.regions if r.name == name)
 
+    def members_used(self) -> set[MemberRef]:
+        """Members that a region reads or whose gradient it makes."""
+        read = {x for r in self.regions for x in r.inputs if isinstance(x, MemberRef)}
+        return read | {v.grad_of for v in self.values if v.grad_of is not None}
+
     def params_used(self) -> list[int]:
-        """Params (by index in the table) that a region reads or whose gradient it makes."""
-        used = {x.param for r in self.regions for x in r.inputs if isinstance(x, MemberRef)}
-        used |= {v.grad_of.param for v in self.values if v.grad_of is not None}
-        return sorted(used)
+        """The params of these, by index in the table."""
+        return sorted({ref.param for ref in self.members_used()})
 
 
 @dataclass(frozen=True)

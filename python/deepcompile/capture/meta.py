@@ -21,17 +21,15 @@ from deepcompile.capture.backend import make_backend, surface_errors
 from deepcompile.capture.depth import NotRegular, deepen
 from deepcompile.capture.entry import make_entry
 from deepcompile.capture.graph import CapturedGraph, CaptureOptions
+from deepcompile.capture.layers import FEW_LAYERS, layer_list, layers_alike
 from deepcompile.capture.program import to_program
 from deepcompile.errors import UserError
 from deepcompile.fast_forms import choose_experts
-from deepcompile.models import build
+from deepcompile.models import build, enable_checkpointing
 from deepcompile.params import PERSISTENCE_THRESHOLD, ParamTable
 
 log = logging.getLogger("deepcompile")
 
-FEW_LAYERS = 4
-"""Enough for two equal layers in a row in the forward and in the backward, between a first and
-a last one that differ."""
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -141,7 +139,7 @@ def capture_model(
     _as_the_engine_would(model)
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     table = ParamTable.build(model, stage=stage, persistence_threshold=persistence_threshold)
     options = options or CaptureOptions(backend="none", dynamic=False)
     backend = make_backend(table, options, _DrySink(), world=world)
@@ -170,7 +168,8 @@ def capture_repeated(
     with torch.device("meta"):
         deep = build(config, num_layers=num_layers)
     depth = deep.config.num_hidden_layers
-    if depth <= FEW_LAYERS or not layers_alike(deep, depth):
+    found = layer_list(deep)
+    if depth <= FEW_LAYERS or found is None or len(found[2]) != depth or not layers_alike(found[2]):
         return capture_model(config, num_layers=num_layers, **options)
     graphs, few = capture_model(config, num_layers=FEW_LAYERS, **options)
     _without_memory(deep, DTYPES[options.get("dtype", "bf16")])
@@ -184,25 +183,3 @@ def capture_repeated(
         return capture_model(config, num_layers=num_layers, **options)
     program = to_program(ir, table, world=options.get("world", 1))
     return [replace(graphs[0], ir=ir, program=program)], table
-
-
-def layers_alike(model: nn.Module, depth: int) -> bool:
-    """Whether the ``depth`` layers of ``model`` differ in nothing but their number."""
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return len({_fingerprint(layer) for layer in module}) == 1
-    return False
-
-
-def _fingerprint(layer: nn.Module) -> str:
-    """Modules, their plain attributes and their parameters' forms."""
-    lines = []
-    for name, module in layer.named_modules():
-        plain = {
-            key: value
-            for key, value in vars(module).items()
-            if isinstance(value, bool | int | float | str | None) and "idx" not in key
-        }
-        forms = [(n, tuple(p.shape), p.dtype) for n, p in module.named_parameters(recurse=False)]
-        lines.append(f"{name} {type(module).__name__} {sorted(plain.items())} {forms}")
-    return "\n".join(lines)

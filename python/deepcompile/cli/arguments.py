@@ -15,7 +15,9 @@ class Parser(argparse.ArgumentParser):
     """Errors in one line, like all others."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"deepcompile: error: {message}. See {self.prog} --help\n")
+        if message.endswith("expected one argument"):
+            message += " (a value that begins with - is given as --option=-1)"
+        self.exit(2, f"deepcompile: error: [cli] {message}. See {self.prog} --help\n")
 
 
 def add_command(

@@ -44,8 +44,8 @@ def add_to(commands: Any) -> None:
         metavar="M,N",
         type=types.comma_separated,
         default=["llama-3-70b", "mixtral-8x7b"],
-        help="built-in or Hugging Face names, folders, config.json files; default: llama-3-70b, "
-        "mixtral-8x7b",
+        help="built-in names, the Hugging Face names of the same models, folders, config.json "
+        "files; default: llama-3-70b, mixtral-8x7b",
     )
     lists = {"batch": ([1, 2, 4], "sequences a rank"), "seq": ([512, 1024, 2048], "lengths"),
              "accumulation": ([1], "micro-steps a step")}  # fmt: skip

@@ -5,7 +5,7 @@ best would have cost. Equal layers share a line."""
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from .. import _core
@@ -48,20 +48,25 @@ def explain(
         costs=costs,
         early_updates=early_updates,
     )
-    text = _core.explain(program, sim, others)
+    head, *params = _core.explain(program, sim, others).split("\n\n")[: 1 + len(program.params)]
+    choices = choices_of(program, others, sim.peak_bytes <= budget)
     if everything:
-        return text
-    groups: dict[tuple, list[Choice]] = defaultdict(list)
-    for choice in choices_of(program, others):
-        groups[choice.key()].append(choice)
-    lines = [text.split("\n\n", 1)[0], ""]
-    for group in groups.values():
-        lines += group_lines(group)
+        lines = [head, *(f"\n{param.rstrip()}" for param in params), ""]
+        for choice in choices[len(program.params) :]:
+            lines += group_lines([choice])
+    else:
+        groups: dict[tuple, list[Choice]] = defaultdict(list)
+        for choice in choices:
+            groups[choice.key()].append(choice)
+        lines = [head, ""]
+        for group in groups.values():
+            lines += group_lines(group)
     whole = [f"why: {r.text} [{r.pass_name}]" for r in program.reasons if r.object == ""]
     whole += [f"else: {other}" for other in others if not other.objects]
     if whole:
         lines += ["", "the step as a whole", *(f"  {line}" for line in whole)]
-    lines += ["", "--all lists each parameter and region, and when its transfers run."]
+    if not everything:
+        lines += ["", "--all lists each parameter and region, and when its transfers run."]
     return "\n".join(lines) + "\n"
 
 
@@ -78,8 +83,11 @@ def plain_of(program: _core.StepProgram) -> _core.StepProgram:
     return plain
 
 
-def choices_of(program: _core.StepProgram, others: list[_core.Alternative]) -> list[Choice]:
-    """In the order of the program's tables: parameters, then regions."""
+def choices_of(
+    program: _core.StepProgram, others: list[_core.Alternative], fits: bool
+) -> list[Choice]:
+    """In the order of the program's tables: parameters, then regions. `fits`: the budget holds
+    the step."""
     reasons, instead = defaultdict(list), defaultdict(list)
     for reason in program.reasons:
         reasons[reason.object].append(f"{reason.text} [{reason.pass_name}]")
@@ -108,8 +116,16 @@ def choices_of(program: _core.StepProgram, others: list[_core.Alternative]) -> l
             form += f", {_core.pretty_nanos(region.time)}"
         form += ", recomputed" if runs[region.name] > 1 else ""
         name = region.name
-        choices.append(Choice("region", name, form, reasons[name], instead[name]))
+        why = reasons[name] or [unchanged(bool(instead[name]), fits)]
+        choices.append(Choice("region", name, form, why, instead[name]))
     return choices
+
+
+def unchanged(choice: bool, fits: bool) -> str:
+    """Why a region is as it was captured, where no pass said it."""
+    if not choice:
+        return "as captured: a plan has no other choice for it"
+    return "as captured: " + ("the step fits its budget" if fits else "no pass changed it")
 
 
 def group_lines(group: list[Choice]) -> list[str]:
@@ -118,4 +134,6 @@ def group_lines(group: list[Choice]) -> list[str]:
         name = f"{first.name} .. {group[-1].name} ({len(group)} alike)"
     lines = [f"{first.kind} {name}: {first.form}"]
     lines += [f"  why: {text}" for text in dict.fromkeys(first.reasons)]
-    return lines + [f"  else: {text}" for text in dict.fromkeys(first.others)]
+    for text, count in Counter(first.others).items():
+        lines.append(f"  else: {text}" + (f" ({count} alike)" if count > 1 else ""))
+    return lines

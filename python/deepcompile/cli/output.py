@@ -71,11 +71,16 @@ def columns(rows: list[list[str]], right: tuple[int, ...] = ()) -> str:
     return "\n".join(lines)
 
 
+def count_text(count: int) -> str:
+    """70.55 B, 0.80 M"""
+    return f"{count / 1e9:,.2f} B" if count >= 1e8 else f"{count / 1e6:,.2f} M"
+
+
 def plans_table(facts: dict[str, Any]) -> str:
     """All plans of `deepcompile plan`, by sequence length, with bars for tokens a second."""
     size = _core.pretty_bytes
     lines = [
-        f"{facts['model']} on {facts['machine']}: {facts['parameters'] / 1e9:,.2f} B parameters, "
+        f"{facts['model']} on {facts['machine']}: {count_text(facts['parameters'])} parameters, "
         f"{facts['ranks']} ranks, batch {facts['batch']} a rank, {facts['dtype']}, AdamW with fp32 "
         f"master weights, memory budget {size(facts['memory_budget'])} a rank"
     ]

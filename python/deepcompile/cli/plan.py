@@ -107,6 +107,11 @@ def run(options: argparse.Namespace) -> None:
             "[cli] plan: --out, --captured, --save-plan and --trace are about one plan. Give one "
             "--seq with them."
         )
+    if options.ranks is not None and options.ranks > machine.ranks:
+        raise UserError(
+            f"[cli] --ranks {options.ranks}: {machine.name} has {machine.ranks} ranks. Choose "
+            "fewer ranks or a larger machine."
+        )
     resolve_passes(options.passes or [], options.pass_library)  # errors before the capture
     budget = options.memory_budget or default_budget(machine)
     planned = plan_all(options, budget)

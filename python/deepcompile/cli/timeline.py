@@ -10,8 +10,8 @@ from typing import Any
 from .arguments import add_command
 
 EXAMPLES = """\
-Reads step.json of `deepcompile bench --profile`, or what Engine.write_trace
-wrote; the same file opens in ui.perfetto.dev.
+Reads step.json of `deepcompile bench --profile`, or what Engine.write_trace or
+`deepcompile sim --trace` wrote; the same file opens in ui.perfetto.dev.
 
 examples:
   deepcompile timeline profiles/NAME/step.json
@@ -24,9 +24,9 @@ def add_to(commands: Any) -> None:
     command.add_argument("trace", metavar="TRACE", help="a trace in Perfetto's JSON")
     command.add_argument(
         "--process",
-        default="measured",
         metavar="NAME",
-        help="which of its steps: measured, predicted, or 'predicted with measured regions'",
+        help="which of its steps: measured, predicted, or 'predicted with measured regions'; "
+        "default: measured, or the only one",
     )
     command.add_argument("--title", help="above the picture; default: the process")
     command.add_argument(
@@ -39,9 +39,9 @@ def run(options: argparse.Namespace) -> None:
     from ..report import timeline
 
     matplotlib()  # its absence is an error before anything else
-    items = timeline.read(options.trace, options.process)
+    process, items = timeline.read_step(options.trace, options.process)
     out = Path(options.out) if options.out else Path(options.trace).with_suffix(".png")
-    timeline.draw(items, out, options.title or options.process)
+    timeline.draw(items, out, options.title or process)
     found = timeline.times(items)
     width = max(map(len, found))
     for name, ms in sorted(found.items(), key=lambda each: -each[1]):

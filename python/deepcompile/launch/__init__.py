@@ -20,6 +20,7 @@ def launch(arguments: Sequence[str]) -> int:
 
     request = options.parse(arguments)
     if request is None:
+        options.check_script(arguments)
         sys.stdout.flush()
         os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", *arguments])
     return _slurm(request) if request.slurm else _hostfile(request)

@@ -112,6 +112,20 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace | None:
     return request
 
 
+def check_script(arguments: Sequence[str]) -> None:
+    """An error if the script is not there; what stands behind options of torchrun is its affair."""
+    at = 0
+    while at < len(arguments) and arguments[at].startswith("-"):
+        name, equals, _ = arguments[at].partition("=")
+        if name.replace("_", "-") not in SHARED:
+            return
+        at += 1 if equals else 2
+    if at < len(arguments) and not os.path.exists(arguments[at]):
+        raise UserError(
+            f"[launch] {arguments[at]}: there is no such script in {os.getcwd()}. Check the path."
+        )
+
+
 def _script_at(arguments: Sequence[str]) -> int:
     """Where the script stands, after all options."""
     at = 0

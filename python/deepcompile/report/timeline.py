@@ -43,8 +43,13 @@ class Item:
         return self.start + self.duration
 
 
-def read(path: str | Path, process: str = "measured") -> list[Item]:
+def read(path: str | Path, process: str | None = None) -> list[Item]:
     """A trace's items of one of its processes, in order of their starts."""
+    return read_step(path, process)[1]
+
+
+def read_step(path: str | Path, process: str | None = None) -> tuple[str, list[Item]]:
+    """The process's name, and its items. Default: the measured step, or the only one there is."""
     try:
         events = json.loads(Path(path).read_text(encoding="utf-8"))["traceEvents"]
         names = {e["args"]["name"]: e["pid"] for e in events if e["name"] == "process_name"}
@@ -52,11 +57,16 @@ def read(path: str | Path, process: str = "measured") -> list[Item]:
             (e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"
         }
         spans = [e for e in events if e["ph"] == "X"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"[report] {path}: is no trace of a step ({error}).") from None
-    if process not in names:
-        has = ", ".join(names) or "nothing"
-        raise UserError(f"[report] {path}: has no {process!r}, only {has}.")
+    except OSError as error:
+        raise UserError(
+            f"[report] {path}: cannot be read ({error.strerror or error}). Check the path."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"[report] {path}: is no trace of a step. Give what `deepcompile sim --trace`, "
+            "`deepcompile bench --profile` or Engine.write_trace wrote."
+        ) from None
+    process = _chosen(names, process, path)
     items = [
         Item(lanes[e["pid"], e["tid"]], e["cat"], e["ts"], e["dur"], e["name"].partition(" ")[2])
         for e in spans
@@ -64,7 +74,21 @@ def read(path: str | Path, process: str = "measured") -> list[Item]:
     ]
     if not items:
         raise UserError(f"[report] {path}: nothing ran in {process!r}.")
-    return _with_sums(sorted(items, key=lambda item: item.start))
+    return process, _with_sums(sorted(items, key=lambda item: item.start))
+
+
+def _chosen(names: Iterable[str], process: str | None, path: str | Path) -> str:
+    """The process's full name: `predicted` also means "predicted on 4xh200"."""
+    names = list(names)
+    if process is None:
+        process = "measured" if "measured" in names or len(names) != 1 else names[0]
+    found = sorted(n for n in names if n == process or n.split(" on ")[0] == process)
+    if not found:
+        has = ", ".join(repr(name) for name in names) or "nothing"
+        raise UserError(
+            f"[report] {path}: has no step {process!r}, only {has}. Name one with --process."
+        )
+    return found[0]
 
 
 def _with_sums(items: Sequence[Item]) -> list[Item]:
