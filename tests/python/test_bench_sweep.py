@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deepcompile.bench import one, process, results, suites, sweep, table, worker
+from deepcompile.bench import one, peers, process, results, suites, sweep, table, worker
 from deepcompile.bench.conditions import Condition
 from deepcompile.bench.options import Options
 from deepcompile.bench.process import Outcome, Place
@@ -113,7 +113,14 @@ def test_timeouts_are_tried_again_without_being_asked(tmp_path):
     assert make(tmp_path, [tiny()], runner).run(quiet=True) == 0 and len(runner.jobs) == 1
 
 
-def test_a_peer_that_is_not_installed_is_skipped_by_name(tmp_path, capsys):
+def without_deepspeed(monkeypatch) -> None:
+    find = peers.importlib.util.find_spec
+    there = lambda name, *more: None if name == "deepspeed" else find(name, *more)  # noqa: E731
+    monkeypatch.setattr(peers.importlib.util, "find_spec", there)
+
+
+def test_a_peer_that_is_not_installed_is_skipped_by_name(tmp_path, capsys, monkeypatch):
+    without_deepspeed(monkeypatch)
     found = [tiny("zero3"), tiny("ds_deepcompile", compile=True), tiny()]
     runner = Fake()
     assert make(tmp_path, found, runner).run() == 0
@@ -246,6 +253,11 @@ def test_the_seeds_experiments():
     acc = suites.conditions(suites.SUITES["acc"], 8, 1, "bf16")
     assert {c.accumulation for c in acc} == {2, 4, 8, 16} and {c.seq_length for c in acc} == {1024}
     assert any(c.framework == "fsdp_c" and c.settings == "best" for c in acc)
+    offload = suites.conditions(suites.SUITES["offload"], 8, 1, "bf16")
+    eager = [c for c in offload if c.backend == "eager"]
+    assert [(c.framework, c.passes) for c in eager] == [
+        ("ds_deepcompile", ("offload_adam_states_sync",))
+    ]
     for condition in suites.conditions(suites.SUITES["z1"], 8, 1, "bf16"):
         assert condition.zero_stage == (0 if condition.framework.startswith("ddp") else 1)
     table = suites.conditions(suites.SUITES["w3"], 4, 1, "bf16")
@@ -401,6 +413,7 @@ def test_the_sweep_explains_itself(capsys):
 
 
 def test_one_condition_refuses_what_it_cannot_run(monkeypatch, capsys):
+    without_deepspeed(monkeypatch)
     monkeypatch.setenv("NGPUS_PER_NODE", "2")
     assert one.main(["--backend", "deepspeed"]) == 2
     assert "deepspeed is not installed" in capsys.readouterr().err

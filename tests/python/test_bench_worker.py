@@ -227,8 +227,7 @@ def test_our_configuration():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"framework": "zero3"}, "deepspeed is not installed"),
-        ({"framework": "ds_deepcompile"}, "deepspeed is not installed"),
+        ({"framework": "ds_deepcompile"}, "not installed"),
         ({"framework": "single", "world": 2}, "takes one rank, not 2"),
         ({"framework": "fsdp", "variant": "fast"}, "no variant 'fast'"),
         ({"framework": "fsdp", "variant": "overlap"}, "use fsdp_c"),
@@ -244,6 +243,13 @@ def test_what_cannot_run_here_is_said(changes, said):
     assert said in reason
     with pytest.raises(UserError, match="bench"):
         peers.setup(condition, Options(), CPU)
+
+
+def test_deepspeed_that_is_not_there_is_said(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda *_: None)
+    for framework in ("zero1", "zero3", "ds_deepcompile"):
+        reason = peers.why_not(dataclasses.replace(TINY, framework=framework))
+        assert reason == "deepspeed is not installed: pip install 'deepcompile[deepspeed]'"
 
 
 def test_sharding_in_the_graph_refuses_tied_weights():

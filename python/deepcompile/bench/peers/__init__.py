@@ -123,8 +123,8 @@ def why_not(condition: Condition) -> str | None:
     name = module_of(condition)
     if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
         return "deepspeed is not installed: pip install 'deepcompile[deepspeed]'"
-    if name == "deepspeed" and not torch.cuda.is_available():
-        return "deepspeed is not installed for this machine: it is compared on GPUs only"
+    if condition.framework == "ds_deepcompile" and not torch.cuda.is_available():
+        return "DeepSpeed's DeepCompile is not installed for this machine: it needs GPUs"
     if name == "fsdp2":
         return fsdp2.why_not(condition)
     if name == "single" and condition.world != 1:

@@ -3,15 +3,19 @@
 
 The package `deepspeed` is an optional extra. ``default`` is its configuration as
 the seed benchmark writes it; ``best`` uses its fused Adam, where the seed uses
-torch's own. Not run where this project is tested: no GPU test covers it.
+torch's own. ZeRO runs on CPUs too; its DeepCompile needs GPUs, and no test covers it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...errors import UserError
 from .. import weights
@@ -74,6 +78,8 @@ def schedule(condition: Condition) -> list[tuple[int, list[Any]]] | None:
     """As the seed's make_schedule; None: DeepSpeed's default."""
     if condition.framework != "ds_deepcompile" or condition.zero_stage != 3:
         return None
+    if condition.offload_adam and condition.offload_params and not condition.passes:
+        return None  # which moves parameters; the named passes would leave them on the host
     from deepspeed.compile.passes import (
         offload_adam_states,
         prefetch,
@@ -84,12 +90,16 @@ def schedule(condition: Condition) -> list[tuple[int, list[Any]]] | None:
     gather = zero3_compile.add_z3_gather_release
     passes = condition.passes or ("prefetch", "selective_gather")
     if "offload_adam_states" in passes:
+        # DeepSpeed's own, as there are no states before the first update. The seed begins with the
+        # pass that waits, which Inductor does not compile.
         init = offload_adam_states.offload_adam_states_for_init
-        return [
-            (0, [init, gather, offload_adam_states.move_opt_states_sync]),
-            (WARMUP, [init, gather, offload_adam_states.move_opt_states]),
-        ]
+        return [(0, [gather]), (1, [init, gather, offload_adam_states.move_opt_states])]
     if "offload_adam_states_sync" in passes:
+        if condition.backend == "inductor":
+            raise UserError(
+                "[bench] offload_adam_states_sync of DeepSpeed puts Python functions into graphs, "
+                "which Inductor does not compile. Use --backend eager, or offload_adam_states."
+            )
         return [(0, [gather, offload_adam_states.move_opt_states_sync])]
     known = {
         "prefetch": prefetch.schedule_prefetch,
@@ -103,8 +113,68 @@ def schedule(condition: Condition) -> list[tuple[int, list[Any]]] | None:
     return [(0, [gather])] + ([(WARMUP, [gather, *second])] if second else [])
 
 
+@contextlib.contextmanager
+def _hooks_not_traced(condition: Condition) -> Iterator[None]:
+    """While DeepSpeed makes its hooks. Traced, ZeRO-3's guard on a list and a counter that grow: a
+    compilation for each module, and with activation checkpointing in every step."""
+    import deepspeed.runtime.zero.parameter_offload as hooks
+
+    usual = hooks.instrument_w_nvtx
+    if condition.compile and condition.framework != "ds_deepcompile":
+        hooks.instrument_w_nvtx = torch.compiler.disable
+    try:
+        yield
+    finally:
+        hooks.instrument_w_nvtx = usual
+
+
+def fill_sharded(model: nn.Module, setup: Setup, config: dict[str, Any]) -> None:
+    """As weights.fill, for ZeRO-3: what a module holds is sharded before the next is made, so that
+    no rank ever holds the whole model."""
+    import deepspeed
+
+    device, made = setup.ranks.device, {}
+    on_host = {"remote_device": "cpu", "pin_memory": True}
+    more = on_host if "offload_param" in config["zero_optimization"] else {}
+    for module in reversed(list(model.modules())):
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = torch.empty_like(buffer, device=device)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    empty = torch.empty_like(parameter, device=device)
+                    made[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+                module._parameters[key] = made[id(parameter)]
+        model._init_weights(module)
+        if module._parameters:
+            deepspeed.zero.Init(
+                module=module, config_dict_or_path=config, dtype=setup.dtype, **more
+            )
+
+
+def _forget() -> None:
+    """What DeepSpeed keeps of an engine in its modules: its model, optimizer and graphs."""
+    import deepspeed.compile.backend as backend
+    import deepspeed.compile.util as util
+    import deepspeed.runtime.zero.parameter_offload as hooks
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    # A method with a cache of what it was called with, inside of a wrapper.
+    name = "_PartitionedParameterCoordinator__params_to_release"
+    found = getattr(PartitionedParameterCoordinator, name, None)
+    for cell in getattr(found, "__closure__", None) or ():
+        getattr(cell.cell_contents, "cache_clear", int)()
+    for kept in (hooks.FWD_MODULE_STACK, util.pre_backward_hooks, util.post_backward_hooks,
+                 backend.param_manager, backend.profiling_results,
+                 backend.opt_pass_times):  # fmt: skip
+        kept.clear()
+
+
 class DeepSpeed(EnginePeer):
     def __init__(self, setup: Setup):
+        # Before the import, which chooses by what is installed.
+        os.environ.setdefault("DS_ACCELERATOR", setup.ranks.device.type)
         import deepspeed
 
         condition = setup.condition
@@ -116,29 +186,23 @@ class DeepSpeed(EnginePeer):
             torch._dynamo.config.capture_dynamic_output_shape_ops = True
             torch._dynamo.config.capture_scalar_outputs = True
         model = setup.build()
-        weights.fill(model, setup.ranks.device)
+        if condition.zero_stage == 3:
+            deepspeed.init_distributed()
+            fill_sharded(model, setup, self._config)
+        else:
+            weights.fill(model, setup.ranks.device)
         extra = {}
         if not _fused(condition):
             parameters = list(model.parameters())
             extra["optimizer"] = adamw(parameters, setup.options, setup.ranks.device)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, model_parameters=list(model.parameters()), config=self._config, **extra
-        )
+        with _hooks_not_traced(condition):
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, model_parameters=list(model.parameters()), config=self._config, **extra
+            )
         self.engine.train()
         if condition.compile:
-            self._compile(condition)
-
-    def _compile(self, condition: Condition) -> None:
-        if condition.framework == "ds_deepcompile":
-            planned = schedule(condition)
-            self.engine.compile(backend=condition.backend, schedule=planned)
-            return
-        if condition.zero_stage == 3:
-            # Traced, its hooks guard on a counter that grows: a compilation in every step.
-            import deepspeed.runtime.zero.parameter_offload as hooks
-
-            hooks.instrument_w_nvtx = torch.compiler.disable
-        self.engine.compile(backend=condition.backend)
+            more = {"schedule": schedule(condition)} if condition.deepcompile else {}
+            self.engine.compile(backend=condition.backend, **more)
 
     def settings(self) -> dict[str, Any]:
         inner = getattr(self.engine, "basic_optimizer", None)
@@ -161,13 +225,17 @@ class DeepSpeed(EnginePeer):
                 self.engine.get_compile_time()]  # fmt: skip
 
     def go_on(self, condition: Condition) -> bool:
-        # DeepCompile keeps what it chose for the first shape.
-        return condition.framework != "ds_deepcompile"
+        # torch.compile would make a second length's graphs dynamic, which the seed's are not, and
+        # DeepCompile keeps what it chose for the first.
+        return not condition.compile
 
     def close(self) -> None:
-        destroy = getattr(self.engine, "destroy", None)
-        if destroy is not None:
-            destroy()
+        self.engine.destroy()
+        del self.engine, self.optimizer
+        _forget()
+        # What was compiled lets go of the engine in a second collection only; the first is here.
+        torch._dynamo.reset()
+        gc.collect()
 
 
 def setup(given: Setup) -> Peer:
