@@ -20,6 +20,8 @@ constexpr size_t kSmallInstrs = 400;
 constexpr int kOrderSmall = 16, kOrderLarge = 4;
 // Parts of the budget left to it by what is kept.
 constexpr double kRoomToOrder[] = {0, 0.03, 0.08, 0.16};
+// Less of a step than one in so many is not worth moving or computing anything again.
+constexpr int64_t kWorth = 1000;
 
 size_t count_instrs(const StepProgram& program) {
   size_t count = 0;
@@ -66,6 +68,23 @@ void order(AutoBuilder& builder, const AutoChoice& unordered, int simulations, F
   }
 }
 
+// What is moved or run again for next to nothing is not: not all that it costs
+// is simulated.
+void leave_out_idle(AutoBuilder& builder, Found* best) {
+  const auto without = [&](auto AutoChoice::*set) {
+    if ((best->choice.*set).empty()) return;
+    AutoChoice choice = best->choice;
+    (choice.*set).clear();
+    if (builder.peak_of_memory_choices(choice) > builder.budget()) return;
+    const Trial trial = builder.measure(choice);
+    const int64_t more = trial.time.value - best->trial.time.value;
+    if (trial.fits && more * kWorth <= best->trial.time.value) *best = {std::move(choice), trial};
+  };
+  without(&AutoChoice::offload_states);
+  without(&AutoChoice::offload_values);
+  without(&AutoChoice::recompute);
+}
+
 Found search(AutoBuilder& builder, const StepProgram& plain, int simulations, Found* classical) {
   const MemoryMenu menu(builder.classical(), *builder.environment().estimator);
   LevelSearch levels(builder, menu, simulations);
@@ -80,6 +99,7 @@ Found search(AutoBuilder& builder, const StepProgram& plain, int simulations, Fo
   const int most = small ? kOrderSmall : kOrderLarge;
   order(builder, AutoChoice(best.choice), most, &best);
   if (levels.all_again()) order(builder, *levels.all_again(), most, &best);
+  leave_out_idle(builder, &best);
   return best;
 }
 

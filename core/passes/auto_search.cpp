@@ -26,6 +26,8 @@ constexpr int kRunsAhead[] = {4, 1, 16};
 // memory choices beyond what the step needs, for keeping.
 constexpr double kReserve[] = {0.03, 0, 0.1};
 constexpr double kMore[] = {0.1, 0.03, 0.25};
+// Memory is short while less is free than so many times what is to be left free.
+constexpr int64_t kAmple = 2;
 
 template <typename Id>
 void sort_ids(std::vector<Id>* ids) {
@@ -302,9 +304,17 @@ void LevelSearch::try_reserve() {
   attempt(choice);
 }
 
-// Frees more than the step needs, to keep more whole.
+// Whether keeping more whole would want memory that is not there.
+bool LevelSearch::is_short() const {
+  if (!builder_.environment().memory_budget) return false;
+  const Bytes free = builder_.budget() - best_.trial.peak;
+  return free < std::max(best_.choice.reserve, part_of(builder_.budget(), kReserve[0])) * kAmple;
+}
+
+// Frees more than the step needs, to keep more whole. What it moves for that
+// must pay: not every copy's cost is simulated.
 void LevelSearch::try_more_memory() {
-  if (!builder_.environment().memory_budget) return;  // there is enough of it
+  if (!is_short()) return;
   const Recipe hidden{{Kind::kStates, true}, {Kind::kRecompute, false}};
   std::vector<Recipe> tried = {recipe_.empty() ? hidden : recipe_};
   if (left_ > kPlenty / 2) tried = recipes();
@@ -316,7 +326,13 @@ void LevelSearch::try_more_memory() {
       choice.keep = std::nullopt;
       choice.reserve = best_.choice.reserve;
       choice.prefetch = best_.choice.prefetch;
-      if (attempt_keeping(choice)) recipe_ = recipe;
+      const Found before = best_;
+      if (!attempt_keeping(choice)) continue;
+      if (best_.trial.time < before.trial.time) {
+        recipe_ = recipe;
+      } else {
+        best_ = before;
+      }
     }
   }
 }
@@ -324,7 +340,7 @@ void LevelSearch::try_more_memory() {
 // The far end: everything runs again, and what that frees keeps parameters
 // whole. It may be worth its compute only once the link is ordered.
 void LevelSearch::try_recompute_all() {
-  if (!builder_.environment().memory_budget) return;
+  if (!is_short()) return;
   AutoChoice choice = fill({{Kind::kRecompute, false}}, Bytes{INT64_MAX / 2});
   choice.place = best_.choice.place;
   choice.ahead = best_.choice.ahead;

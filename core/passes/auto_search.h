@@ -66,6 +66,7 @@ class LevelSearch {
   void try_places();
   void try_ahead();
   void try_reserve();
+  bool is_short() const;
   void try_more_memory();
   void try_recompute_all();
 

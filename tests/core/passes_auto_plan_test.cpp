@@ -260,6 +260,20 @@ TEST(AutoPlan, NeedsNoBudget) {
   EXPECT_EQ(error_of([&] { verify_plan(program); }), "no error");
 }
 
+// With memory to spare, copies and second runs gain nothing.
+TEST(AutoPlan, MovesNothingForNothing) {
+  const UnitCost costs = unit_costs();
+  for (uint32_t seed = 0; seed < 20; ++seed) {
+    StepProgram program = chain(seed, 3);
+    const Bytes budget = classical_peak(program, costs) * 10;
+    run_pipeline(program, PassRegistry::with_builtins(), {"auto"}, planned_for(costs, budget));
+    const std::string chosen = reasons_for(program, "auto", "")[1];
+    EXPECT_NE(chosen.find("0 regions recomputed, 0 activations and the states of 0 parameters"),
+              std::string::npos)
+        << seed << ": " << chosen;
+  }
+}
+
 TEST(AutoPlan, SaysWhatItChose) {
   const UnitCost costs = unit_costs();
   StepProgram program = chain(3, 2);

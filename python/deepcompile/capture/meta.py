@@ -10,6 +10,7 @@ which reads and writes what the GPU's does.
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -146,7 +147,9 @@ def capture_model(
     tokens = torch.zeros(batch, seq, dtype=torch.int64)
     torch._dynamo.reset()
     entry = torch.compile(make_entry(model), backend=backend, dynamic=False)
-    with surface_errors():
+    with surface_errors(), warnings.catch_warnings():
+        # Of transformers' own questions for torch's version, which do not change.
+        warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
         entry(input_ids=tokens, labels=tokens, use_cache=False)
     if not backend.graphs:
         raise UserError(
