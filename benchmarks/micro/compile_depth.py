@@ -4,7 +4,8 @@
 Each depth runs in a fresh process: once with an empty region cache (cold) and
 once more with what the first run left on disk (warm). Every distinct region is
 compiled once, so the "regions" column grows with depth and the "distinct" and
-"compile" columns should not; tracing (Dynamo, AOTAutograd) does grow.
+"compile" columns should not. Nor does tracing (Dynamo, AOTAutograd), unless
+``--equal-layers off`` lets it see every layer.
 
     python benchmarks/micro/compile_depth.py --layers 6,12,24 --repeats 3 --json depth.json
 """
@@ -21,7 +22,7 @@ import sys
 import tempfile
 
 
-def measure(layers: int, hidden: int, backend: str) -> dict:
+def measure(layers: int, hidden: int, backend: str, equal_layers: str) -> dict:
     """Train two steps of a Llama of `layers` layers; return its compile report (seconds)."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,6 +47,7 @@ def measure(layers: int, hidden: int, backend: str) -> dict:
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
             # A tiny model's matrices are below the default threshold: shard them all the same.
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1024},
+            "compile": {"equal_layers": equal_layers},
         },
     )
     engine.compile(backend=backend)
@@ -59,6 +61,7 @@ def measure(layers: int, hidden: int, backend: str) -> dict:
 def run_child(layers: int, args: argparse.Namespace, cache: str) -> dict:
     command = [sys.executable, __file__, "--child", str(layers)]
     command += ["--hidden", str(args.hidden), "--backend", args.backend]
+    command += ["--equal-layers", args.equal_layers]
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -75,12 +78,13 @@ def main() -> None:
     parser.add_argument("--layers", default="6,12,24", help="depths, comma separated")
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--backend", default="inductor", choices=["inductor", "eager"])
+    parser.add_argument("--equal-layers", default="auto", choices=["auto", "off"])
     parser.add_argument("--repeats", type=int, default=1, help="cold and warm pairs per depth")
     parser.add_argument("--json", help="write every row to this file")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        print(json.dumps(measure(args.child, args.hidden, args.backend)))
+        print(json.dumps(measure(args.child, args.hidden, args.backend, args.equal_layers)))
         return
 
     print(f"{platform.machine()}, {os.cpu_count()} cores, python {platform.python_version()}")

@@ -58,24 +58,16 @@ def test_no_more_than_one_modules_parameters_have_memory(counted):
     assert step(engine) > 0
 
 
-def test_meta_models_begin_with_torchs_own_values():
+@pytest.mark.parametrize("bf16", [False, True])
+def test_meta_models_begin_with_torchs_own_values_rounded(bf16):
     torch.manual_seed(3)
     expected = deep().state_dict()
     with torch.device("meta"):
         model = deep()
     torch.manual_seed(3)
-    state = start(model).state_dict()
-    assert all(torch.equal(state[name], value) for name, value in expected.items())
-
-
-def test_bf16_values_are_those_of_fp32_rounded():
-    torch.manual_seed(3)
-    expected = deep().state_dict()
-    with torch.device("meta"):
-        model = deep()
-    torch.manual_seed(3)
-    state = start(model, config=config(bf16={"enabled": True})).state_dict()
-    assert all(torch.equal(state[name], value.bfloat16()) for name, value in expected.items())
+    state = start(model, config=config(bf16={"enabled": bf16})).state_dict()
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    assert all(torch.equal(state[name], value.to(dtype)) for name, value in expected.items())
 
 
 class Recurrent(nn.Module):
