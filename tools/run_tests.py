@@ -91,6 +91,8 @@ def ctest(name: str, sanitize: str) -> Result:
     configure += [f"-DCMAKE_CXX_FLAGS={'-O1 -g1' if sanitize else ''}"]
     if shutil.which("ccache"):
         configure += ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"]
+        if shutil.which("g++"):  # the name that the extension's build takes: it is hashed too
+            configure += ["-DCMAKE_CXX_COMPILER=g++"]
     for step in (configure, ["cmake", "--build", str(build), "-j", JOBS]):
         code = run(step)
         if code != 0:

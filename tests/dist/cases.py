@@ -148,6 +148,7 @@ def frozen_llama() -> nn.Module:
 
 MODELS = {
     "llama": llama,
+    "llama_deep": functools.partial(llama, 6),
     "llama_tied": functools.partial(llama, tied=True),
     "llama_checkpointing": functools.partial(llama, checkpointing=True),
     "llama_reentrant": functools.partial(llama, checkpointing=True, reentrant=True),

@@ -130,7 +130,8 @@ def expected_gradient(
 
 def shard_of(whole: torch.Tensor, rank: int, world: int) -> torch.Tensor:
     """A rank's piece, padded, as the runtime cuts it."""
-    piece = -(-(-(-whole.numel() // world)) // 64) * 64
+    piece = -(-whole.numel() // world)
+    piece = -(-piece // 64) * 64
     padded = torch.zeros(piece * world)
     padded[: whole.numel()] = whole
     return padded[rank * piece : (rank + 1) * piece]

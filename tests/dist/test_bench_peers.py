@@ -80,7 +80,7 @@ def test_all_peers_train_the_same(tmp_path):
     assert all(len(row.times) == 2 and len(row.times[0]) == STEPS - 1 for row in rows)
 
 
-# DeepSpeed builds an extension for its collectives on CPUs with g++ when it runs for the first time.
+# DeepSpeed builds an extension for its collectives on CPUs with g++ when it first runs.
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -135,8 +135,8 @@ def test_deepspeeds_passes_are_those_it_has():
     from deepspeed.compile.passes import zero3_compile as gather
     from deepspeed.compile.passes.contract import register_pass_contract, validate_schedule
 
-    from deepcompile.errors import UserError
     from deepcompile.bench.peers.deepspeed import schedule
+    from deepcompile.errors import UserError
 
     names = {gather.NAME: gather.add_z3_gather_release, prefetch.NAME: prefetch.schedule_prefetch,
              selective_gather.NAME: selective_gather.selective_gather,
@@ -157,7 +157,8 @@ def test_deepspeeds_passes_are_those_it_has():
 
 
 def test_a_sweep_from_its_command_line(tmp_path):
-    command = [sys.executable, "-m", "deepcompile.bench.sweep", "tiny", "--frameworks", "ddp,ds_deepcompile",
+    command = [sys.executable, "-m", "deepcompile.bench.sweep", "tiny",
+               "--frameworks", "ddp,ds_deepcompile",
                "--seq-lengths", "16", "--num-layers", "1", "--warmup_step", "1",
                "--bench_step", "3"]  # fmt: skip
     env = {**os.environ, "NGPUS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

@@ -11,6 +11,7 @@ from ranks import run_ranks
 TOLERANCE = 1e-5
 COMPILED = (
     "llama", "mixtral", "gpt2", "sequential", "frozen", "llama_tied", "llama_checkpointing",
+    "llama_deep",
 )  # fmt: skip
 EAGER = (
     "llama", "gpt2", "sequential", "attention", "frozen", "llama_checkpointing", "llama_reentrant",
@@ -36,6 +37,7 @@ def test_compiled_training_equals_pytorch(world, names):
         assert result["graphs"] == 1, name
         assert result["report"]["regions"] >= 6, name
         assert result["hook_reductions"] == 0, f"{name}: gradients were reduced by hooks"
+        assert result["report"]["equal_layers"]["used"] == (name == "llama_deep"), name
 
 
 @pytest.mark.parametrize("world", [1, 2])

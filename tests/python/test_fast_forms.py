@@ -58,6 +58,7 @@ def labelled(length=12, **more):
 @pytest.fixture
 def captured(monkeypatch):
     """Per captured graph, whether its attention is causal without a mask."""
+    torch._dynamo.reset()  # which sizes vary it remembers from other tests
     found, capture = [], CaptureBackend.__call__
 
     def recording(backend, graph, inputs):
