@@ -5,10 +5,10 @@ Equal layers give equal regions. A capture of four layers holds them as copies
 in a row, in the forward and, in reverse, in the backward. ``deepen`` puts more
 copies between them. What a copy reads follows from its place: what all copies
 read is shared, the rest comes from a fixed number of copies before it or, in
-the backward, from the forward's copy of the same layer. Around the copies only
-the nearest two are read: what reads all layers, or returns something of each,
-would need more of them. A graph that does not follow these rules raises
-``NotRegular``; the caller then captures all layers.
+the backward, from the forward's copy of the same layer. What is outside of the
+copies reads the nearest two at most, and never all of them: what does, or
+returns something of each layer, would want the new ones too. A graph that does
+not follow these rules raises ``NotRegular``; the caller then captures all layers.
 """
 
 from __future__ import annotations
@@ -188,15 +188,20 @@ class _Deepening:
         refs += [r for v in region.outputs if (r := self._values[v].grad_of) is not None]
         return [self._member_name(r) for r in refs]
 
-    def _param(self, ref: MemberRef, by: int) -> MemberRef:
-        """The member that is ``by`` layers above ``ref``, if it belongs to a layer."""
-        name = self._member_name(ref)
+    def _layer(self, name: str) -> _LayerName | None:
+        """The parts of a name with a layer's number."""
         for prefix in self._prefixes:
             match = re.match(r"\d+", name[len(prefix) :]) if name.startswith(prefix) else None
             if match:
-                tail = name[len(prefix) + match.end() :]
-                name = f"{prefix}{int(match.group()) + by}{tail}"
-                break
+                return _LayerName(prefix, int(match.group()), name[len(prefix) + match.end() :])
+        return None
+
+    def _param(self, ref: MemberRef, by: int) -> MemberRef:
+        """The member that is ``by`` layers above ``ref``, if it belongs to a layer."""
+        name = self._member_name(ref)
+        layer = self._layer(name)
+        if layer is not None:
+            name = layer.shifted(by)
         if name not in self._refs:
             raise NotRegular(f"the deep model has no parameter {name}")
         return self._refs[name]
@@ -254,13 +259,12 @@ class _Deepening:
         """That every layer uses what the first one does."""
         used = {self._many.member(ref).name for ref in deep.members_used()}
         for name in self._refs:
-            for prefix in self._prefixes:
-                match = re.match(r"\d+", name[len(prefix) :]) if name.startswith(prefix) else None
-                if match is None:
-                    continue
-                first = f"{prefix}0{name[len(prefix) + match.end() :]}"
-                if (name in used) != (first in used):
-                    raise NotRegular(f"{name} and {first} are not used alike")
+            layer = self._layer(name)
+            if layer is None:
+                continue
+            first = layer.shifted(-layer.number)
+            if (name in used) != (first in used):
+                raise NotRegular(f"{name} and {first} are not used alike")
 
     def _half(self, half: int, names: list[str]) -> Iterator[tuple[RegionIR, list[ValueIR]]]:
         part = self._halves[half]
