@@ -4,4 +4,14 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent / "dist"))
+
+
+@pytest.fixture(scope="session")
+def failing_allocator(tmp_path_factory) -> str:
+    """The library of failing_memory.FailingMemory."""
+    import failing_memory
+
+    return failing_memory.build(tmp_path_factory.mktemp("failing_allocator"))

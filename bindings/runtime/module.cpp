@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "base/error.h"
+#include "python_recorder.h"
 #include "python_region.h"
 #include "runtime/runtime.h"
 #include "values.h"
@@ -59,7 +60,8 @@ using RuntimeClass = py::class_<Runtime, RuntimeHolder>;
 RuntimeHolder make_runtime(const py::object& group, int64_t rank, int64_t world,
                            const at::Device& device, const std::string& reduce_dtype, double clip,
                            int64_t accumulation, double timeout_s, const std::string& gather,
-                           const std::string& reduce, const py::dict& more) {
+                           const std::string& reduce, const py::dict& more,
+                           const py::object& recorder) {
   DType dtype;
   if (!parse_dtype(reduce_dtype, &dtype)) {
     throw UserError("[runtime] reduce_dtype is \"" + reduce_dtype +
@@ -74,7 +76,8 @@ RuntimeHolder make_runtime(const py::object& group, int64_t rank, int64_t world,
       .clip = clip,
       .accumulation = accumulation,
       .timeout_s = timeout_s,
-      .copy_engine = copy_engine_options(gather, reduce, more)};
+      .copy_engine = copy_engine_options(gather, reduce, more),
+      .recorder = make_python_recorder(recorder.ptr(), device)};
   const py::gil_scoped_release no_gil;
   return RuntimeHolder(new Runtime(options));
 }
@@ -194,6 +197,23 @@ py::dict relieved(Runtime& runtime) {
   report["states_bytes"] = found.states_bytes;
   report["values_bytes"] = found.values_bytes;
   report["params_bytes"] = found.params_bytes;
+  return report;
+}
+
+py::dict replays(Runtime& runtime) {
+  ReplayReport found;
+  {
+    const py::gil_scoped_release no_gil;
+    found = runtime.replays();
+  }
+  py::dict report;
+  report["recordings"] = found.recordings;
+  report["runs"] = found.runs;
+  report["bytes"] = found.bytes;
+  report["replayed"] = found.replayed;
+  report["missed"] = found.missed;
+  report["why_not"] = found.why_not;
+  report["refused"] = found.refused;
   return report;
 }
 
@@ -359,6 +379,12 @@ void bind_resources(RuntimeClass& runtime) {
       .def("kernels", &kernels,
            "{adamw, norm: whose kernels compute them, deepcompile_cuda, torch or cpu; library:\n"
            "deepcompile_cuda's path, or why it is not used}.")
+      .def(
+          "replays", &replays,
+          "{recordings: steps recorded so far; runs, bytes: of the recording in use, bytes\n"
+          "without what tensors hold, which the allocator counts as free; replayed:\n"
+          "runs launched from recordings; missed: recorded runs that had to run as ever; why_not:\n"
+          "there is no recording; refused: the last run that could not be recorded, and why}.")
       .def("relieved", &relieved,
            "{times, states_bytes, values_bytes, params_bytes} moved to the host because an "
            "instruction found no\n"
@@ -386,11 +412,14 @@ PYBIND11_MODULE(_runtime, m) {
       py::arg("device"), py::arg("reduce_dtype") = "f32", py::arg("clip") = 0.0,
       py::arg("accumulation") = 1, py::arg("timeout_s") = 600.0, py::arg("gather") = "nccl",
       py::arg("reduce") = "nccl", py::arg("copy_engine_options") = py::dict(),
+      py::arg("recorder") = py::none(),
       "One engine's runtime on one rank. process_group may be None for one rank. gather,\n"
       "reduce: what they go over, nccl (the process group), copy_engine or auto; not nccl:\n"
       "making the runtime is collective. copy_engine_options, for tests and benchmarks: library\n"
       "(a file in libcuda's place), host (a name in this host's place), least_bytes (of a shard\n"
-      "or piece that is copied), overlap (copies that prefer to run beside compute).");
+      "or piece that is copied), overlap (copies that prefer to run beside compute). recorder: "
+      "see\n"
+      "bindings/runtime/python_recorder.h; None: regions always run through their own code.");
   bind_params(runtime);
   bind_steps(runtime);
   bind_resources(runtime);

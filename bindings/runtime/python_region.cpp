@@ -19,9 +19,10 @@ PyObject* out_of_memory_type() {
   return type;
 }
 
-// torch's error of a device without memory becomes C++'s again, so that the
-// runtime can make room: clearing it lets go of the tensors in its traceback.
-[[noreturn]] void throw_python_error() {
+}  // namespace
+
+// Clearing the error lets go of the tensors in its traceback.
+void throw_python_error() {
   if (!PyErr_ExceptionMatches(out_of_memory_type())) throw py::error_already_set();
   std::string message;
   {
@@ -30,8 +31,6 @@ PyObject* out_of_memory_type() {
   }
   throw c10::OutOfMemoryError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, message);
 }
-
-}  // namespace
 
 PythonRegion::PythonRegion(PyObject* callable) : callable_(callable) {
   if (!PyCallable_Check(callable)) {

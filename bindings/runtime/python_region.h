@@ -9,6 +9,10 @@
 
 namespace deepcompile {
 
+// Throws the Python error that is set: torch's error of a device without memory as
+// C++'s own, so that the runtime can make room.
+[[noreturn]] void throw_python_error();
+
 class PythonRegion final : public RegionCode {
  public:
   explicit PythonRegion(PyObject* callable);  // the GIL must be held

@@ -56,8 +56,9 @@ Runtime::Runtime(const RuntimeOptions& options, TransportChoice chosen)
       optimizer_(store_, states_, *transport_, options.device, options.clip),
       relief_(store_, states_, values_, *calls_, options.device),
       meter_(options.device),
-      executor_({store_, optimizer_, states_, values_, relief_, meter_, tracer_}, options.rank,
-                options.device) {}
+      replays_(options.recorder, meter_, options.device),
+      executor_({store_, optimizer_, states_, values_, relief_, replays_, meter_, tracer_},
+                options.rank, options.device) {}
 
 void Runtime::add_param(const ParamSpec& spec) {
   const Scope scope(*this);
@@ -136,6 +137,7 @@ void Runtime::store(const std::vector<std::string>& names) {
       throw UserError("[runtime] parameter " + name +
                       " is not whole, there is nothing to store. Gather it first.");
     }
+    param.bring_full_back();  // memory relief may have sent it to the host since
     const bool away = states_.on_host(param);
     states_.need(param);
     eagerly("store", name, [&] { store_.before_change(param); });
@@ -165,6 +167,7 @@ void Runtime::unload_plan(int64_t plan) {
   std::shared_ptr<LoadedPlan> unloaded;  // destroyed after the lock: its code can need the GIL
   const Scope scope(*this);
   unloaded = plan_at(plan);
+  replays_.forget(plan);
   plans_.erase(plan);
 }
 
@@ -240,7 +243,7 @@ std::vector<RuntimeValue> Runtime::run_section(LoadedPlan& loaded, size_t sectio
   }
   {
     const auto counted = meter_.section([&] { return relief_.held_bytes(local); });
-    executor_.run(loaded, section, &local);
+    executor_.run(loaded, section, &local, calls_->size());
   }
   std::vector<RuntimeValue> outputs;
   outputs.reserve(description.outputs.size());

@@ -21,6 +21,7 @@
 #include "runtime/exec/executor.h"
 #include "runtime/exec/loaded_plan.h"
 #include "runtime/exec/relief.h"
+#include "runtime/exec/replays.h"
 #include "runtime/memory/memory_meter.h"
 #include "runtime/memory/param_store.h"
 #include "runtime/offload/state_mover.h"
@@ -40,6 +41,7 @@ struct RuntimeOptions {
   int64_t accumulation = 1;                    // micro-steps a step
   double timeout_s = 600.0;                    // for one transfer
   CopyEngineOptions copy_engine;
+  std::shared_ptr<RunRecorder> recorder;  // null: regions always run through their host code
 };
 
 // This rank's part of one member, for checkpoints. Tensors are views: writing
@@ -124,6 +126,7 @@ class Runtime {
 
   // Whose kernels serve this runtime's device.
   KernelReport kernels();
+  ReplayReport replays();
   // What was moved to the host for want of memory, since the last call.
   ReliefReport relieved();
   // Behave as if the device had `bytes` (0: as it is).
@@ -163,6 +166,7 @@ class Runtime {
   std::shared_ptr<CallTable> calls_ = std::make_shared<CallTable>();
   Relief relief_;
   MemoryMeter meter_;
+  Replays replays_;
   Tracer tracer_;
   Executor executor_;
   int64_t next_plan_ = 0;

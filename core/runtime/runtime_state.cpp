@@ -28,11 +28,12 @@ StepResult Runtime::step(int64_t plan, const StepOptions& options) {
   frame.slots.resize(loaded.plan.values.size());
   try {
     const auto counted = meter_.section([&] { return relief_.held_bytes(frame); });
-    executor_.run(loaded, static_cast<size_t>(update - sections.begin()), &frame);
+    executor_.run(loaded, static_cast<size_t>(update - sections.begin()), &frame, calls_->size());
   } catch (...) {
     optimizer_.abandon();
     throw;
   }
+  replays_.end_step();
   return optimizer_.end();
 }
 
@@ -195,7 +196,7 @@ void Runtime::limit_bytes(int64_t bytes) {
 
 int64_t Runtime::peak_bytes() {
   const Scope scope(*this);
-  return meter_.peak_bytes() + transport_->outside_bytes();
+  return meter_.peak_bytes() + transport_->outside_bytes() + replays_.bytes();
 }
 
 void Runtime::reset_peak_bytes() {
@@ -206,6 +207,11 @@ void Runtime::reset_peak_bytes() {
 int64_t Runtime::outside_bytes() {
   const Scope scope(*this);
   return transport_->outside_bytes();
+}
+
+ReplayReport Runtime::replays() {
+  const Scope scope(*this);
+  return replays_.report();
 }
 
 BufferReport Runtime::buffer_report() {

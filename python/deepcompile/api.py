@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import foreign
+from . import cuda_graphs, foreign
 from . import optimizer as optimizers
 from .config import Config, load_config
 from .distributed import Ranks, join
@@ -116,6 +116,7 @@ def _runtime(config: Config, ranks: Ranks) -> Any:
         timeout_s=config.compile.timeout_s,
         gather=config.compile.gather,
         reduce=config.compile.reduce,
+        recorder=cuda_graphs.recorder(config.compile.cuda_graphs, ranks.device),
     )
 
 

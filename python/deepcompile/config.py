@@ -226,6 +226,10 @@ class CompileConfig:
     region_host: str = _key(_choice("cpp", "python"), "python")
     """What launches the kernels of a compiled region: code that Inductor writes in Python, or in
     C++, which costs the host less a kernel and takes longer to compile."""
+    cuda_graphs: str = _key(_choice("auto", "on", "off"), "auto")
+    """Record what compiled regions launch as CUDA graphs and launch these: the host then works for
+    transfers and updates alone; the kernels are the same. Auto: on GPUs, where memory is not short
+    and steps do the same again. On: as auto, and an error without a GPU."""
     differentiable_outputs: str = _key(_choice("all", "loss"), "all")
     """Loss: only the output named loss is differentiated; the others are detached, so that no
     gradient as large as the logits is made for them."""

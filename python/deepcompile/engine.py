@@ -213,7 +213,7 @@ class Engine(EngineNumbers):
         over, and why; of each embedding, whether only rows in use are exchanged, and why; the fast
         forms in use; whether few layers are traced for all, and why; whose kernels update ("adamw")
         and measure gradients ("norm"): deepcompile_cuda, torch or cpu, and the library's path or
-        why there is none."""
+        why there is none; what of a step is launched from CUDA graphs."""
         breaks = {} if self._backend is None else self._backend.graph_breaks
         return {
             **engine_state.compile_report(self.planner.graphs),
@@ -223,6 +223,7 @@ class Engine(EngineNumbers):
             "reductions": self.runtime.reductions,
             "embedding_rows": self.planner.rows.report(),
             "kernels": self.runtime.kernels(),
+            "cuda_graphs": self.runtime.replays(),
             "fast_forms": self.fast_forms.report(),
             "equal_layers": self.equal_layers.report(),
         }

@@ -75,8 +75,15 @@ def _facts(engine: Engine) -> dict[str, str]:
         "Compute type": "bf16" if engine.config.bf16.enabled else "as the model's",
         "Device": f"{device.type} {name or platform.machine()}",
         "Optimizer kernels": f"{kernels['adamw']} ({kernels['library']})",
+        "CUDA graphs": _graphs(engine.runtime.replays()),
         "PyTorch": torch.__version__,
     }
+
+
+def _graphs(found: dict[str, Any]) -> str:
+    if not found["runs"]:
+        return f"none: {found['why_not'] or 'no step has repeated'}"
+    return f"{found['runs']} runs of a step, launched {found['replayed']:,} times"
 
 
 def _measured_items(view: StepView) -> list[dict[str, Any]]:

@@ -55,16 +55,20 @@ class RowsStep:
         reduce: str = "f32",
         edit: tuple[str, str] = ("", ""),
         device: str = "cpu",
+        driver: str = "",
     ):
-        """`edit`: a piece of the planned text, and what stands in its place."""
+        """`edit`: a piece of the planned text, and what stands in its place. `driver`: a library
+        in libcuda's place, over which reductions are pushed, the smallest too."""
         self.edit = edit
         self.count, self.row = count, row
         values = torch.arange(count * row, dtype=torch.float32)
         self.values = values.view(count, row).to(device, dtype)
         self.table = torch.nn.Parameter(self.values.clone())
         self.runtime = _runtime.Runtime(
-            dist.group.WORLD, rank, world, torch.device(device), reduce, 0.0, accumulation, 20.0
-        )
+            dist.group.WORLD, rank, world, torch.device(device), reduce, 0.0, accumulation, 20.0,
+            reduce="copy_engine" if driver else "nccl",
+            copy_engine_options={"library": driver, "least_bytes": 1} if driver else {},
+        )  # fmt: skip
         self.runtime.add_param("table", [("table", self.table, 0)], count * row, "sharded", True)
         self.runtime.set_hyper("table", 0.5, 0.9, 0.95, 1e-8, 0.0, True)
         on_cpu = device == "cpu"

@@ -102,6 +102,34 @@ def test_what_a_failed_section_sent_away_is_gathered_anew():
     assert run_ranks(fails_while_short, 2) == [(False, True), (True, True)]
 
 
+def stored_while_away(rank, world):
+    """What the user wrote into a whole parameter is kept, though relief sent it to the host."""
+    calls = []
+
+    def broken(args):
+        calls.append(len(args))
+        if rank == 1 and len(calls) == 1:
+            raise torch.OutOfMemoryError("full")
+        raise ValueError("a broken batch")
+
+    toy = Toy(rank, world, 3, group=dist.group.WORLD, codes=[broken, *CODES[1:]])
+    toy.runtime.gather(["w2"])
+    toy.runtime.wait(["w2"])
+    toy.model.w2.data.mul_(0.5)
+    toy.runtime.limit_bytes(1 << 40 if rank == 1 else 0)  # ready to try again
+    with pytest.raises(ValueError, match="a broken batch"):
+        toy.micro_step(*batch(rank))
+    sent = toy.runtime.relieved()["params_bytes"]
+    toy.runtime.limit_bytes(0)
+    toy.runtime.store(["w2"])
+    toy.runtime.release(["w2"])
+    return sent > 0, torch.equal(toy.full_values()["w2"], Reference().w2.detach() * 0.5)
+
+
+def test_a_parameter_that_was_sent_away_is_stored():
+    assert run_ranks(stored_while_away, 2) == [(False, True), (True, True)]
+
+
 def boundary(rank, world):
     options = dict(group=dist.group.WORLD, boundary=True)
     same_bits = []

@@ -249,11 +249,12 @@ class Toy:
         gather: str = "nccl",
         reduce_over: str = "nccl",
         copy_engine_options: dict | None = None,
+        recorder: Any = None,
     ):
         self.model = Reference(dtype=dtype).to(device)
         self.runtime = _runtime.Runtime(
             group, rank, world, torch.device(device), reduce, clip, accumulation, timeout_s,
-            gather, reduce_over, copy_engine_options or {},
+            gather, reduce_over, copy_engine_options or {}, recorder,
         )  # fmt: skip
         big, pack = PLACEMENTS[stage], PLACEMENTS[min(stage, 1)]
         for name in ("w1", "w2"):

@@ -257,6 +257,30 @@ def test_help_has_examples(command: str):
     assert f"deepcompile {command} " in result.stdout and "examples:" in result.stdout
 
 
+HELP = """
+import sys
+from deepcompile.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+print("with torch" if "torch" in sys.modules else "without torch", file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--help", "bench --help", "bench --simulate --help", "bench depth --help", "bench nope",
+     "plot --help", "plan --help", "launch --help", "sim --help", "timeline --help"],
+)  # fmt: skip
+def test_help_does_not_wait_for_torch(words: str):
+    result = subprocess.run(
+        [sys.executable, "-c", HELP, *words.split()], capture_output=True, text=True, timeout=100
+    )
+    assert result.stderr.endswith("without torch\n"), result.stderr
+    assert "usage: deepcompile" in result.stdout or "nope" in words
+
+
 def test_launch_is_torchrun(tmp_path: Path):
     script = tmp_path / "hello.py"
     script.write_text(

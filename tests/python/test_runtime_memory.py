@@ -4,6 +4,7 @@
 import pytest
 import torch
 import toy_step
+from failing_memory import FailingMemory
 from toy_step import PLANS, Toy, batch, plan_text
 
 from deepcompile import _runtime
@@ -51,6 +52,61 @@ def test_relief_keeps_the_bits(plan, accumulation):
     assert refused and len(relieved) >= 2, (relieved, refused)
     if not plan.startswith(("states", "deferred")):  # those need no relief to fit
         assert relieved[-1] > 0
+
+
+def last_of_two_steps(toy, memory=None, where="", after=0, dtype=torch.float32):
+    """The losses of two whole steps; in the last micro batch's forward or backward, or in the step,
+    an allocation fails when `after` have succeeded. Whether it did."""
+    losses, failed = toy.train(1, dtype=dtype), False
+    toy.runtime.limit_bytes(1 << 40)  # arms the relief
+
+    def runs(what, run, *arguments):
+        nonlocal failed
+        fails = what == where and micro == toy.accumulation - 1
+        if fails:
+            memory.fail(after=after)
+        result = run(*arguments)
+        failed = failed or (fails and memory.stop() > 0)
+        return result
+
+    for micro in range(toy.accumulation):
+        toy.runtime.set_last_micro_batch(micro == toy.accumulation - 1)
+        call, token = toy.runtime.new_call(toy.graph)
+        inputs, one = list(batch(50 + micro, dtype=dtype)), torch.ones(())
+        losses += runs("forward", toy.runtime.run, toy.graph, 0, call, inputs)
+        runs("backward", toy.runtime.run, toy.graph, 1, call, [one])
+    runs("step", toy.step)
+    return losses, failed
+
+
+FAILING = [
+    ("", dict()),
+    ("values", dict(accumulation=2, clip=0.5)),
+    ("remade", dict(dtype=torch.bfloat16, reduce="bf16")),
+    ("deferred", dict(accumulation=2, boundary=True)),
+    ("early", dict()),
+]
+
+
+@pytest.mark.parametrize("plan, options", FAILING)
+def test_any_allocation_of_an_instruction_may_fail_once(failing_allocator, plan, options):
+    memory, kind = FailingMemory(failing_allocator), {}
+    if "dtype" in options:
+        kind["dtype"] = options["dtype"]
+    twin = Toy(plan=plan, **options)
+    losses, _ = last_of_two_steps(twin, **kind)
+    theirs, count = twin.everything(), 0
+    for where in ("forward", "backward", "step"):
+        for after in range(1000):
+            toy = Toy(plan=plan, **options)
+            found, failed = last_of_two_steps(toy, memory, where, after, **kind)
+            if not failed:
+                break
+            count += 1
+            assert all(torch.equal(a, b) for a, b in zip(found, losses, strict=True)), after
+            ours = toy.everything()
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), (where, after)
+    assert count > 20, count
 
 
 def test_values_of_open_calls_make_room_and_come_back():

@@ -66,6 +66,9 @@ class CopyEngineTransport final : public Transport {
     }
     return base_->reduce_scatter(std::move(piece), std::move(full), std::move(span));
   }
+  void prepare_reduction(int64_t piece_bytes) override {
+    if (pushed(piece_bytes)) reductions_->prepare(piece_bytes, *base_);
+  }
   void expect_reduction(int64_t piece_bytes) override {
     if (reductions_) reductions_->expect(piece_bytes);
   }
@@ -124,7 +127,10 @@ std::unique_ptr<Transfer> CopyEngineTransport::gather(at::Tensor full, at::Tenso
   PeerShard* const place = memory_.find(shard.const_data_ptr());
   if (place == nullptr) return base_->gather(std::move(full), std::move(shard), std::move(span));
   signals_.check();
-  if (!memory_.mapped()) memory_.map(*base_);
+  if (!memory_.mapped()) {
+    RankMessages messages(*base_, full.device(), world_);
+    memory_.map(messages);
+  }
   const auto bytes = static_cast<int64_t>(shard.nbytes());
   DC_CHECK(bytes <= place->bytes && static_cast<int64_t>(full.nbytes()) == world_ * bytes,
            "a gather of " + place->name + " into a buffer of another size");

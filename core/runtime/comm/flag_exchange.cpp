@@ -2,6 +2,7 @@
 #include "runtime/comm/flag_exchange.h"
 
 #include <ATen/ops/zeros.h>
+#include <c10/core/Event.h>
 #include <c10/core/StreamGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
@@ -26,8 +27,12 @@ void FlagExchange::share(int64_t flag) {
   slot.transfer = transport_.start_all_reduce(slot.flag, Reduction::kMax);
   ++shares_;
   if (!side_) return;
-  // Order: all-reduce (comm) -> copy to the host (side). Compute waits for
-  // neither: `finish` has the host wait before the slot is filled again.
+  // Order: the flag (compute), the all-reduce (comm), which one rank leaves out ->
+  // copy to the host (side). Compute waits for neither: `finish` has the host wait
+  // before the slot is filled again.
+  c10::Event filled(device_.type());
+  filled.record(c10::impl::VirtualGuardImpl(device_.type()).getStream(device_));
+  filled.block(*side_);
   const c10::StreamGuard on_side(*side_);
   slot.transfer->wait();
   slot.host.copy_(slot.flag, /*non_blocking=*/true);

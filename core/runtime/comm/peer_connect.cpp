@@ -59,12 +59,11 @@ std::shared_ptr<const Driver> load_driver(const CopyEngineOptions& options, c10:
 }
 
 // All ranks' introductions; TransportError, the same everywhere, if they rule pulls out.
-std::vector<Introduction> introduce(Transport& base, c10::Device device, int64_t world,
-                                    const Introduction& me) {
+std::vector<Introduction> introduce(RankMessages& messages, const Introduction& me) {
   const std::string mine(reinterpret_cast<const char*>(&me), sizeof(me));
   std::vector<Introduction> all;
   std::vector<std::string> errors;
-  for (const std::string& text : exchange(base, device, world, mine, sizeof(me))) {
+  for (const std::string& text : messages.exchange(mine, sizeof(me))) {
     std::memcpy(&all.emplace_back(), text.data(), sizeof(me));
     const bool same_host = all.back().host == all.front().host;
     errors.emplace_back(all.back().error.data());
@@ -76,7 +75,7 @@ std::vector<Introduction> introduce(Transport& base, c10::Device device, int64_t
 
 // Writes a word and reads a shard of every peer, with waits of the host only: a
 // stream that waited for what does not arrive could not be stopped.
-void try_peers(Transport& base, const std::shared_ptr<const Driver>& driver, int64_t rank,
+void try_peers(RankMessages& messages, const std::shared_ptr<const Driver>& driver, int64_t rank,
                int64_t world, c10::Device device,
                const std::shared_ptr<const StreamPair>& streams) {
   constexpr int64_t kNumel = 1024;
@@ -91,9 +90,9 @@ void try_peers(Transport& base, const std::shared_ptr<const Driver>& driver, int
   } catch (const UserError&) {
     error = "it has no memory for a block that peers can read";
   }
-  throw_first(exchange_errors(base, device, world, error));
+  throw_first(messages.errors(error));
   mine.fill_(rank + 1);
-  memory.map(base);
+  memory.map(messages);
   const PeerShard& shard = *memory.find(mine.const_data_ptr());
   const at::Tensor received = at::empty({world, kNumel}, options);
   try {
@@ -108,7 +107,7 @@ void try_peers(Transport& base, const std::shared_ptr<const Driver>& driver, int
   } catch (const TransportError& failed) {
     error = failed.what();
   }
-  throw_first(exchange_errors(base, device, world, error));
+  throw_first(messages.errors(error));
   const std::vector<uint32_t> words = driver->read(shard.word(rank, 0), world);
   const at::Tensor values = received.cpu();
   for (int64_t peer = 0; peer < world; ++peer) {
@@ -119,7 +118,7 @@ void try_peers(Transport& base, const std::shared_ptr<const Driver>& driver, int
     error = std::string(read ? "a word written by" : "memory read from") + " rank " +
             std::to_string(peer) + " did not arrive";
   }
-  throw_first(exchange_errors(base, device, world, error));
+  throw_first(messages.errors(error));
 }
 
 }  // namespace
@@ -130,7 +129,8 @@ std::shared_ptr<const Driver> connect_peers(const CopyEngineOptions& options, Tr
   Introduction me;
   auto driver = load_driver(options, device, rank, &me);
   std::string error;
-  const std::vector<Introduction> all = introduce(base, device, world, me);
+  RankMessages messages(base, device, world);
+  const std::vector<Introduction> all = introduce(messages, me);
   for (int64_t peer = 0; peer < world; ++peer) {
     if (peer == rank || !error.empty()) continue;
     try {
@@ -139,8 +139,8 @@ std::shared_ptr<const Driver> connect_peers(const CopyEngineOptions& options, Tr
       error = failed.what();
     }
   }
-  throw_first(exchange_errors(base, device, world, error));
-  try_peers(base, driver, rank, world, device, streams);
+  throw_first(messages.errors(error));
+  try_peers(messages, driver, rank, world, device, streams);
   return driver;
 }
 

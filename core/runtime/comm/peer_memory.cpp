@@ -1,9 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "runtime/comm/peer_memory.h"
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
-#include <ATen/ops/zeros.h>
 #include <c10/core/CachingDeviceAllocator.h>
 
 #include <algorithm>
@@ -23,8 +21,7 @@ constexpr int64_t kPadBytes = 16 << 10;
 constexpr int64_t kAlignment = 512;        // of a shard, in bytes
 constexpr int64_t kGranule = 2 << 20;      // of a block: what the driver hands out
 constexpr int64_t kSmallBlock = 64 << 20;  // shared by shards smaller than half of it
-constexpr size_t kErrorBytes = 256;
-constexpr int64_t kFarewellSlot = 0;  // where peers say that they have let go
+constexpr int64_t kFarewellSlot = 0;       // where peers say that they have let go
 constexpr uint32_t kFarewell = 1;
 constexpr auto kPatience = std::chrono::seconds(1);   // with peers that let go
 constexpr auto kLastWork = std::chrono::seconds(10);  // with what the stream was given
@@ -45,38 +42,6 @@ bool until(std::chrono::steady_clock::time_point deadline, const std::function<b
 
 int64_t peer_aligned(int64_t bytes) {
   return round_up(bytes, kAlignment);
-}
-
-std::vector<std::string> exchange(Transport& transport, c10::Device device, int64_t world,
-                                  const std::string& mine, size_t size) {
-  DC_CHECK(mine.size() <= size, "a message between ranks is too long");
-  const auto length = static_cast<int64_t>(size);
-  const at::Tensor text = at::zeros({length}, c10::TensorOptions().dtype(c10::kByte));
-  std::memcpy(text.data_ptr(), mine.data(), mine.size());
-  const at::Tensor shard = text.to(device);
-  const at::Tensor full = at::empty({world * length}, shard.options());
-  transport.gather(full, shard, nullptr)->wait();
-  const at::Tensor host = full.cpu();
-  std::vector<std::string> all;
-  for (int64_t rank = 0; rank < world; ++rank) {
-    all.emplace_back(static_cast<const char*>(host.const_data_ptr()) + rank * length, size);
-  }
-  return all;
-}
-
-std::vector<std::string> exchange_errors(Transport& transport, c10::Device device, int64_t world,
-                                         const std::string& mine) {
-  std::vector<std::string> all =
-      exchange(transport, device, world, mine.substr(0, kErrorBytes - 1), kErrorBytes);
-  for (std::string& text : all) text.resize(std::strlen(text.c_str()));
-  return all;
-}
-
-void throw_first(const std::vector<std::string>& errors) {
-  for (size_t rank = 0; rank < errors.size(); ++rank) {
-    if (errors[rank].empty()) continue;
-    throw TransportError("rank " + std::to_string(rank) + ": " + errors[rank]);
-  }
 }
 
 // One rank's allocation, and the same allocation of each peer once it is mapped.
@@ -326,7 +291,7 @@ bool PeerMemory::mapped() const {
   return std::all_of(blocks_.begin(), blocks_.end(), [](const auto& b) { return b->mapped(); });
 }
 
-void PeerMemory::map(Transport& transport) {
+void PeerMemory::map(RankMessages& messages) {
   std::string error;
   for (const auto& block : blocks_) {
     if (block->mapped()) continue;
@@ -337,18 +302,18 @@ void PeerMemory::map(Transport& transport) {
       error = failed.what();
     }
     const std::vector<std::string> handles =
-        exchange(transport, device_, world_, {mine.bytes, sizeof(mine.bytes)}, sizeof(mine.bytes));
+        messages.exchange({mine.bytes, sizeof(mine.bytes)}, sizeof(mine.bytes));
     try {
       block->open(handles);
     } catch (const TransportError& failed) {
       error = failed.what();
     }
   }
-  const std::vector<std::string> errors = exchange_errors(transport, device_, world_, error);
+  const std::vector<std::string> errors = messages.errors(error);
   if (std::all_of(errors.begin(), errors.end(), [](const auto& e) { return e.empty(); })) return;
   // A rank without a mapping cannot say that it let go: all do, and wait for each other.
   for (const auto& block : blocks_) block->close();
-  exchange_errors(transport, device_, world_, "");
+  messages.errors("");
   for (const auto& block : blocks_) block->forget_peers();
   throw_first(errors);
 }

@@ -27,20 +27,9 @@
 #include <vector>
 
 #include "runtime/comm/driver.h"
-#include "runtime/comm/transport.h"
+#include "runtime/comm/rank_messages.h"
 
 namespace deepcompile {
-
-// Fixed-size messages between ranks: every rank's, in rank order. Collective;
-// the host waits.
-std::vector<std::string> exchange(Transport& transport, c10::Device device, int64_t world,
-                                  const std::string& mine, size_t size);
-
-// What went wrong on each rank, if anything; collective.
-std::vector<std::string> exchange_errors(Transport& transport, c10::Device device, int64_t world,
-                                         const std::string& mine);
-// TransportError of the first rank with an error.
-void throw_first(const std::vector<std::string>& errors);
 
 // Bytes of memory that peers read or write, rounded up to where the next may begin.
 int64_t peer_aligned(int64_t bytes);
@@ -85,7 +74,7 @@ class PeerMemory {
   bool mapped() const;
   // Exchanges what was allocated since. Collective; the host waits. Throws
   // TransportError on every rank if one cannot map a peer's memory.
-  void map(Transport& transport);
+  void map(RankMessages& messages);
   // Streams to wait for before the peers' memory is let go.
   void used_on(Driver::Stream stream) { streams_.insert(stream); }
   int64_t bytes() const;

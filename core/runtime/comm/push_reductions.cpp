@@ -49,6 +49,7 @@ bool PushReductions::takes(int64_t piece_bytes) const {
 }
 
 void PushReductions::make_inbox(Transport& base) {
+  RankMessages messages(base, device_, world_);
   const int64_t capacity = 2 * (world_ - 1) * peer_aligned(largest_);
   const auto bytes = c10::TensorOptions().dtype(c10::kByte).device(device_);
   auto memory = std::make_unique<PeerMemory>(signals_.driver(), rank_, world_, device_);
@@ -60,12 +61,12 @@ void PushReductions::make_inbox(Transport& base) {
     error = "no memory for " + std::to_string(capacity) + " bytes of an inbox for reductions";
   }
   try {
-    throw_first(exchange_errors(base, device_, world_, error));
+    throw_first(messages.errors(error));
   } catch (const TransportError& none) {
     throw UserError(std::string("[runtime] ") + none.what() +
                     ". Use more ranks, or compile.reduce \"nccl\", which needs none.");
   }
-  memory->map(base);
+  memory->map(messages);
   inbox_ = memory->find(held_[0].const_data_ptr());
   freed_ = memory->find(held_[1].const_data_ptr());
   ring_.emplace(capacity);
@@ -73,18 +74,27 @@ void PushReductions::make_inbox(Transport& base) {
   memory_->used_on(PeerSignals::handle(signals_.comm()));
 }
 
-std::unique_ptr<Transfer> PushReductions::start(at::Tensor piece, at::Tensor full,
-                                                std::shared_ptr<Span> span, Transport& base) {
+int64_t PushReductions::room_for(int64_t piece_bytes) const {
+  return (world_ - 1) * peer_aligned(piece_bytes);
+}
+
+void PushReductions::prepare(int64_t piece_bytes, Transport& base) {
   signals_.check();
   if (!memory_) make_inbox(base);
-  const auto bytes = static_cast<int64_t>(piece.nbytes());
-  DC_CHECK(static_cast<int64_t>(full.nbytes()) == world_ * bytes, "pieces of another size");
-  const int64_t room = (world_ - 1) * peer_aligned(bytes);
-  const InboxRing::Place place = ring_->next(room);
-  // What may find no memory comes before anything that peers count on.
+  const InboxRing::Place place = ring_->next(room_for(piece_bytes));
   while (!under_way_.empty() && under_way_.begin()->first <= place.after) {
     finish(under_way_.begin()->first);
   }
+}
+
+std::unique_ptr<Transfer> PushReductions::start(at::Tensor piece, at::Tensor full,
+                                                std::shared_ptr<Span> span, Transport& base) {
+  const auto bytes = static_cast<int64_t>(piece.nbytes());
+  DC_CHECK(static_cast<int64_t>(full.nbytes()) == world_ * bytes, "pieces of another size");
+  // What may find no memory comes before anything that peers count on.
+  prepare(bytes, base);
+  const int64_t room = room_for(bytes);
+  const InboxRing::Place place = ring_->next(room);
   const uint64_t number = ++last_;
   ring_->take(place, room, number);
   UnderWay reduction{place.begin, bytes, std::move(piece), std::move(full)};

@@ -63,8 +63,10 @@ class PushReductions {
   void expect(int64_t piece_bytes);
   // Whether reductions with such pieces go this way.
   bool takes(int64_t piece_bytes) const;
-  // As Transport::reduce_scatter. The first call makes and maps the inboxes over
-  // `base`: collective, and UserError on every rank if one has no memory.
+  // As Transport::prepare_reduction. The first call makes and maps the inboxes over
+  // `base`: UserError on every rank if one has no memory.
+  void prepare(int64_t piece_bytes, Transport& base);
+  // As Transport::reduce_scatter; prepares what is not.
   std::unique_ptr<Transfer> start(at::Tensor piece, at::Tensor full, std::shared_ptr<Span> span,
                                   Transport& base);
   int64_t outside_bytes() const { return memory_ ? memory_->bytes() : 0; }
@@ -79,6 +81,7 @@ class PushReductions {
   };
 
   void make_inbox(Transport& base);
+  int64_t room_for(int64_t piece_bytes) const;  // in the ring
   void push(uint64_t number, const UnderWay& reduction);
   void finish(uint64_t number);                 // nothing if it was
   void tell_freed(std::vector<MemoryOp>* ops);  // nothing if all know

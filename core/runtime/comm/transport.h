@@ -34,7 +34,7 @@ class TransportError : public std::runtime_error {
 class Transfer {
  public:
   virtual ~Transfer() = default;
-  // Throws TransportError.
+  // Throws TransportError; or c10::OutOfMemoryError, after which it can be called again.
   virtual void wait() = 0;
 };
 
@@ -51,8 +51,13 @@ class Transport {
 
   // piece = sum over ranks of their r-th piece of `full`, in the element type
   // of `full`. numel(full) == world * numel(piece).
+  // After `prepare_reduction` it does not fail for want of memory.
   virtual std::unique_ptr<Transfer> reduce_scatter(at::Tensor piece, at::Tensor full,
                                                    std::shared_ptr<Span> span) = 0;
+
+  // Takes the memory that a reduce_scatter of such a piece, the next one, needs. Collective;
+  // can be called again after an allocation failed.
+  virtual void prepare_reduction(int64_t piece_bytes) {}
 
   // In place, under way on return.
   virtual std::unique_ptr<Transfer> start_all_reduce(at::Tensor tensor, Reduction reduction) = 0;

@@ -26,15 +26,18 @@ Executor::Executor(const ExecutorParts& parts, int64_t rank, c10::Device device)
       states_(parts.states),
       values_(parts.values),
       relief_(parts.relief),
+      replays_(parts.replays),
       meter_(parts.meter),
       tracer_(parts.tracer),
       rank_(rank),
       device_(device) {}
 
-void Executor::run(const LoadedPlan& loaded, size_t section, Frame* frame) {
+void Executor::run(const LoadedPlan& loaded, size_t section, Frame* frame, size_t open_calls) {
   Place place{&loaded, section, 0};
   gathered_.clear();
-  relief_.look();
+  relief_.look(replays_.bytes());
+  const bool may_record = !tracer_.on() && !relief_.limited() && !relief_.armed();
+  replays_.begin_section(loaded, section, open_calls, may_record);
   try {
     const size_t count = place.part().instrs.size();
     for (; place.instr < count; ++place.instr) step(place, frame);
@@ -53,6 +56,7 @@ void Executor::run(const LoadedPlan& loaded, size_t section, Frame* frame) {
 }
 
 void Executor::recover(bool reachable) {
+  replays_.fail_section();
   store_.abandon_transfers(reachable);
   for (ParamState* param : gathered_) {
     // Also what relief sent away: the other ranks, which have it, gather it anew.
@@ -101,6 +105,7 @@ void Executor::perform_with_relief(const Place& place, Frame* frame,
     // A region cannot be run again if its inputs are gone, and must not if it
     // draws random numbers or writes to them.
     const bool again = place.get().op != Op::kRun || !held.inputs || held.kept;
+    if (again && replays_.drop()) continue;
     const Needed needed{user_of_states(place), used_params(place), used_slots(place)};
     if (again && relief_.relieve(attempt, frame, needed)) continue;
     throw OutOfMemory("[runtime] rank " + std::to_string(rank_) + ": " + describe(place) +
@@ -182,6 +187,7 @@ void Executor::gather(const Place& place, Frame* frame, const std::shared_ptr<Sp
   ParamState& param = *place.param();
   optimizer_.apply(param);
   const bool starts = param.presence == Presence::kShard;
+  if (starts && !param.full.defined()) param.full = replays_.full_buffer(place.instr, param);
   if (const int32_t slot = place.get().rows; slot >= 0) {
     const std::shared_ptr<RowSet> set = rows_at(place, frame);
     at::Tensor numbers;
@@ -287,10 +293,7 @@ void Executor::run_region(const Place& place, Frame* frame, const std::shared_pt
     for (const int32_t slot : instr.frees) frame->drop(slot);
   }
   Inputs inputs = held->kept ? *held->inputs : std::move(*held->inputs);
-  if (span) meter_.begin_run(inputs);
-  const auto& code = place.loaded->codes[region.code];
-  std::vector<RuntimeValue> outputs = code->run(std::move(inputs));
-  if (span) span->set_workspace(meter_.end_run(outputs));
+  std::vector<RuntimeValue> outputs = run_code(place, span, std::move(inputs));
   if (outputs.size() != region.outputs.size()) {
     throw UserError("[runtime] " + describe(place) + ": its code returned " +
                     std::to_string(outputs.size()) + " values, the plan says " +
@@ -301,6 +304,22 @@ void Executor::run_region(const Place& place, Frame* frame, const std::shared_pt
     if (!frame->moved.empty()) frame->moved.erase(region.outputs[i]);
     frame->at(region.outputs[i]) = std::move(outputs[i]);
   }
+}
+
+Executor::Inputs Executor::run_code(const Place& place, const std::shared_ptr<Span>& span,
+                                    Inputs inputs) {
+  int64_t workspace = -1;
+  const auto& wanted = place.loaded->inputs[place.section][place.instr];
+  if (auto outputs = replays_.run(place.instr, wanted, &inputs, &workspace)) {
+    if (span) span->set_workspace(workspace);
+    return std::move(*outputs);
+  }
+  const auto region = static_cast<size_t>(place.get().region);
+  const auto& code = place.loaded->codes[place.loaded->plan.regions[region].code];
+  if (span) meter_.begin_run(inputs);
+  Inputs outputs = code->run(std::move(inputs));
+  if (span) span->set_workspace(meter_.end_run(outputs));
+  return outputs;
 }
 
 const ParamState* Executor::user_of_states(const Place& place) const {

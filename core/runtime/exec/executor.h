@@ -18,6 +18,7 @@
 #include "runtime/exec/call_table.h"
 #include "runtime/exec/loaded_plan.h"
 #include "runtime/exec/relief.h"
+#include "runtime/exec/replays.h"
 #include "runtime/memory/memory_meter.h"
 #include "runtime/memory/param_store.h"
 #include "runtime/offload/state_mover.h"
@@ -40,6 +41,7 @@ struct ExecutorParts {
   StateMover& states;
   ValueMover& values;
   Relief& relief;
+  Replays& replays;
   MemoryMeter& meter;
   Tracer& tracer;
 };
@@ -49,8 +51,9 @@ class Executor {
   Executor(const ExecutorParts& parts, int64_t rank, c10::Device device);
 
   // Runs a section on `frame`. Inputs must be in their slots; outputs are there
-  // afterwards. Throws UserError naming rank and instruction if a transfer fails.
-  void run(const LoadedPlan& loaded, size_t section, Frame* frame);
+  // afterwards. `open_calls`: those between forward and backward, its own with them.
+  // Throws UserError naming rank and instruction if a transfer fails.
+  void run(const LoadedPlan& loaded, size_t section, Frame* frame, size_t open_calls);
 
   // Whether the micro batch under way is its step's last: its gradients are complete.
   void set_last_micro_batch(bool last) { last_micro_batch_ = last; }
@@ -89,6 +92,7 @@ class Executor {
   void run_region(const Place& place, Frame* frame, const std::shared_ptr<Span>& span,
                   HeldInputs* held);
   Inputs region_inputs(const Place& place, Frame* frame);
+  Inputs run_code(const Place& place, const std::shared_ptr<Span>& span, Inputs inputs);
 
   bool sums_locally(const Place& place) const;
   bool on_compute(const Place& place) const;
@@ -105,6 +109,7 @@ class Executor {
   StateMover& states_;
   ValueMover& values_;
   Relief& relief_;
+  Replays& replays_;
   MemoryMeter& meter_;
   Tracer& tracer_;
   int64_t rank_;

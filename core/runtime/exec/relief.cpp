@@ -23,13 +23,13 @@ Relief::Relief(ParamStore& store, StateMover& states, ValueMover& values, CallTa
                c10::Device device)
     : store_(store), states_(states), values_(values), calls_(calls), device_(device) {}
 
-void Relief::look() {
+void Relief::look(int64_t kept) {
   if (device_.is_cpu()) return;
   auto* const allocator = c10::getDeviceAllocator(device_.type());
   const auto [free, total] = allocator->getMemoryInfo(device_.index());
   const auto stats = allocator->getDeviceStats(device_.index());
   allocated_ = stats.allocated_bytes[kAll].current;
-  room_ = static_cast<int64_t>(free) + stats.reserved_bytes[kAll].current - allocated_;
+  room_ = static_cast<int64_t>(free) + stats.reserved_bytes[kAll].current - allocated_ - kept;
   scarce_ = static_cast<int64_t>(total) / kScarcePart;
 }
 
@@ -124,6 +124,7 @@ int64_t Relief::evict_params(int64_t wanted, const std::set<const ParamState*>& 
       if (freed >= wanted) break;
       if (used.count(param.get()) != 0) continue;
       if ((param->presence == Presence::kInFlight) != in_flight) continue;
+      if (param->coming) continue;  // rows are not moved, and placing them may want memory
       // A transfer that was started here needs nothing more of this rank, so
       // waiting for it ends.
       if (in_flight) store_.wait(*param);

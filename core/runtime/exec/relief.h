@@ -44,7 +44,8 @@ class Relief {
   void limit(int64_t bytes) { limit_ = bytes; }
   bool limited() const { return limit_ > 0; }
   // Looks how much room the device has: once a section, as it asks the driver.
-  void look();
+  // `kept`: bytes that the allocator counts as free and does not give out.
+  void look(int64_t kept);
   // Whether memory is short, so that a region may have to be tried again and
   // its inputs must be kept until it has run.
   bool armed() const;

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/mul.h>
+#include <c10/util/Exception.h>
 
 #include <utility>
 
@@ -112,13 +113,25 @@ void ParamStore::wait(ParamState& param) {
     throw UserError("[runtime] parameter " + param.name +
                     " is waited for, but no gather of it was started. Gather it first.");
   }
-  const std::unique_ptr<Transfer> gathering = std::move(param.gathering);
-  const std::optional<ComingRows> rows = std::exchange(param.coming, std::nullopt);
-  param.presence = Presence::kShard;  // until the wait succeeds
-  gathering->wait();
-  if (rows) rows_.place(param, *rows->set, rows->rows);
+  try {
+    param.gathering->wait();
+    if (param.coming) rows_.place(param, *param.coming->set, param.coming->rows);
+  } catch (const c10::OutOfMemoryError&) {
+    throw;  // it is still under way, and can be waited for again
+  } catch (...) {
+    forget_gather(param);
+    throw;
+  }
+  const bool rows = param.coming.has_value();
+  forget_gather(param);
   param.bind_members();
   if (rows) param.presence = Presence::kRows;
+}
+
+void ParamStore::forget_gather(ParamState& param) {
+  param.gathering.reset();
+  param.coming.reset();
+  param.presence = Presence::kShard;
 }
 
 void ParamStore::release(ParamState& param) {
@@ -157,6 +170,7 @@ at::Tensor ParamStore::reduction_source(ParamState& param, const MemberGrads& gr
   at::Tensor& sum = param.local_sum;
   if (!sum.defined()) return param.flat_gradient(grads, reduce_dtype_);
   // Every allocation before the first change: it can be tried again if one fails.
+  // For the same reason no caller may find no memory after this.
   const bool wide = sum.scalar_type() == reduce_dtype_;
   const at::Tensor source = wide ? sum : at::empty_like(sum, sum.options().dtype(reduce_dtype_));
   if (!grads.empty()) sum.add_(param.flat_gradient(grads, sum.scalar_type()));
@@ -200,6 +214,8 @@ void ParamStore::reduce(ParamState& param, const MemberGrads& grads, std::shared
   } else if (world_ > 1) {
     pending.piece = pending.value = at::empty({param.shard_numel()}, options);
   }
+  transport_.prepare_reduction(param.shard_numel() *
+                               static_cast<int64_t>(c10::elementSize(reduce_dtype_)));
   pending.source = reduction_source(param, grads);
   pending.members = param.local_members;
   for (const auto& grad : grads) pending.members.push_back(grad.first);
@@ -227,9 +243,13 @@ void ParamStore::end_reduction(ParamState& param, PendingReduction* pending) {
 
 int64_t ParamStore::drop_reduced(ParamState& param) {
   if (world_ == 1 || !param.pending || !param.pending->transfer) return 0;
-  param.pending->transfer->wait();
+  try {
+    param.pending->transfer->wait();
+  } catch (const c10::OutOfMemoryError&) {
+    return 0;  // the sum wants memory itself: something else has to go first
+  }
   param.pending->transfer.reset();
-  return static_cast<int64_t>(std::exchange(param.pending->source, {}).nbytes());
+  return bytes_of(std::exchange(param.pending->source, {}));  // gone if `accumulate` had it
 }
 
 void ParamStore::accumulate(ParamState& param) {
@@ -290,24 +310,22 @@ void ParamStore::owned_changed(ParamState& param) {
 }
 
 void ParamStore::abandon_transfers(bool reachable) {
-  for (const auto& param : params_) {
+  const auto end = [&](const auto& transfer) {
     try {
-      if (param->presence == Presence::kInFlight) {
-        if (reachable) {
-          wait(*param);
-        } else {
-          param->gathering.reset();
-          param->coming.reset();
-          param->presence = Presence::kShard;
-        }
-      }
-      if (param->pending) {
-        PendingReduction pending = std::move(*param->pending);
-        param->pending.reset();
-        if (reachable) end_reduction(*param, &pending);
-      }
+      if (reachable) transfer();
     } catch (const std::exception&) {
       reachable = false;  // the first failure is already on its way to the user
+    }
+  };
+  for (const auto& param : params_) {
+    if (param->presence == Presence::kInFlight) {
+      end([&] { wait(*param); });
+      if (param->presence == Presence::kInFlight) forget_gather(*param);
+    }
+    if (param->pending) {
+      PendingReduction pending = std::move(*param->pending);
+      param->pending.reset();
+      end([&] { end_reduction(*param, &pending); });
     }
   }
 }

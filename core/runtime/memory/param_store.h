@@ -61,7 +61,7 @@ class ParamStore {
   // Waits for the sum and adds it, as a mean over ranks, to P's gradient.
   void accumulate(ParamState& param);
   // In an emergency: waits for P's sum, so that what it was made of can go.
-  // The bytes of that; 0 if no sum is under way.
+  // The bytes of that; 0 if no sum is under way, or if it finds no memory itself.
   int64_t drop_reduced(ParamState& param);
   void zero_grad();
 
@@ -81,6 +81,7 @@ class ParamStore {
   void visit(const std::function<void(const at::Tensor&)>& visitor) const;
 
  private:
+  void forget_gather(ParamState& param);  // that is under way
   at::Tensor reduction_source(ParamState& param, const MemberGrads& grads) const;
   void check_trainable(const ParamState& param) const;
   void check_reducible(const ParamState& param) const;

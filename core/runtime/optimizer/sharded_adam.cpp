@@ -131,34 +131,41 @@ void ShardedAdam::norm() {
         "[runtime] the gradient norm comes after updates in the backward, which "
         "clipping forbids. Plan with place_optimizer at the step.");
   }
-  if (device_.is_cpu()) {
-    const at::Tensor sum = at::zeros({}, c10::TensorOptions().dtype(c10::kDouble));
-    double* total = sum.data_ptr<double>();
-    for (const auto& param : store_.params()) {
-      if (param->gradient.defined()) {
-        *total += squared_sum_cpu(gradient_piece(*param), param->grad_scale);
-      }
-    }
+  // A second try, after an allocation failed below, goes on with the ranks' sum.
+  if (!squared_sum_.defined()) {
+    const at::Tensor sum = squared_sum_here();
     transport_.all_reduce(sum, Reduction::kSum);
-    const double norm = std::sqrt(*total) * options_.loss_scale_inv;
-    result_.norm = norm;
-    if (clip_ > 0.0) factor_ *= std::min(1.0, clip_ / (norm + kClipEps));
-    return;
+    squared_sum_ = sum;
   }
+  const at::Tensor norm = squared_sum_.sqrt().mul(options_.loss_scale_inv);
+  if (device_.is_cpu()) {
+    result_.norm = norm.item<double>();
+    if (clip_ > 0.0) factor_ *= std::min(1.0, clip_ / (*result_.norm + kClipEps));
+  } else {
+    result_.norm_tensor = norm.to(c10::kFloat);
+    if (clip_ > 0.0) {
+      const at::Tensor clip =
+          result_.norm_tensor.add(kClipEps).reciprocal().mul(clip_).clamp_max(1.0);
+      factor_tensor_ = clip.mul(options_.loss_scale_inv);
+    }
+  }
+  squared_sum_.reset();
+}
+
+at::Tensor ShardedAdam::squared_sum_here() {
   std::vector<ScaledGradient> gradients;
   for (const auto& param : store_.params()) {
     if (param->gradient.defined()) gradients.push_back({gradient_piece(*param), param->grad_scale});
   }
-  const KernelLibrary* library = kernels().library;
-  const at::Tensor sum = library ? squared_sum_library(*library, gradients, device_)
-                                 : squared_sum_torch(gradients, device_);
-  transport_.all_reduce(sum, Reduction::kSum);
-  result_.norm_tensor = sum.sqrt().mul(options_.loss_scale_inv).to(c10::kFloat);
-  if (clip_ > 0.0) {
-    const at::Tensor clip =
-        result_.norm_tensor.add(kClipEps).reciprocal().mul(clip_).clamp_max(1.0);
-    factor_tensor_ = clip.mul(options_.loss_scale_inv);
+  if (device_.is_cpu()) {
+    const at::Tensor sum = at::zeros({}, c10::TensorOptions().dtype(c10::kDouble));
+    double* total = sum.data_ptr<double>();
+    for (const auto& [gradient, scale] : gradients) *total += squared_sum_cpu(gradient, scale);
+    return sum;
   }
+  const KernelLibrary* library = kernels().library;
+  return library ? squared_sum_library(*library, gradients, device_)
+                 : squared_sum_torch(gradients, device_);
 }
 
 void ShardedAdam::make_due(ParamState& param, double factor, const at::Tensor& factor_tensor) {
@@ -230,7 +237,9 @@ ShardedAdam::Run ShardedAdam::run_of(ParamState& param, size_t first, size_t las
   if (begin >= end) return run;
   states_.need(param);
   const auto piece_of = [&](const at::Tensor& tensor) {
-    return tensor.narrow(0, begin - owned.start, end - begin);
+    const bool all =
+        end - begin == tensor.numel();  // the usual case: no view, which costs the host
+    return all ? tensor : tensor.narrow(0, begin - owned.start, end - begin);
   };
   run.piece = AdamPiece{.master = piece_of(param.master()),
                         .exp_avg = piece_of(param.exp_avg()),
@@ -296,6 +305,7 @@ void ShardedAdam::abandon() {
   store_.zero_grad();
   for (const auto& param : store_.params()) param->early.reset();
   factor_tensor_.reset();
+  squared_sum_.reset();
   result_ = {};
 }
 

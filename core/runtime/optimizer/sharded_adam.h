@@ -45,7 +45,8 @@ class ShardedAdam {
   // reductions, which may differ) and on whether to skip. Collective. Applies
   // what an earlier step deferred and reduces what is summed on ranks alone.
   void begin(const StepOptions& options);
-  void norm();  // collective
+  // Collective. Can be called again after it failed for want of memory.
+  void norm();
   void update(ParamState& param);
   // Takes P's gradient aside, with this step's settings; `apply` does the rest.
   void defer(ParamState& param);
@@ -70,6 +71,7 @@ class ShardedAdam {
 
  private:
   void agree_on_members();
+  at::Tensor squared_sum_here();  // of this rank's pieces of the gradients, 0-dim
   bool any_not_finite() const;
   void check_early(const StepOptions& options) const;
   void reduce_local_sums();
@@ -95,6 +97,7 @@ class ShardedAdam {
   StepResult result_;
   double factor_ = 1.0;       // on a CPU: every gradient's factor in this step
   at::Tensor factor_tensor_;  // on a device
+  at::Tensor squared_sum_;    // all ranks', while `norm` is not done with it
   std::optional<KernelChoice> kernels_;
 };
 

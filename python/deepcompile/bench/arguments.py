@@ -13,8 +13,7 @@ from .. import _core
 from ..cli.arguments import Parser, comma_separated, not_negative, positive
 from ..errors import UserError
 from .conditions import SETTINGS, Condition
-from .options import Options, engine_settings
-from .weights import ATTENTION
+from .options import ATTENTION, Options, engine_settings
 
 FRAMEWORKS = ("deepcompile", "deepspeed", "fsdp", "ddp", "singlegpu")
 """run.sh's --backend; `deepcompile` is this project."""

@@ -29,7 +29,7 @@ from typing import Any
 
 from ..cli.arguments import Parser, comma_separated, not_negative, positive
 from ..errors import UserError, exit_code
-from . import measure, peers, process, results, suites, sweep
+from . import process, results, suites, sweep
 from .arguments import dtype_of, learning_arguments, options_from
 from .conditions import Condition
 from .depth_table import markdown
@@ -88,6 +88,8 @@ def trials_left(tried: Mapping[int, bool], start: int, most: int, resolution: in
 def start_depth(condition: Condition, place: Place) -> int:
     """A guess: how many layers' training state fills most of the memory there is."""
     import torch
+
+    from . import measure
 
     if not torch.cuda.is_available():
         return 1
@@ -157,6 +159,8 @@ class Host:
         self._reserve = reserve
 
     def __call__(self) -> str | None:
+        from . import measure
+
         total, available = measure.host_memory()
         if available >= self._reserve * total:
             return None
@@ -206,6 +210,8 @@ class Depth:
         return code
 
     def _search(self, search: Search, left: list[Search], display: Display, known: int) -> str:
+        from . import peers
+
         reason = peers.why_not(search.base)
         if reason is not None:
             return f"skipped: {reason}"

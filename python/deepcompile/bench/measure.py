@@ -45,10 +45,14 @@ class Meter:
         self._synchronise()
         self._start = time.perf_counter()
 
+    def elapsed(self) -> float:
+        """Seconds since begin(), whatever the device still has to do."""
+        return time.perf_counter() - self._start
+
     def end(self) -> float:
         """Seconds since begin(), when this rank's device has done all."""
         self._synchronise()
-        return time.perf_counter() - self._start
+        return self.elapsed()
 
     def reset_peak(self) -> None:
         if self.on_gpu:

@@ -13,6 +13,8 @@ from ..errors import UserError
 
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.01
 """AdamW's, in every framework: torch's defaults."""
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
+"""What attn_impl may be."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from typing import Any
 
 from ..errors import UserError
 from .results import no_room
-from .worker import ERROR_MARK
 
 GRACE_S = 40.0
 """How long ranks may take to stop when they are asked."""
@@ -171,6 +170,8 @@ def _follow(
 ) -> bool:
     """Copy lines until the output ends, or the watch has something to say. False: the time was
     over before."""
+    from .worker import ERROR_MARK
+
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:

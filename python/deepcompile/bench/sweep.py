@@ -6,6 +6,8 @@
 A condition whose row is there is not run again, so a sweep that was interrupted
 goes on where it was; one that fails is recorded with its error, and the sweep
 goes on with the next.
+
+Torch is imported when there is something to run: whoever asks for help does not wait for it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from pathlib import Path
 
 from ..cli.arguments import Parser, comma_separated, positives
 from ..errors import UserError, exit_code
-from . import measure, peers, process, results, suites, worker
+from . import process, results, suites
 from .arguments import dtype_of, learning_arguments, log_name, options_from
 from .conditions import Condition
 from .display import Display
@@ -108,6 +110,8 @@ class Sweep:
 
     def _possible(self, todo: list[Condition], display: Display) -> list[list[Condition]]:
         """Groups of those that can run here; the others are recorded with the reason."""
+        from . import peers
+
         possible = []
         for condition in todo:
             reason = peers.why_not(condition)
@@ -120,6 +124,8 @@ class Sweep:
         return suites.groups(possible, self.share_process)
 
     def failed(self, condition: Condition, reason: str) -> Row:
+        from . import measure
+
         return Row.failed(
             condition, reason, versions=measure.versions(), commit=measure.commit(),
             machine=measure.machine(condition),
@@ -127,6 +133,8 @@ class Sweep:
 
     def run_group(self, group: list[Condition], display: Display) -> None:
         """All of a group; after a failure the rest in a new process group. Raises TimeOver."""
+        from .worker import job_text
+
         while group:
             left = self.deadline - time.monotonic()
             if left <= 0:
@@ -145,7 +153,7 @@ class Sweep:
             watch = Watch(group, display, look, self.logs)
             outcome = self.runner(
                 dataclasses.replace(self.place, per_node=1) if group[0].world == 1 else self.place,
-                ["--job", worker.job_text(group, self.options)],
+                ["--job", job_text(group, self.options)],
                 log,
                 min(self.timeout * len(group), left),
                 on_line=watch.line,
@@ -210,13 +218,15 @@ class Watch:
             self._log = None
 
     def line(self, line: str) -> None:
+        from .worker import STEP_MARK
+
         if line.startswith(BEGIN):
             try:
                 self._enter(Condition.from_dict(json.loads(line.removeprefix(BEGIN))))
             except (ValueError, UserError):
                 pass  # a torn line changes what is shown, nothing else
-        elif f", {worker.STEP_MARK}" in line:
-            self._display.step("step " + line.partition(worker.STEP_MARK)[2].partition(",")[0])
+        elif f", {STEP_MARK}" in line:
+            self._display.step("step " + line.partition(STEP_MARK)[2].partition(",")[0])
         if self._log is not None:
             self._log.write(line + "\n")
 

@@ -20,9 +20,9 @@ from .. import models
 from ..capture.attention import use_causal_attention
 from ..errors import UserError
 from .conditions import Condition
+from .options import ATTENTION
 
 WEIGHTS = "model.safetensors"
-ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 
 
 def model_config(name: str) -> Any:

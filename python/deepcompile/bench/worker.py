@@ -52,6 +52,9 @@ class Run:
 
     times: list[float] = field(default_factory=list)
     """Seconds of each step, warm-up included."""
+    host_times: list[float] = field(default_factory=list)
+    """Of them, until the host had given the device all of its work: as long as the step, where the
+    device waits for the host, or the host for room in the device's queue."""
     losses: list[torch.Tensor] = field(default_factory=list)
     warm_peak: int = 0
 
@@ -92,6 +95,7 @@ def run_steps(
             tracer.before(number)
             meter.begin()
             loss = peer.step(micro)
+            run.host_times.append(meter.elapsed())
             run.times.append(meter.end())
             tracer.after(number)
             run.losses.append(loss)
@@ -127,6 +131,7 @@ def _row(
         (meter.allocated(), meter.peak(), run.warm_peak, meter.in_use(), measure.host_peak())
     )
     total, available = measure.host_memory()
+    host = ranks.gather(statistics.median(run.host_times[options.warmup_step :]))
     losses = torch.stack([loss.float() for loss in run.losses]).cpu()
     every = torch.tensor(ranks.gather(losses.tolist()))
     effective = {
@@ -136,6 +141,7 @@ def _row(
         "bench_step": len(run.times),
         "warmup_step": options.warmup_step,
         "first_step_seconds": run.times[0],
+        "host_seconds_of_ranks": host,
         "alloc_bytes_of_ranks": [m[0] for m in memory],
         "peak_bytes_of_ranks": [m[1] for m in memory],
         "warmup_peak_bytes": max(m[2] for m in memory),

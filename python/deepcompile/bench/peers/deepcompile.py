@@ -120,7 +120,7 @@ class DeepCompile(EnginePeer):
         report, agreed = self.engine.compile_report(), self.engine.planner.agreed
         kept = ("plan_passes", "plans", "plan_seconds", "recompilations", "budget",
                 "memory_relieved", "budgets_lowered", "plan_failures", "graph_breaks",
-                "regions", "distinct_regions", "cache")  # fmt: skip
+                "regions", "distinct_regions", "cache", "cuda_graphs")  # fmt: skip
         facts = {key: report.get(key) for key in kept}
         buffers = self.engine.runtime.buffer_report()
         facts["host_buffers"] = {k: v for k, v in buffers.items() if k.startswith("host")}
@@ -139,7 +139,8 @@ class DeepCompile(EnginePeer):
         self.engine.write_trace(folder / "step.json")
 
     def outside_bytes(self) -> int:
-        return self.engine.runtime.outside_bytes()
+        runtime = self.engine.runtime
+        return runtime.outside_bytes() + runtime.replays()["bytes"]
 
     def compile_times(self) -> list[tuple[str, float]]:
         return sorted(self.engine.compile_report()["stages"].items())

@@ -1,0 +1,369 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "runtime/exec/replays.h"
+
+#include <ATen/ops/as_strided.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "base/error.h"
+
+namespace deepcompile {
+namespace {
+
+using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
+
+constexpr int64_t kMostBadSteps = 3;    // in a row, before a recording is given up
+constexpr int64_t kMostRecordings = 4;  // that were given up, before none is made any more
+
+bool is_tensor(const RuntimeValue& value) {
+  return value.isTensor() && value.toTensor().defined();
+}
+
+c10::StorageImpl* storage_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+}
+
+WeakStorage weak_storage(const at::Tensor& tensor) {
+  return WeakStorage(tensor.storage().getWeakStorageImpl());
+}
+
+bool same_number(const RuntimeValue& a, const RuntimeValue& b) {
+  if (a.isTensor() || b.isTensor()) return !is_tensor(a) && !is_tensor(b);
+  if (a.isNone() || b.isNone()) return a.isNone() == b.isNone();
+  if (a.isBool() != b.isBool() || a.isInt() != b.isInt()) return false;
+  return a.toScalar().equal(b.toScalar().toDouble());
+}
+
+}  // namespace
+
+Replays::Replays(std::shared_ptr<RunRecorder> recorder, MemoryMeter& meter, c10::Device device)
+    : recorder_(std::move(recorder)), meter_(meter), device_(device) {
+  if (!recorder_) report_.why_not = "it is switched off";
+}
+
+Replays::Origin Replays::origin_of(const RuntimeValue& input) {
+  if (!is_tensor(input)) return {WeakStorage(c10::intrusive_ptr<c10::StorageImpl>())};
+  return {weak_storage(input.toTensor()), input.toTensor().scalar_type()};
+}
+
+void Replays::begin_section(const LoadedPlan& loaded, size_t section, size_t open_calls,
+                            bool may_record) {
+  visit_ = nullptr;
+  if (!recorder_ || loaded.plan.sections[section].kind == SectionKind::kUpdate) return;
+  loaded_ = &loaded;
+  section_ = section;
+  const Sighting now{loaded.id, section, open_calls};
+  if (!in_step_) start_step(now, may_record);
+  seen_.push_back(now);
+  if (mode_ == Mode::kRecording) {
+    recording_->visits.push_back(std::make_unique<Visit>(Visit{now, {}, {}}));
+    visit_ = recording_->visits.back().get();
+  } else if (mode_ == Mode::kReplaying) {
+    const auto& visits = recording_->visits;
+    const bool known = std::any_of(visits.begin(), visits.end(), [&](const auto& visit) {
+      return visit->of.plan == now.plan && visit->of.section == section;
+    });
+    if (next_ < visits.size() && visits[next_]->of == now) {
+      visit_ = visits[next_++].get();
+    } else if (known) {
+      mode_ = Mode::kPlain;  // out of its turn: what it writes to may be in use
+    }
+  }
+}
+
+void Replays::start_step(const Sighting& first, bool may_record) {
+  in_step_ = true;
+  next_ = 0;
+  missed_ = 0;
+  mode_ = Mode::kPlain;
+  if (recording_ && recording_->visits.front()->of == first) {
+    mode_ = Mode::kReplaying;
+  } else if (alike_ >= wanted_ && last_.front() == first) {
+    if (!may_record) {
+      if (!recording_) report_.why_not = "memory is short, or the step is traced";
+      return;
+    }
+    drop();
+    try {
+      recording_ = std::make_unique<Recording>();
+      recording_->pool = recorder_->begin();
+      mode_ = Mode::kRecording;
+    } catch (const std::exception& error) {
+      give_up(error.what());
+    }
+  }
+}
+
+void Replays::end_step() {
+  visit_ = nullptr;
+  if (!in_step_) return;
+  if (mode_ == Mode::kRecording) finish_recording();
+  if (mode_ == Mode::kReplaying) {
+    bad_steps_ = missed_ > 0 ? bad_steps_ + 1 : 0;
+    if (bad_steps_ == kMostBadSteps) give_up("what runs read moves from step to step");
+  }
+  alike_ = seen_ == last_ ? alike_ + 1 : 0;
+  last_ = std::exchange(seen_, {});
+  mode_ = Mode::kPlain;
+  in_step_ = false;
+}
+
+void Replays::fail_section() {
+  if (mode_ == Mode::kRecording) drop();
+  mode_ = Mode::kPlain;
+  visit_ = nullptr;
+}
+
+void Replays::finish_recording() {
+  mode_ = Mode::kPlain;
+  report_.bytes = recorder_->end();
+  report_.runs = 0;
+  for (const auto& visit : recording_->visits) {
+    report_.runs += static_cast<int64_t>(visit->runs.size());
+  }
+  const auto lives = [](const WeakStorage& storage) { return storage.use_count() > 0; };
+  if (std::any_of(recording_->made.begin(), recording_->made.end(), lives)) {
+    // Before its turn comes again, its memory may be another's.
+    return give_up("a value that a run made outlives its step");
+  }
+  if (report_.runs == 0) return give_up("no run of the step can be recorded");
+  recording_->made.clear();
+  recording_->known.clear();
+  ++report_.recordings;
+  report_.why_not.clear();
+}
+
+bool Replays::drop() {
+  if (!recording_) return false;
+  if (mode_ == Mode::kRecording) recorder_->end();
+  recording_.reset();
+  visit_ = nullptr;
+  mode_ = Mode::kPlain;
+  report_.runs = report_.bytes = alike_ = bad_steps_ = 0;
+  return true;
+}
+
+void Replays::give_up(const std::string& why) {
+  drop();
+  report_.why_not = why;
+  wanted_ *= 4;  // steps that are alike, before the next try
+  if (++given_up_ == kMostRecordings) recorder_.reset();
+}
+
+bool Replays::forget(int64_t plan) {
+  refused_.clear();
+  const auto uses = [&](const auto& visit) { return visit->of.plan == plan; };
+  const bool used =
+      recording_ && std::any_of(recording_->visits.begin(), recording_->visits.end(), uses);
+  return used && drop();
+}
+
+// ---- a run
+
+std::optional<Replays::Values> Replays::run(size_t instr, const std::vector<LoadedInput>& wanted,
+                                            Values* inputs, int64_t* workspace) {
+  if (visit_ == nullptr) return std::nullopt;
+  if (mode_ == Mode::kRecording) {
+    if (!is_recordable(instr, wanted, *inputs)) return std::nullopt;
+    return record(instr, wanted, inputs, workspace);
+  }
+  const auto found = visit_->runs.find(instr);
+  if (found == visit_->runs.end()) return std::nullopt;
+  if (!fits(found->second, *inputs)) {
+    ++missed_;
+    ++report_.missed;
+    return std::nullopt;
+  }
+  ++report_.replayed;
+  *workspace = found->second.workspace;
+  return launch(found->second, inputs);
+}
+
+bool Replays::is_recordable(size_t instr, const std::vector<LoadedInput>& wanted,
+                            const Values& inputs) const {
+  const PlanSection& section = loaded_->plan.sections[section_];
+  const PlanRegion& region = region_at(instr);
+  if (region.once || refused_.count(loaded_->codes[region.code].get()) != 0) return false;
+  const auto leaves = [&](int32_t slot) {
+    return std::find(section.outputs.begin(), section.outputs.end(), slot) != section.outputs.end();
+  };
+  if (std::any_of(region.outputs.begin(), region.outputs.end(), leaves)) return false;
+  int64_t outside = 0;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!is_tensor(inputs[i])) continue;
+    const at::Tensor& tensor = inputs[i].toTensor();
+    if (tensor.device() != device_) return false;
+    if (has_its_place(wanted[i], tensor)) continue;
+    if (!tensor.is_non_overlapping_and_dense()) return false;
+    outside += static_cast<int64_t>(tensor.nbytes());
+  }
+  return outside <= kCopyLimit;
+}
+
+const PlanRegion& Replays::region_at(size_t instr) const {
+  const PlanInstr& run = loaded_->plan.sections[section_].instrs[instr];
+  return loaded_->plan.regions[static_cast<size_t>(run.region)];
+}
+
+bool Replays::has_its_place(const LoadedInput& wanted, const at::Tensor& tensor) const {
+  return wanted.param != nullptr || recording_->known.count(storage_of(tensor)) != 0;
+}
+
+std::optional<Replays::Values> Replays::record(size_t instr, const std::vector<LoadedInput>& wanted,
+                                               Values* inputs, int64_t* workspace) {
+  const PlanRegion& region = region_at(instr);
+  RegionCode& code = *loaded_->codes[region.code];
+  Run run;
+  Values places;  // the inputs, but not their memory: some of it goes while the code is recorded
+  std::vector<Origin> origins;
+  RunRecorder::Recorded recorded;
+  try {
+    for (size_t i = 0; i < inputs->size(); ++i) {
+      RuntimeValue& input = (*inputs)[i];
+      run.inputs.push_back(input_rule(wanted[i], &input));
+      const bool is_value = is_tensor(input) && wanted[i].param == nullptr;
+      places.push_back(is_value ? RuntimeValue(at_place(input.toTensor())) : input);
+      origins.push_back(origin_of(input));
+    }
+    meter_.begin_run(*inputs);
+    recorded = recorder_->record(code, std::exchange(*inputs, {}));
+    *workspace = run.workspace = meter_.end_run(recorded.outputs);
+    for (const RuntimeValue& output : recorded.outputs) {
+      run.outputs.push_back(output_rule(output, origins));
+    }
+    run.recorded = std::move(recorded.run);
+    run.recorded->launch();
+  } catch (const std::exception& error) {
+    // Nothing has run: the values of its inputs are where they were.
+    if (inputs->empty()) *inputs = std::move(places);
+    const bool no_memory = dynamic_cast<const c10::OutOfMemoryError*>(&error) != nullptr;
+    if (no_memory) {
+      give_up("there was no memory to record");
+    } else {
+      refused_.insert(&code);
+      report_.refused = region.name + ": " + error.what();
+    }
+    return std::nullopt;
+  }
+  visit_->runs.insert_or_assign(instr, std::move(run));
+  return std::move(recorded.outputs);
+}
+
+Replays::Input Replays::input_rule(const LoadedInput& wanted, RuntimeValue* input) {
+  Input rule;
+  if (!is_tensor(*input)) {
+    rule.number = *input;
+    return rule;
+  }
+  const at::Tensor& tensor = input->toTensor();
+  rule.sizes = tensor.sizes().vec();
+  rule.strides = tensor.strides().vec();
+  if (has_its_place(wanted, tensor)) {
+    rule.data = tensor.const_data_ptr();
+    recording_->known.insert(storage_of(tensor));
+  } else {
+    rule.copied = memory_like(tensor);
+    rule.copied.copy_(tensor);
+    *input = rule.copied;
+  }
+  return rule;
+}
+
+Replays::Output Replays::output_rule(const RuntimeValue& output,
+                                     const std::vector<Origin>& inputs) {
+  Output rule;
+  if (!is_tensor(output)) {
+    rule.value = output;
+    return rule;
+  }
+  const at::Tensor& tensor = output.toTensor();
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (inputs[i].storage._unsafe_get_target() != storage_of(tensor)) continue;
+    if (inputs[i].dtype != tensor.scalar_type()) {
+      throw UserError("an output is one of its inputs, seen as another type");
+    }
+    rule.alias = static_cast<int32_t>(i);
+    rule.sizes = tensor.sizes().vec();
+    rule.strides = tensor.strides().vec();
+    rule.offset = tensor.storage_offset();
+    return rule;
+  }
+  rule.value = at_place(tensor);
+  recording_->made.push_back(weak_storage(tensor));
+  recording_->known.insert(storage_of(tensor));
+  return rule;
+}
+
+bool Replays::fits(const Run& run, const Values& inputs) {
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    const Input& rule = run.inputs[i];
+    const bool wants_tensor = rule.data != nullptr || rule.copied.defined();
+    if (!is_tensor(inputs[i])) {
+      if (wants_tensor || !same_number(rule.number, inputs[i])) return false;
+      continue;
+    }
+    const at::Tensor& tensor = inputs[i].toTensor();
+    if (!wants_tensor || tensor.sizes() != at::IntArrayRef(rule.sizes)) return false;
+    if (rule.copied.defined()) continue;
+    const bool there = tensor.const_data_ptr() == rule.data;
+    if (!there || tensor.strides() != at::IntArrayRef(rule.strides)) return false;
+  }
+  return true;
+}
+
+Replays::Values Replays::launch(const Run& run, Values* inputs) {
+  for (size_t i = 0; i < inputs->size(); ++i) {
+    const at::Tensor& copied = run.inputs[i].copied;
+    if (!copied.defined()) continue;
+    copied.copy_((*inputs)[i].toTensor());
+    (*inputs)[i] = copied;
+  }
+  run.recorded->launch();
+  Values outputs;
+  outputs.reserve(run.outputs.size());
+  for (const Output& rule : run.outputs) {
+    if (rule.alias < 0) {
+      outputs.push_back(rule.value);
+      continue;
+    }
+    const at::Tensor& base = (*inputs)[static_cast<size_t>(rule.alias)].toTensor();
+    outputs.emplace_back(at::as_strided(base, rule.sizes, rule.strides, rule.offset));
+  }
+  inputs->clear();
+  return outputs;
+}
+
+at::Tensor Replays::at_place(const at::Tensor& tensor) const {
+  const auto keep = [pool = recording_->pool](void*) {};
+  return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), keep,
+                       tensor.options().requires_grad(false), tensor.device());
+}
+
+at::Tensor Replays::memory_like(const at::Tensor& tensor) {
+  const at::Tensor flat = recorder_->allocate(static_cast<int64_t>(tensor.nbytes()));
+  return flat.view(tensor.scalar_type()).as_strided(tensor.sizes(), tensor.strides());
+}
+
+// ---- a gather
+
+at::Tensor Replays::full_buffer(size_t instr, const ParamState& param) {
+  if (visit_ == nullptr || param.world == 1 || param.full.defined()) return {};
+  if (mode_ == Mode::kReplaying) {
+    const auto found = visit_->fulls.find(instr);
+    return found == visit_->fulls.end() ? at::Tensor() : found->second;
+  }
+  try {
+    const auto item = static_cast<int64_t>(c10::elementSize(param.dtype()));
+    const at::Tensor full = recorder_->allocate(param.padded_numel() * item).view(param.dtype());
+    visit_->fulls.insert_or_assign(instr, at_place(full));
+    return full;
+  } catch (const c10::OutOfMemoryError&) {
+    give_up("there was no memory to record");
+    return {};
+  }
+}
+
+}  // namespace deepcompile

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records what regions launch as CUDA graphs, for core/runtime/exec/replays.h.
+
+All allocations of a recording, the buffers of gathers too, are made on one stream of its own,
+which never runs anything: each graph is launched on the compute stream, in the order of the
+recording, so that memory is used again in the order in which it was while recording.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from .errors import UserError
+
+
+def recorder(setting: str, device: torch.device) -> GraphRecorder | None:
+    """Of a device, as compile.cuda_graphs says; None: nothing is recorded."""
+    if setting == "off" or (setting == "auto" and device.type != "cuda"):
+        return None
+    if device.type != "cuda":
+        raise UserError(
+            f"[initialize] compile.cuda_graphs: there are none on a {device.type}; use auto or off"
+        )
+    return GraphRecorder(device)
+
+
+class GraphPool:
+    """Device memory of one recording: it stays while this object lives, graphs or not."""
+
+    def __init__(self, device: int):
+        self.device = device
+        self.handle = torch.cuda.graph_pool_handle()
+        # Makes the pool, and counts once for this object.
+        torch._C._cuda_beginAllocateCurrentThreadToPool(device, self.handle)
+        torch._C._cuda_endAllocateToPool(device, self.handle)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter ends
+            torch._C._cuda_releasePool(self.device, self.handle)
+
+    def idle_bytes(self) -> int:
+        """What it holds of the device that no tensor does."""
+        segments = torch.cuda.memory_snapshot(self.handle, include_traces=False)
+        return sum(s["total_size"] - s["allocated_size"] for s in segments)
+
+
+class RecordedGraph:
+    """A region's graph. It may run once each time its inputs were written, as what dies in it is
+    written over."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, device: int):
+        self.graph, self.device = graph, device
+        self.replay = graph.replay
+
+    def first(self) -> int:
+        """Launches it. A CUgraphExec's address, by which it can be launched from then on; 0 if its
+        kernels look for the state of random numbers in memory that only replay() sets."""
+        generator = torch.cuda.default_generators[self.device]
+        before = generator.get_offset()
+        self.graph.replay()
+        return 0 if generator.get_offset() != before else self.graph.raw_cuda_graph_exec()
+
+
+class GraphRecorder:
+    """See bindings/runtime/python_recorder.h. Called by any thread, one at a time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: GraphPool | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._entered: Any = None
+        self._collects = False
+        self._warm: set[int] = set()
+
+    def begin(self) -> GraphPool:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # what the steps before used is the recording's to use
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)
+        self._pool = GraphPool(self.device.index)
+        return self._pool
+
+    @contextlib.contextmanager
+    def _allocating(self) -> Iterator[None]:
+        index, handle = self.device.index, self._pool.handle
+        with torch.cuda.stream(self._stream):
+            torch._C._cuda_beginAllocateCurrentThreadToPool(index, handle)
+            try:
+                yield
+            finally:
+                torch._C._cuda_endAllocateToPool(index, handle)
+                torch._C._cuda_releasePool(index, handle)
+
+    def allocate(self, size: int) -> torch.Tensor:
+        with self._allocating():
+            return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def start(self, inputs: list[Any]) -> None:
+        self._warm_up()
+        self._collects = gc.isenabled()
+        gc.disable()  # a tensor of others that goes now would be a call in the middle
+        self._graph = torch.cuda.CUDAGraph()
+        self._entered = torch.cuda.stream(self._stream)
+        self._entered.__enter__()
+        self._graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+
+    def _warm_up(self) -> None:
+        """The workspaces of cuBLAS, which are a thread's and a stream's, are not the pool's."""
+        if threading.get_ident() in self._warm:
+            return
+        self._warm.add(threading.get_ident())
+        with torch.cuda.stream(self._stream), torch.no_grad():
+            square = torch.zeros(16, 16, dtype=torch.bfloat16, device=self.device)
+            torch.mm(square, square)
+            torch.addmm(square[0], square, square)
+        self._stream.synchronize()
+
+    def _leave(self) -> torch.cuda.CUDAGraph:
+        graph, self._graph = self._graph, None
+        try:
+            graph.capture_end()
+        finally:
+            self._entered.__exit__(None, None, None)
+            if self._collects:
+                gc.enable()
+        return graph
+
+    def finish(
+        self, outputs: list[Any], again: Callable[..., Any]
+    ) -> tuple[list[Any], RecordedGraph]:
+        return outputs, RecordedGraph(self._leave(), self.device.index)
+
+    def abort(self) -> None:
+        with contextlib.suppress(RuntimeError):  # the capture is invalid: that is why
+            self._leave()
+
+    def end(self) -> int:
+        pool, self._pool = self._pool, None
+        return pool.idle_bytes()

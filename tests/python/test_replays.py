@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recorded runs: the same bits as without, and never out of their turn."""
+
+import pytest
+import torch
+import toy_step
+from fake_recorder import FakeRecorder
+from toy_step import PLANS, Toy, batch
+
+from deepcompile import cuda_graphs
+from deepcompile.errors import UserError
+
+STEPS = 8
+
+
+def test_there_are_graphs_on_gpus_alone():
+    cpu = torch.device("cpu")
+    assert cuda_graphs.recorder("auto", cpu) is None
+    with pytest.raises(UserError, match="none on a cpu"):
+        cuda_graphs.recorder("on", cpu)
+
+
+def equal(a, b):
+    """Two toys with the same states."""
+    ours, theirs = a.everything(), b.everything()
+    return all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def recorded(**options):
+    return Toy(recorder=FakeRecorder(), **options)
+
+
+def after_recording(**options):
+    """A toy that has just been recorded, and the same without recording."""
+    toy, twin = recorded(**options), Toy(**options)
+    toy.train(3)
+    twin.train(3)
+    assert toy.runtime.replays()["recordings"] == 1, toy.runtime.replays()
+    return toy, twin
+
+
+@pytest.mark.parametrize("plan", ["", *PLANS])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_recorded_steps_have_the_same_bits(plan, accumulation):
+    twin, toy = (each(plan=plan, accumulation=accumulation) for each in (Toy, recorded))
+    expected, losses = twin.train(STEPS), toy.train(STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(losses, expected, strict=True))
+    assert equal(toy, twin)
+    found = toy.runtime.replays()
+    runs = 4 if plan == "remade" else 3  # the loss is the caller's: its run is not recorded
+    assert found["recordings"] == 1 and found["runs"] == runs * accumulation, found
+    assert found["replayed"] == (STEPS - 3) * runs * accumulation
+    assert found["missed"] == 0 and found["bytes"] > 0
+
+
+def test_an_evaluation_between_steps_is_no_part_of_them():
+    toy, twin = after_recording()
+    for each in (toy, twin):
+        (value,) = each.runtime.run(each.graph, 0, -1, list(batch(90)))
+        each.value = value
+        each.train(3)
+    assert torch.equal(toy.value, twin.value) and equal(toy, twin)
+
+
+def test_a_second_forward_before_the_backward_keeps_the_first_ones_values():
+    toy, twin = after_recording()
+    for each in (toy, twin):
+        calls = []
+        for number in (0, 1):
+            calls.append(each.runtime.new_call(each.graph))
+            each.runtime.run(each.graph, 0, calls[-1][0], list(batch(70 + number)))
+        for call, _ in reversed(calls):
+            each.runtime.run(each.graph, 1, call, [torch.full((), 0.5)])
+        each.step()
+        each.train(2)
+    assert equal(toy, twin)
+    assert toy.runtime.replays()["replayed"] >= 6  # of the two steps after it
+
+
+def test_an_open_call_of_the_step_before_keeps_its_values():
+    toy, twin = after_recording()
+    for each in (toy, twin):
+        kept = each.runtime.new_call(each.graph)
+        each.runtime.run(each.graph, 0, kept[0], list(batch(70)))
+        call, token = each.runtime.new_call(each.graph)
+        each.runtime.run(each.graph, 0, call, list(batch(71)))
+        each.runtime.run(each.graph, 1, call, [torch.ones(())])
+        each.step()
+        each.micro_step(*batch(72))
+        each.runtime.run(each.graph, 1, kept[0], [torch.ones(())])
+        each.step()
+    assert equal(toy, twin)
+
+
+def test_a_forward_without_a_backward_changes_nothing():
+    toy, twin = after_recording()
+    for each in (toy, twin):
+        call, token = each.runtime.new_call(each.graph)
+        each.runtime.run(each.graph, 0, call, list(batch(70)))
+        del token
+        each.train(3)
+    assert equal(toy, twin)
+
+
+def test_another_batch_size_runs_as_ever():
+    toy, twin = after_recording()
+    before = toy.runtime.replays()
+    for each in (toy, twin):
+        each.train(1, rows=9)
+        each.train(1)
+    found = toy.runtime.replays()
+    assert equal(toy, twin)
+    assert found["missed"] > before["missed"] and found["replayed"] > before["replayed"]
+
+
+def test_what_moves_at_each_step_is_recorded_anew_and_then_no_more():
+    toy, twin = after_recording()
+    for each in (toy, twin):
+        for step in range(3):
+            each.train(1, rows=7 + step)
+    assert "moves from step to step" in toy.runtime.replays()["why_not"]
+    for each in (toy, twin):
+        each.train(12)
+    assert equal(toy, twin)
+    assert toy.runtime.replays()["recordings"] == 2
+
+
+def test_the_recording_goes_with_its_plan():
+    toy, twin = after_recording()
+    graph = toy_step.plan_text(1, 3, toy_step.GRAPH)
+    for each in (toy, twin):
+        each.runtime.unload_plan(each.graph)
+        each.graph = each.runtime.load_plan(graph, toy_step.CODES)
+    assert toy.runtime.replays()["runs"] == 0
+    for each in (toy, twin):
+        each.train(6)
+    assert equal(toy, twin)
+    assert toy.runtime.replays()["recordings"] == 2
+
+
+@pytest.mark.parametrize(
+    "error, runs",
+    [(RuntimeError("not while capturing"), 2), (torch.OutOfMemoryError("no room"), 0)],
+    ids=["refused", "no memory"],
+)
+def test_what_cannot_be_recorded_runs_as_ever(error, runs):
+    recorder = FakeRecorder()
+    toy, twin = Toy(recorder=recorder), Toy()
+    toy.train(2)
+    recorder.fails = error
+    toy.train(3)
+    twin.train(2)
+    twin.train(3)
+    found = toy.runtime.replays()
+    assert recorder.fails is None and found["runs"] == runs
+    assert "not while capturing" in found["refused"] if runs else "no memory" in found["why_not"]
+    assert equal(toy, twin)
+
+
+def test_memory_pressure_takes_the_recording():
+    toy, twin = after_recording()
+    toy.runtime.limit_bytes(22_000)
+    for each in (toy, twin):
+        each.train(2)
+    assert toy.runtime.relieved()["times"] > 0
+    assert toy.runtime.replays()["runs"] == 0
+    assert equal(toy, twin)
+
+
+class Keeping(FakeRecorder):
+    """As if someone kept what each run made."""
+
+    def finish(self, outputs, again):
+        found = super().finish(outputs, again)
+        self.kept = [*getattr(self, "kept", []), *found[0]]
+        return found
+
+
+def test_a_step_whose_values_someone_keeps_is_not_replayed():
+    toy, twin = Toy(recorder=Keeping()), Toy()
+    for each in (toy, twin):
+        each.train(6)
+    found = toy.runtime.replays()
+    assert found["runs"] == 0 and "outlives its step" in found["why_not"]
+    assert equal(toy, twin)
+
+
+def test_a_step_that_fails_while_it_is_recorded_leaves_nothing():
+    fails = []
+
+    def second(args):
+        if fails:
+            raise ValueError("a bad batch")
+        return toy_step.code_second(args)
+
+    codes = [toy_step.code_first, second, *toy_step.CODES[2:]]
+    toy, twin = recorded(codes=codes), Toy()
+    for each in (toy, twin):
+        each.train(2)
+    fails.append(1)
+    call, _ = toy.runtime.new_call(toy.graph)
+    with pytest.raises(ValueError, match="a bad batch"):
+        toy.runtime.run(toy.graph, 0, call, list(batch(70)))
+    fails.clear()
+    assert toy.runtime.replays()["recordings"] == 0
+    for each in (toy, twin):
+        each.train(8)
+    assert equal(toy, twin)
+    assert toy.runtime.replays()["recordings"] == 1
