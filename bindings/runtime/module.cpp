@@ -207,9 +207,11 @@ py::dict replays(Runtime& runtime) {
     found = runtime.replays();
   }
   py::dict report;
+  report["on"] = found.on;
   report["recordings"] = found.recordings;
   report["runs"] = found.runs;
   report["bytes"] = found.bytes;
+  report["peak_bytes"] = found.peak_bytes;
   report["replayed"] = found.replayed;
   report["missed"] = found.missed;
   report["why_not"] = found.why_not;
@@ -381,10 +383,13 @@ void bind_resources(RuntimeClass& runtime) {
            "deepcompile_cuda's path, or why it is not used}.")
       .def(
           "replays", &replays,
-          "{recordings: steps recorded so far; runs, bytes: of the recording in use, bytes\n"
-          "without what tensors hold, which the allocator counts as free; replayed:\n"
-          "runs launched from recordings; missed: recorded runs that had to run as ever; why_not:\n"
-          "there is no recording; refused: the last run that could not be recorded, and why}.")
+          "{on: steps that repeat are recorded; recordings: of them so far; runs, bytes: of the\n"
+          "recording in use, bytes without what tensors hold, which the allocator counts as free;\n"
+          "peak_bytes: most that tensors held while it was recorded, as in any step since;\n"
+          "replayed: runs launched from recordings; missed: recorded runs that had to run as "
+          "ever;\n"
+          "why_not: there is no recording; refused: the last run that could not be recorded, and\n"
+          "why}.")
       .def("relieved", &relieved,
            "{times, states_bytes, values_bytes, params_bytes} moved to the host because an "
            "instruction found no\n"

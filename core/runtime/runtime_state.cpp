@@ -196,7 +196,7 @@ void Runtime::limit_bytes(int64_t bytes) {
 
 int64_t Runtime::peak_bytes() {
   const Scope scope(*this);
-  return meter_.peak_bytes() + transport_->outside_bytes() + replays_.bytes();
+  return std::max(meter_.peak_bytes(), replays_.peak_bytes()) + transport_->outside_bytes();
 }
 
 void Runtime::reset_peak_bytes() {

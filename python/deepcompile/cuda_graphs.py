@@ -109,7 +109,11 @@ class GraphRecorder:
         self._graph = torch.cuda.CUDAGraph()
         self._entered = torch.cuda.stream(self._stream)
         self._entered.__enter__()
-        self._graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+        try:
+            self._graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+        except BaseException:
+            self.abort()
+            raise
 
     def _warm_up(self) -> None:
         """The workspaces of cuBLAS, which are a thread's and a stream's, are not the pool's."""
@@ -138,8 +142,13 @@ class GraphRecorder:
         return outputs, RecordedGraph(self._leave(), self.device.index)
 
     def abort(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the capture is invalid: that is why
+        """The capture is invalid: ending it is an error that says nothing new, and leaves the
+        allocator where it was."""
+        try:
             self._leave()
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self.device.index, self._pool.handle)
 
     def end(self) -> int:
         pool, self._pool = self._pool, None

@@ -51,6 +51,8 @@ KEPT_LOSSES = 10_000
 TRACED_STEP = 2
 """Which step after compile() is traced for the report, counted from 0: the first has settled
 allocations and code. So is the second step of each plan that all ranks agreed on."""
+GRAPH_STEPS = 3
+"""Steps of a plan before one is launched from CUDA graphs: two alike, and the recorded one."""
 
 # An engine is part of cycles of references and holds its process group. One that was dropped goes
 # before the interpreter does: a thread of Gloo's that then gives a tensor back aborts the process.
@@ -99,7 +101,9 @@ class Engine(EngineNumbers):
         self.trace: Profile | None = None
         """The newest traced step."""
         self._tracing_since: float | None = None
-        self._trace_at = TRACED_STEP
+        # Where steps will be launched from graphs, a plan is made from one that was.
+        self._settling = GRAPH_STEPS if runtime.replays()["on"] else 1
+        self._trace_at = max(TRACED_STEP, self._settling)
         self._eager_reductions = 0
         self.fast_forms = forms
         self._entry = make_entry(
@@ -165,7 +169,7 @@ class Engine(EngineNumbers):
         self._compiled = self._build(backend, kwargs)
         self._compiled_steps = 0
         if self.planner.load_cached(backend):
-            self._trace_at = 1
+            self._trace_at = self._settling
 
     def _build(self, backend: str, kwargs: dict[str, Any]) -> Callable[..., Any]:
         settings = self.config.compile
@@ -252,7 +256,8 @@ class Engine(EngineNumbers):
         if self.micro_steps % self.gradient_accumulation_steps() or self._tracing_since is not None:
             return
         steps = self._compiled_steps
-        if steps == self._trace_at or (steps and self.planner.wants_profile(self.global_steps)):
+        settled = steps >= self._settling
+        if steps == self._trace_at or (settled and self.planner.wants_profile(self.global_steps)):
             if self.device.type != "cpu":
                 self.runtime.reset_peak_bytes()
             self.runtime.trace(True)
@@ -353,7 +358,7 @@ class Engine(EngineNumbers):
         self.planner.end_step(self.global_steps, profile)
         self.relief.end_step(self.global_steps)
         if len(self.planner.history) != plans:
-            self._trace_at = self._compiled_steps + 1
+            self._trace_at = self._compiled_steps + self._settling
 
     def _print(self) -> None:
         if self.ranks.rank == 0:

@@ -41,7 +41,8 @@ bool same_number(const RuntimeValue& a, const RuntimeValue& b) {
 
 Replays::Replays(std::shared_ptr<RunRecorder> recorder, MemoryMeter& meter, c10::Device device)
     : recorder_(std::move(recorder)), meter_(meter), device_(device) {
-  if (!recorder_) report_.why_not = "it is switched off";
+  report_.on = recorder_ != nullptr;
+  if (!report_.on) report_.why_not = "it is switched off";
 }
 
 Replays::Origin Replays::origin_of(const RuntimeValue& input) {
@@ -90,6 +91,7 @@ void Replays::start_step(const Sighting& first, bool may_record) {
     try {
       recording_ = std::make_unique<Recording>();
       recording_->pool = recorder_->begin();
+      meter_.begin_step();
       mode_ = Mode::kRecording;
     } catch (const std::exception& error) {
       give_up(error.what());
@@ -120,6 +122,7 @@ void Replays::fail_section() {
 void Replays::finish_recording() {
   mode_ = Mode::kPlain;
   report_.bytes = recorder_->end();
+  report_.peak_bytes = meter_.end_step();
   report_.runs = 0;
   for (const auto& visit : recording_->visits) {
     report_.runs += static_cast<int64_t>(visit->runs.size());
@@ -142,7 +145,7 @@ bool Replays::drop() {
   recording_.reset();
   visit_ = nullptr;
   mode_ = Mode::kPlain;
-  report_.runs = report_.bytes = alike_ = bad_steps_ = 0;
+  report_.runs = report_.bytes = report_.peak_bytes = alike_ = bad_steps_ = 0;
   return true;
 }
 
@@ -150,7 +153,9 @@ void Replays::give_up(const std::string& why) {
   drop();
   report_.why_not = why;
   wanted_ *= 4;  // steps that are alike, before the next try
-  if (++given_up_ == kMostRecordings) recorder_.reset();
+  if (++given_up_ < kMostRecordings) return;
+  recorder_.reset();
+  report_.on = false;
 }
 
 bool Replays::forget(int64_t plan) {

@@ -37,9 +37,11 @@
 namespace deepcompile {
 
 struct ReplayReport {
+  bool on = false;         // steps are recorded when they repeat
   int64_t recordings = 0;  // steps that were recorded
   int64_t runs = 0;        // of the recording in use
   int64_t bytes = 0;       // of its memory, but for what tensors hold
+  int64_t peak_bytes = 0;  // most that tensors held on the device while it was recorded
   int64_t replayed = 0;    // runs launched from recordings
   int64_t missed = 0;      // recorded runs that ran as ever, as something they read had moved
   std::string why_not;     // there is no recording
@@ -73,6 +75,7 @@ class Replays {
 
   // Memory of the recording that the allocator counts as free.
   int64_t bytes() const { return report_.bytes; }
+  int64_t peak_bytes() const { return report_.peak_bytes; }
   const ReplayReport& report() const { return report_; }
 
  private:

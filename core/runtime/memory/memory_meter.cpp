@@ -80,11 +80,26 @@ void MemoryMeter::begin_run(const std::vector<RuntimeValue>& inputs) {
     before_ = counter_->live_;
     counter_->run_peak_ = before_;
   } else if (!device_.is_cpu()) {
-    const auto stat = allocated(device_);
-    peak_ = std::max(peak_, stat.peak);
-    before_ = stat.current;
-    c10::getDeviceAllocator(device_.type())->resetPeakStats(device_.index());
+    fold_peak();
+    before_ = allocated(device_).current;
   }
+}
+
+void MemoryMeter::fold_peak() {
+  const int64_t peak = allocated(device_).peak;
+  peak_ = std::max(peak_, peak);
+  step_peak_ = std::max(step_peak_, peak);
+  c10::getDeviceAllocator(device_.type())->resetPeakStats(device_.index());
+}
+
+void MemoryMeter::begin_step() {
+  if (!device_.is_cpu()) fold_peak();
+  step_peak_ = 0;
+}
+
+int64_t MemoryMeter::end_step() {
+  if (!device_.is_cpu()) fold_peak();
+  return step_peak_;
 }
 
 int64_t MemoryMeter::end_run(const std::vector<RuntimeValue>& outputs) {

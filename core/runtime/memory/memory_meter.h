@@ -47,6 +47,10 @@ class MemoryMeter {
   // The most bytes since begin_run beyond those before and the outputs; -1 if unknown.
   int64_t end_run(const std::vector<RuntimeValue>& outputs);
 
+  // The most bytes between the two, on a device; 0 on a CPU.
+  void begin_step();
+  int64_t end_step();
+
   void count_from_now();  // on a CPU: starts counting
   void reset_peak();
   int64_t peak_bytes() const;
@@ -61,8 +65,11 @@ class MemoryMeter {
   c10::Device device_;
   bool counting_ = false;  // on a CPU only
   std::shared_ptr<Counter> counter_;
-  int64_t peak_ = 0;    // before the allocator's peak was last reset
-  int64_t before_ = 0;  // bytes at begin_run
+  void fold_peak();  // takes the allocator's peak over, and resets it
+
+  int64_t peak_ = 0;       // before the allocator's peak was last reset
+  int64_t step_peak_ = 0;  // the same since begin_step
+  int64_t before_ = 0;     // bytes at begin_run
   std::unordered_set<const void*> inputs_;
 };
 

@@ -22,10 +22,12 @@ from .conditions import Condition
 
 class Meter:
     """Times and memory of steps on one rank. On a CPU memory is the process's, all of it.
-    `outside`: bytes on the device that a framework holds outside of torch's allocator."""
+    `outside`: bytes on the device that a framework holds outside of torch's allocator; `recorded`:
+    the most it allocated in a step that it launches anew without allocating."""
 
-    def __init__(self, ranks: Ranks, outside: Callable[[], int]):
-        self._ranks, self._device, self._outside = ranks, ranks.device, outside
+    def __init__(self, ranks: Ranks, outside: Callable[[], int], recorded: Callable[[], int]):
+        self._ranks, self._device = ranks, ranks.device
+        self._outside, self._recorded = outside, recorded
         self._start = 0.0
         self.peak_is_of_process = False
         """Whether the system could not begin to count anew (CPU)."""
@@ -70,7 +72,8 @@ class Meter:
 
     def peak(self) -> int:
         if self.on_gpu:
-            return torch.cuda.max_memory_allocated(self._device) + self._outside()
+            allocated = torch.cuda.max_memory_allocated(self._device)
+            return max(allocated, self._recorded()) + self._outside()
         return _status("VmHWM") or _largest()
 
     def in_use(self) -> int:

@@ -60,7 +60,7 @@ def _table(model: str, layers: int, frameworks: tuple[str, ...] = ()) -> Suite:
         ((model, layers),),
         frameworks or ("fsdp_c", "fsdp_c@best", "deepcompile"),
         recompute_ours=False,
-        options={"max_grad_norm": 0.0, "warmup_step": 10, "bench_step": 30},
+        options={"max_grad_norm": 0.0, "warmup_step": 14, "bench_step": 34},
         share_process=True,
     )
 
@@ -100,7 +100,7 @@ SUITES: dict[str, Suite] = {
         ((LLAMA_70B, -16), (MIXTRAL, -10)),
         ("fsdp", "fsdp_c", "fsdp_c@best", "deepcompile:zero3_compile", *OURS, "zero3",
          "zero3_c", THEIRS[2]),
-        options={"max_grad_norm": 0.0, "warmup_step": 8, "bench_step": 18},
+        options={"max_grad_norm": 0.0, "warmup_step": 14, "bench_step": 24},
         share_process=True,
     ),
     "tiny": Suite(

@@ -83,7 +83,7 @@ def run_steps(
     peer: peers.Peer, condition: Condition, options: Options, ranks: Ranks, batches: Any
 ) -> Run:
     """Train; what is not in a step is not measured."""
-    meter, run = measure.Meter(ranks, peer.outside_bytes), Run()
+    meter, run = measure.Meter(ranks, peer.outside_bytes, peer.recorded_peak), Run()
     steps = count_steps(options, batches.batches_per_epoch, condition.accumulation)
     meter.reset_peak()
     with Tracer(condition, options, ranks) as tracer:
@@ -126,7 +126,7 @@ def _row(
     peer: peers.Peer, condition: Condition, options: Options, ranks: Ranks, run: Run, facts: dict
 ) -> Row:
     """Every rank's numbers in one row; collective."""
-    meter = measure.Meter(ranks, peer.outside_bytes)
+    meter = measure.Meter(ranks, peer.outside_bytes, peer.recorded_peak)
     memory = ranks.gather(
         (meter.allocated(), meter.peak(), run.warm_peak, meter.in_use(), measure.host_peak())
     )

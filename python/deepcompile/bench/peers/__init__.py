@@ -87,6 +87,10 @@ class Peer(ABC):
         """On the device, held outside of torch's allocator."""
         return 0
 
+    def recorded_peak(self) -> int:
+        """Most bytes that were allocated in a step which is launched anew without allocating."""
+        return 0
+
     def compile_times(self) -> list[tuple[str, float]] | None:
         """(what, seconds), where the framework counts them."""
         return None

@@ -139,8 +139,10 @@ class DeepCompile(EnginePeer):
         self.engine.write_trace(folder / "step.json")
 
     def outside_bytes(self) -> int:
-        runtime = self.engine.runtime
-        return runtime.outside_bytes() + runtime.replays()["bytes"]
+        return self.engine.runtime.outside_bytes()
+
+    def recorded_peak(self) -> int:
+        return self.engine.runtime.replays()["peak_bytes"]
 
     def compile_times(self) -> list[tuple[str, float]]:
         return sorted(self.engine.compile_report()["stages"].items())
