@@ -53,7 +53,9 @@ Replays::Origin Replays::origin_of(const RuntimeValue& input) {
 void Replays::begin_section(const LoadedPlan& loaded, size_t section, size_t open_calls,
                             bool may_record) {
   visit_ = nullptr;
-  if (!recorder_ || loaded.plan.sections[section].kind == SectionKind::kUpdate) return;
+  const SectionKind kind = loaded.plan.sections[section].kind;
+  const bool trains = kind == SectionKind::kForward || kind == SectionKind::kBackward;
+  if (!recorder_ || !trains) return;
   loaded_ = &loaded;
   section_ = section;
   const Sighting now{loaded.id, section, open_calls};
@@ -264,6 +266,7 @@ Replays::Input Replays::input_rule(const LoadedInput& wanted, RuntimeValue* inpu
     return rule;
   }
   const at::Tensor& tensor = input->toTensor();
+  rule.is_tensor = true;
   rule.sizes = tensor.sizes().vec();
   rule.strides = tensor.strides().vec();
   if (has_its_place(wanted, tensor)) {
@@ -305,13 +308,13 @@ Replays::Output Replays::output_rule(const RuntimeValue& output,
 bool Replays::fits(const Run& run, const Values& inputs) {
   for (size_t i = 0; i < inputs.size(); ++i) {
     const Input& rule = run.inputs[i];
-    const bool wants_tensor = rule.data != nullptr || rule.copied.defined();
-    if (!is_tensor(inputs[i])) {
-      if (wants_tensor || !same_number(rule.number, inputs[i])) return false;
+    if (rule.is_tensor != is_tensor(inputs[i])) return false;
+    if (!rule.is_tensor) {
+      if (!same_number(rule.number, inputs[i])) return false;
       continue;
     }
     const at::Tensor& tensor = inputs[i].toTensor();
-    if (!wants_tensor || tensor.sizes() != at::IntArrayRef(rule.sizes)) return false;
+    if (tensor.sizes() != at::IntArrayRef(rule.sizes)) return false;
     if (rule.copied.defined()) continue;
     const bool there = tensor.const_data_ptr() == rule.data;
     if (!there || tensor.strides() != at::IntArrayRef(rule.strides)) return false;

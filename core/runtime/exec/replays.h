@@ -81,6 +81,7 @@ class Replays {
  private:
   using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
   struct Input {
+    bool is_tensor = false;
     const void* data = nullptr;  // where it must be
     std::vector<int64_t> sizes, strides;
     at::Tensor copied;    // defined: copied here first, wherever it is
