@@ -3,8 +3,8 @@
 
 A recording's memory comes from one arena, where what dies is used again at once. A launch reads
 its inputs and writes its outputs at the addresses of the recording, whoever owns them by then.
-Outputs hold NaN until the first launch, and again when they have died; but what dies while its last
-reader is recorded keeps its values, as nothing runs at that time.
+Outputs hold NaN when they have died; but what dies while its last reader is recorded keeps its
+values, as nothing runs at that time, until memory is asked for again.
 """
 
 from __future__ import annotations
@@ -94,17 +94,17 @@ class FakeRecorder:
         return self.arena
 
     def allocate(self, size: int) -> torch.Tensor:
+        self.arena.recording = False
         return self.arena.allocate(size)
 
     def start(self, inputs: list) -> None:
+        self.arena.recording = True
         if self.fails is not None:
             error, self.fails = self.fails, None
             raise error
         self.inputs = [without_owner(value) for value in inputs]
-        self.arena.recording = True
 
     def finish(self, outputs: list, again: Callable[..., Any]) -> tuple[list, FakeGraph]:
-        self.arena.recording = False
         known = {address(v) for v in self.inputs if isinstance(v, torch.Tensor)}
         moved, places = [], []
         for value in outputs:
@@ -119,7 +119,6 @@ class FakeRecorder:
         return moved, FakeGraph(inputs, places, again)
 
     def abort(self) -> None:
-        self.arena.recording = False
         self.inputs = []
 
     def end(self) -> int:

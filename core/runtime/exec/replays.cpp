@@ -231,8 +231,8 @@ std::optional<Replays::Values> Replays::record(size_t instr, const std::vector<L
     for (size_t i = 0; i < inputs->size(); ++i) {
       RuntimeValue& input = (*inputs)[i];
       run.inputs.push_back(input_rule(wanted[i], &input));
-      const bool is_value = is_tensor(input) && wanted[i].param == nullptr;
-      places.push_back(is_value ? RuntimeValue(at_place(input.toTensor())) : input);
+      const bool kept = !is_tensor(input) || wanted[i].param || run.inputs[i].copied.defined();
+      places.push_back(kept ? input : RuntimeValue(at_place(input.toTensor())));
       origins.push_back(origin_of(input));
     }
     meter_.begin_run(*inputs);
