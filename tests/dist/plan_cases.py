@@ -3,7 +3,9 @@
 
 An engine captures its model once. Then plan after plan is installed between steps, and the
 training state (weights, masters, moments, step counts, random numbers) is put back to the
-first step's, so that each plan can be compared with the stage's plan bit by bit.
+first step's, so that each plan can be compared with the stage's plan bit by bit. A plan that
+runs all steps is recorded and replayed from the fourth on, on a CPU too (fake_recorder.py); the
+stage's plan, which the others must equal, never is.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import cases
 import torch
+from fake_recorder import FakeRecorder
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "python"))
@@ -91,7 +94,10 @@ AUTO_BUDGETS = 9
 def start(job: Job, world: int) -> Any:
     """An engine for a job, not yet compiled."""
     import deepcompile
+    from deepcompile import cuda_graphs
 
+    if not job.gpu:
+        cuda_graphs.recorder = lambda setting, device: FakeRecorder()
     torch.manual_seed(7)
     config = {
         "train_batch_size": world * job.accumulation,
@@ -294,7 +300,9 @@ class Comparison:
         stage = self.bench.plain.copy()
         _core().run_passes(stage, [STAGE_PASS[job.stage]])
         self.stage = stage
-        self.expected = self.bench.run([stage])
+        # Installed so often that no two steps in a row are alike.
+        self.expected = self.bench.run([stage] * CHAIN)
+        assert not self.bench.engine.runtime.replays()["replayed"]
 
     def _agreed(self, make: Any) -> list[Any]:
         """Rank 0's plans on every rank: their programs travel as text."""
@@ -372,6 +380,8 @@ def compare(rank: int, world: int, jobs: list[Job], folder: str) -> list[dict[st
             "combinations": len(combined),
             "compilations": (before, comparison.bench.compilations()),
             "losses": comparison.expected.losses,
+            "replays": bool(job.alone),
+            "replayed": comparison.bench.engine.runtime.replays()["replayed"],
             "once": sum(region.once for region in comparison.bench.plain.regions),
             "seconds": [round(x, 1) for x in
                         (captured - began, planned - captured, time.monotonic() - planned)],

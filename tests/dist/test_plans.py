@@ -46,6 +46,7 @@ def compared(world: int, jobs: list[Job], folder, timeout: float = 800) -> list[
         for result in rank:
             before, after = result["compilations"]
             assert before == after, f"{result['job']}: a change of plan compiled something"
+            assert bool(result["replayed"]) == result["replays"], f"{result['job']}: replays"
     return results[0]
 
 
