@@ -248,7 +248,7 @@ std::vector<RuntimeValue> Runtime::run_section(LoadedPlan& loaded, size_t sectio
   std::vector<RuntimeValue> outputs;
   outputs.reserve(description.outputs.size());
   for (const int32_t slot : description.outputs) {
-    outputs.push_back(local.at(slot));
+    outputs.push_back(replays_.for_caller(local.at(slot)));
   }
   if (kept && description.kind == SectionKind::kForward) {
     kept->frame.rows = std::move(local.rows);

@@ -380,7 +380,6 @@ def compare(rank: int, world: int, jobs: list[Job], folder: str) -> list[dict[st
             "combinations": len(combined),
             "compilations": (before, comparison.bench.compilations()),
             "losses": comparison.expected.losses,
-            "replays": bool(job.alone),
             "replayed": comparison.bench.engine.runtime.replays()["replayed"],
             "once": sum(region.once for region in comparison.bench.plain.regions),
             "seconds": [round(x, 1) for x in

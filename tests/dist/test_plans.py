@@ -46,7 +46,7 @@ def compared(world: int, jobs: list[Job], folder, timeout: float = 800) -> list[
         for result in rank:
             before, after = result["compilations"]
             assert before == after, f"{result['job']}: a change of plan compiled something"
-            assert bool(result["replayed"]) == result["replays"], f"{result['job']}: replays"
+    assert any(result["replayed"] for result in results[0]) or not any(job.alone for job in jobs)
     return results[0]
 
 

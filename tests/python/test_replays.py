@@ -185,6 +185,20 @@ def test_a_step_whose_values_someone_keeps_is_not_replayed():
     assert equal(toy, twin)
 
 
+def test_an_output_in_the_recordings_memory_is_the_callers():
+    def second(args):
+        value = args[0][0, 0]
+        args.clear()
+        return [value]
+
+    codes = [toy_step.code_first, second, *toy_step.CODES[2:]]
+    toy, twin = recorded(codes=codes), Toy(codes=codes)
+    found, expected = toy.train(STEPS), twin.train(STEPS)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert equal(toy, twin)
+    assert toy.runtime.replays()["replayed"] == 3 * (STEPS - 3)
+
+
 def test_a_step_that_fails_while_it_is_recorded_leaves_nothing():
     fails = []
 

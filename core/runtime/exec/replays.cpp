@@ -135,10 +135,25 @@ void Replays::finish_recording() {
     return give_up("a value that a run made outlives its step");
   }
   if (report_.runs == 0) return give_up("no run of the step can be recorded");
+  if (find_lasting()) {
+    drop();
+    report_.why_not = "a parameter stays whole past the step's end: it is recorded anew";
+    return;
+  }
   recording_->made.clear();
+  recording_->gathered.clear();
   recording_->known.clear();
   ++report_.recordings;
   report_.why_not.clear();
+}
+
+// Whether there are gathers, not known before, whose buffers outlive the step.
+bool Replays::find_lasting() {
+  bool found = false;
+  for (const auto& [gather, buffer] : recording_->gathered) {
+    if (buffer.use_count() > 0) found = lasting_.insert(gather).second || found;
+  }
+  return found;
 }
 
 bool Replays::drop() {
@@ -162,6 +177,7 @@ void Replays::give_up(const std::string& why) {
 
 bool Replays::forget(int64_t plan) {
   refused_.clear();
+  std::erase_if(lasting_, [&](const Gather& gather) { return std::get<0>(gather) == plan; });
   const auto uses = [&](const auto& visit) { return visit->of.plan == plan; };
   const bool used =
       recording_ && std::any_of(recording_->visits.begin(), recording_->visits.end(), uses);
@@ -275,6 +291,7 @@ Replays::Input Replays::input_rule(const LoadedInput& wanted, RuntimeValue* inpu
   } else {
     rule.copied = memory_like(tensor);
     rule.copied.copy_(tensor);
+    recording_->ours.insert(storage_of(rule.copied));
     *input = rule.copied;
   }
   return rule;
@@ -299,9 +316,10 @@ Replays::Output Replays::output_rule(const RuntimeValue& output,
     rule.offset = tensor.storage_offset();
     return rule;
   }
-  rule.value = at_place(tensor);
+  rule.value = to_keep(tensor);
   recording_->made.push_back(weak_storage(tensor));
   recording_->known.insert(storage_of(tensor));
+  recording_->ours.insert(storage_of(tensor));
   return rule;
 }
 
@@ -350,6 +368,18 @@ at::Tensor Replays::at_place(const at::Tensor& tensor) const {
                        tensor.options().requires_grad(false), tensor.device());
 }
 
+at::Tensor Replays::to_keep(const at::Tensor& tensor) {
+  const at::Tensor place = at_place(tensor);
+  recording_->ours.insert(storage_of(place));
+  return place;
+}
+
+RuntimeValue Replays::for_caller(const RuntimeValue& output) const {
+  if (visit_ == nullptr || !is_tensor(output)) return output;
+  const at::Tensor& tensor = output.toTensor();
+  return recording_->ours.count(storage_of(tensor)) == 0 ? output : RuntimeValue(tensor.clone());
+}
+
 at::Tensor Replays::memory_like(const at::Tensor& tensor) {
   const at::Tensor flat = recorder_->allocate(static_cast<int64_t>(tensor.nbytes()));
   return flat.view(tensor.scalar_type()).as_strided(tensor.sizes(), tensor.strides());
@@ -359,6 +389,8 @@ at::Tensor Replays::memory_like(const at::Tensor& tensor) {
 
 at::Tensor Replays::full_buffer(size_t instr, const ParamState& param) {
   if (visit_ == nullptr || param.world == 1 || param.full.defined()) return {};
+  const Gather gather{loaded_->id, section_, instr};
+  if (lasting_.count(gather) != 0) return {};
   if (mode_ == Mode::kReplaying) {
     const auto found = visit_->fulls.find(instr);
     return found == visit_->fulls.end() ? at::Tensor() : found->second;
@@ -366,7 +398,8 @@ at::Tensor Replays::full_buffer(size_t instr, const ParamState& param) {
   try {
     const auto item = static_cast<int64_t>(c10::elementSize(param.dtype()));
     const at::Tensor full = recorder_->allocate(param.padded_numel() * item).view(param.dtype());
-    visit_->fulls.insert_or_assign(instr, at_place(full));
+    visit_->fulls.insert_or_assign(instr, to_keep(full));
+    recording_->gathered.emplace_back(gather, weak_storage(full));
     return full;
   } catch (const c10::OutOfMemoryError&) {
     give_up("there was no memory to record");

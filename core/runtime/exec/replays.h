@@ -27,7 +27,9 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <tuple>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "runtime/exec/loaded_plan.h"
@@ -70,7 +72,10 @@ class Replays {
   // or launched; the inputs are taken then.
   std::optional<Values> run(size_t instr, const std::vector<LoadedInput>& wanted, Values* inputs,
                             int64_t* workspace);
-  // Where the buffer of a gather lies; undefined: anywhere.
+  // The same value, in memory that stays: callers may keep an output as long as they like.
+  RuntimeValue for_caller(const RuntimeValue& output) const;
+  // Where the buffer of a gather lies; undefined: anywhere. One that outlives its
+  // step has memory of its own: before its turn comes again, the recording's is in use.
   at::Tensor full_buffer(size_t instr, const ParamState& param);
 
   // Memory of the recording that the allocator counts as free.
@@ -114,16 +119,20 @@ class Replays {
     std::map<size_t, Run> runs;          // by instruction
     std::map<size_t, at::Tensor> fulls;  // the same; they do not own their memory
   };
+  using Gather = std::tuple<int64_t, size_t, size_t>;  // plan, section, instruction
   struct Recording {
     std::shared_ptr<void> pool;
     std::vector<std::unique_ptr<Visit>> visits;
     std::vector<WeakStorage> made;
+    std::vector<std::pair<Gather, WeakStorage>> gathered;
     std::unordered_set<const void*> known;  // storages whose places the recording fixes
+    std::unordered_set<const void*> ours;   // of those, and of what has their places, its memory
   };
   enum class Mode { kPlain, kRecording, kReplaying };
 
   void start_step(const Sighting& first, bool may_record);
   void finish_recording();
+  bool find_lasting();
   void give_up(const std::string& why);
 
   const PlanRegion& region_at(size_t instr) const;
@@ -138,6 +147,7 @@ class Replays {
   static bool fits(const Run& run, const Values& inputs);
   static Values launch(const Run& run, Values* inputs);
   at::Tensor at_place(const at::Tensor& tensor) const;  // without its memory
+  at::Tensor to_keep(const at::Tensor& tensor);         // the same, for later steps
   at::Tensor memory_like(const at::Tensor& tensor);     // of the pool
 
   std::shared_ptr<RunRecorder> recorder_;
@@ -157,6 +167,7 @@ class Replays {
   int64_t bad_steps_ = 0;                // in a row in which something was missed
   int64_t given_up_ = 0;                 // recordings
   std::set<const RegionCode*> refused_;  // cannot be recorded
+  std::set<Gather> lasting_;             // whose buffers outlive a step
   ReplayReport report_;
 };
 
