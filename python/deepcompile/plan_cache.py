@@ -35,8 +35,8 @@ FORMAT = 1
 _SECTIONS = ("bf16", "zero_optimization")
 _COMPILE_KEYS = (
     "region_bytes", "differentiable_outputs", "memory_budget", "memory_reserve", "early_updates",
-    "checkpoint_marks", "region_host", "gather", "reduce", "loss_only", "causal_attention",
-    "experts", "embedding_rows", "equal_layers",
+    "checkpoint_marks", "region_host", "cuda_graphs", "gather", "reduce", "loss_only",
+    "causal_attention", "experts", "embedding_rows", "equal_layers",
 )  # fmt: skip
 
 
