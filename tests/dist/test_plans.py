@@ -7,7 +7,7 @@ state; its losses, norms, weights, masters, moments and random numbers are compa
 the stage's plan. One plan in five has a run of its own. The others share one, five to a run and two
 steps each, which also shows that a plan takes over what another has left gathered, deferred or
 on the host; if such a run differs, its plans run alone to find the one to blame. With
-RANDOM_PLANS=alone in the environment, every plan runs its 10 steps alone (an hour on 2 cores).
+RANDOM_PLANS=alone in the environment, every plan runs its 10 steps alone (11 minutes on 2 cores).
 """
 
 from __future__ import annotations
