@@ -46,6 +46,12 @@ py::dict route_dict(const Route& route) {
   return found;
 }
 
+template <typename Call>
+auto without_gil(Call&& call) {
+  const py::gil_scoped_release no_gil;
+  return call();
+}
+
 // A runtime may hold the last reference to its process group, whose end waits for threads that
 // may need the GIL to give a tensor back.
 struct DeleteWithoutGil {
@@ -125,11 +131,8 @@ py::object run(Runtime& runtime, int64_t plan, int64_t section, int64_t call, py
   if (PyList_SetSlice(inputs.ptr(), 0, PyList_GET_SIZE(inputs.ptr()), nullptr) != 0) {
     throw py::error_already_set();
   }
-  std::vector<RuntimeValue> outputs;
-  {
-    const py::gil_scoped_release no_gil;
-    outputs = runtime.run(plan, section, call, std::move(values));
-  }
+  const auto outputs =
+      without_gil([&] { return runtime.run(plan, section, call, std::move(values)); });
   return py::reinterpret_steal<py::object>(list_to_python(outputs));
 }
 
@@ -141,11 +144,7 @@ py::dict step(Runtime& runtime, int64_t plan, double loss_scale_inv,
               std::optional<bool> check_finite) {
   const StepOptions options{.loss_scale_inv = loss_scale_inv,
                             .check_finite = check_finite.value_or(loss_scale_inv != 1.0)};
-  StepResult result;
-  {
-    const py::gil_scoped_release no_gil;
-    result = runtime.step(plan, options);
-  }
+  const auto result = without_gil([&] { return runtime.step(plan, options); });
   py::dict report;
   report["grad_norm"] =
       result.norm ? py::object(py::float_(*result.norm)) : tensor_or_none(result.norm_tensor);
@@ -154,11 +153,7 @@ py::dict step(Runtime& runtime, int64_t plan, double loss_scale_inv,
 }
 
 py::list pieces(Runtime& runtime) {
-  std::vector<Piece> found;
-  {
-    const py::gil_scoped_release no_gil;
-    found = runtime.pieces();
-  }
+  const auto found = without_gil([&] { return runtime.pieces(); });
   py::list list;
   for (const Piece& piece : found) {
     py::dict item;
@@ -177,11 +172,7 @@ py::list pieces(Runtime& runtime) {
 }
 
 py::list records(Runtime& runtime) {
-  std::vector<TraceRecord> found;
-  {
-    const py::gil_scoped_release no_gil;
-    found = runtime.records();
-  }
+  const auto found = without_gil([&] { return runtime.records(); });
   py::list list;
   for (const TraceRecord& record : found) {
     list.append(py::make_tuple(record.id.plan, record.id.section, record.id.instr, record.start_ns,
@@ -201,11 +192,7 @@ py::dict relieved(Runtime& runtime) {
 }
 
 py::dict replays(Runtime& runtime) {
-  ReplayReport found;
-  {
-    const py::gil_scoped_release no_gil;
-    found = runtime.replays();
-  }
+  const auto found = without_gil([&] { return runtime.replays(); });
   py::dict report;
   report["on"] = found.on;
   report["recordings"] = found.recordings;
@@ -220,11 +207,7 @@ py::dict replays(Runtime& runtime) {
 }
 
 py::dict kernels(Runtime& runtime) {
-  KernelReport found;
-  {
-    const py::gil_scoped_release no_gil;
-    found = runtime.kernels();
-  }
+  const auto found = without_gil([&] { return runtime.kernels(); });
   py::dict report;
   report["adamw"] = found.adamw;
   report["norm"] = found.norm;
@@ -345,11 +328,7 @@ void bind_steps(RuntimeClass& runtime) {
 }
 
 py::dict measure_links(Runtime& runtime, const std::vector<int64_t>& bytes, int64_t repeats) {
-  LinkMeasures measures;
-  {
-    const py::gil_scoped_release no_gil;
-    measures = runtime.measure_links(bytes, repeats);
-  }
+  const auto measures = without_gil([&] { return runtime.measure_links(bytes, repeats); });
   py::dict found = py::cast(measures.times);
   if (measures.beside) {
     found["to_host_beside"] = measures.beside->to_host;

@@ -15,20 +15,11 @@
 namespace deepcompile {
 namespace {
 
-// A Python object that may be dropped on any thread.
-std::shared_ptr<py::object> shared(py::object object) {
-  return {new py::object(std::move(object)), [](py::object* held) {
-            if (!Py_IsInitialized()) return;  // the interpreter is gone, and the object with it
-            const py::gil_scoped_acquire gil;
-            delete held;
-          }};
-}
-
 // Calls a method with the GIL held; torch's error of a device without memory is C++'s again.
 template <typename... Args>
-py::object call(const py::object& object, const char* method, Args&&... args) {
+py::object call(const SharedObject& object, const char* method, Args&&... args) {
   try {
-    return object.attr(method)(std::forward<Args>(args)...);
+    return py::handle(object.get()).attr(method)(std::forward<Args>(args)...);
   } catch (py::error_already_set& error) {
     error.restore();
   }
@@ -47,62 +38,60 @@ GraphLaunch find_launch() {
 
 class GraphRun final : public RecordedRun {
  public:
-  GraphRun(py::object graph, c10::Device device)
-      : graph_(shared(std::move(graph))), device_(device) {}
+  GraphRun(SharedObject graph, c10::Device device) : graph_(std::move(graph)), device_(device) {}
 
   void launch() override {
     if (exec_ != nullptr) return launch_exec();
     const py::gil_scoped_acquire gil;
     if (std::exchange(launched_, true)) {
-      call(*graph_, "replay");
+      call(graph_, "replay");
       return;
     }
-    exec_ = reinterpret_cast<void*>(call(*graph_, "first").cast<uint64_t>());
-    if (exec_ != nullptr) launch_ = find_launch();
+    exec_ = reinterpret_cast<void*>(call(graph_, "first").cast<uint64_t>());
   }
 
  private:
   void launch_exec() {
     const c10::Stream stream = c10::impl::VirtualGuardImpl(device_.type()).getStream(device_);
-    const int error = launch_(exec_, stream.native_handle());
+    static const GraphLaunch launch = find_launch();
+    const int error = launch(exec_, stream.native_handle());
     if (error != 0) {
       throw UserError("[runtime] cuGraphLaunch failed with error " + std::to_string(error) +
                       ". The device is lost, or set compile.cuda_graphs to off.");
     }
   }
 
-  std::shared_ptr<py::object> graph_;
+  SharedObject graph_;
   c10::Device device_;
   bool launched_ = false;
   void* exec_ = nullptr;
-  GraphLaunch launch_ = nullptr;
 };
 
 class PythonRecorder final : public RunRecorder {
  public:
-  PythonRecorder(py::object recorder, c10::Device device)
-      : recorder_(shared(std::move(recorder))), device_(device) {}
+  PythonRecorder(PyObject* recorder, c10::Device device)
+      : recorder_(share(recorder)), device_(device) {}
 
   std::shared_ptr<void> begin() override {
     const py::gil_scoped_acquire gil;
-    return shared(call(*recorder_, "begin"));
+    return share(call(recorder_, "begin").ptr());
   }
 
   at::Tensor allocate(int64_t bytes) override {
     const py::gil_scoped_acquire gil;
-    return call(*recorder_, "allocate", bytes).cast<at::Tensor>();
+    return call(recorder_, "allocate", bytes).cast<at::Tensor>();
   }
 
   Recorded record(RegionCode& code, std::vector<RuntimeValue> inputs) override {
     const py::gil_scoped_acquire gil;
     // The list is gone when the code runs: what dies in it makes room for what it makes.
-    call(*recorder_, "start", py::reinterpret_steal<py::object>(list_to_python(inputs)));
+    call(recorder_, "start", py::reinterpret_steal<py::object>(list_to_python(inputs)));
     std::vector<RuntimeValue> outputs;
     try {
       const py::gil_scoped_release no_gil;
       outputs = code.run(std::move(inputs));
     } catch (...) {
-      call(*recorder_, "abort");
+      call(recorder_, "abort");
       throw;
     }
     const auto again = py::cpp_function([&code](const py::list& values) {
@@ -111,20 +100,20 @@ class PythonRecorder final : public RunRecorder {
     });
     const auto made = py::reinterpret_steal<py::object>(list_to_python(outputs));
     outputs.clear();
-    const py::tuple found = call(*recorder_, "finish", made, again);
+    const py::tuple found = call(recorder_, "finish", made, again);
     Recorded recorded;
     recorded.outputs = list_from_python(py::object(found[0]).ptr(), "a recorded output");
-    recorded.run = std::make_unique<GraphRun>(py::object(found[1]), device_);
+    recorded.run = std::make_unique<GraphRun>(share(py::object(found[1]).ptr()), device_);
     return recorded;
   }
 
   int64_t end() override {
     const py::gil_scoped_acquire gil;
-    return call(*recorder_, "end").cast<int64_t>();
+    return call(recorder_, "end").cast<int64_t>();
   }
 
  private:
-  std::shared_ptr<py::object> recorder_;
+  SharedObject recorder_;
   c10::Device device_;
 };
 
@@ -132,7 +121,7 @@ class PythonRecorder final : public RunRecorder {
 
 std::shared_ptr<RunRecorder> make_python_recorder(PyObject* recorder, c10::Device device) {
   if (recorder == Py_None) return nullptr;
-  return std::make_shared<PythonRecorder>(py::reinterpret_borrow<py::object>(recorder), device);
+  return std::make_shared<PythonRecorder>(recorder, device);
 }
 
 }  // namespace deepcompile

@@ -32,19 +32,12 @@ void throw_python_error() {
   throw c10::OutOfMemoryError({__func__, __FILE__, static_cast<uint32_t>(__LINE__)}, message);
 }
 
-PythonRegion::PythonRegion(PyObject* callable) : callable_(callable) {
+PythonRegion::PythonRegion(PyObject* callable) : callable_(share(callable)) {
   if (!PyCallable_Check(callable)) {
     throw UserError(std::string("[runtime] a region's code is a ") + Py_TYPE(callable)->tp_name +
                     ", which cannot be called.");
   }
-  Py_INCREF(callable_);
   out_of_memory_type();  // imported now: not while an error is set
-}
-
-PythonRegion::~PythonRegion() {
-  if (!Py_IsInitialized()) return;  // the interpreter is gone, and the object with it
-  const py::gil_scoped_acquire gil;
-  Py_DECREF(callable_);
 }
 
 std::vector<RuntimeValue> PythonRegion::run(std::vector<RuntimeValue> inputs) {
@@ -52,7 +45,7 @@ std::vector<RuntimeValue> PythonRegion::run(std::vector<RuntimeValue> inputs) {
   const auto boxed = py::reinterpret_steal<py::object>(list_to_python(inputs));
   inputs.clear();  // the list holds them now, and the code may let go of each
   const auto result =
-      py::reinterpret_steal<py::object>(PyObject_CallOneArg(callable_, boxed.ptr()));
+      py::reinterpret_steal<py::object>(PyObject_CallOneArg(callable_.get(), boxed.ptr()));
   if (!result) throw_python_error();
   return list_from_python(result.ptr(), "an output of a region");
 }

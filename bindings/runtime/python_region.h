@@ -6,6 +6,7 @@
 #include <Python.h>
 
 #include "runtime/exec/region.h"
+#include "shared_object.h"
 
 namespace deepcompile {
 
@@ -16,15 +17,12 @@ namespace deepcompile {
 class PythonRegion final : public RegionCode {
  public:
   explicit PythonRegion(PyObject* callable);  // the GIL must be held
-  ~PythonRegion() override;
-  PythonRegion(const PythonRegion&) = delete;
-  PythonRegion& operator=(const PythonRegion&) = delete;
 
   // Takes the GIL for the call. A Python exception passes through as it is.
   std::vector<RuntimeValue> run(std::vector<RuntimeValue> inputs) override;
 
  private:
-  PyObject* callable_;
+  SharedObject callable_;
 };
 
 }  // namespace deepcompile

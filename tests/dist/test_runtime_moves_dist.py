@@ -75,8 +75,8 @@ def test_one_rank_may_run_short():
     assert not any(quiet) and sum(count > 0 for count in short) >= 2, short
 
 
-def fails_while_short(rank, world):
-    """A section fails on all ranks, when rank 1 has sent a parameter that is whole to the host."""
+def fails_when_relieved(rank):
+    """A region's code that fails, on rank 1 only after relief has made room for it once."""
     calls = []
 
     def broken(args):
@@ -85,9 +85,14 @@ def fails_while_short(rank, world):
             raise torch.OutOfMemoryError("full")
         raise ValueError("a broken batch")
 
+    return broken
+
+
+def fails_while_short(rank, world):
+    """A section fails on all ranks, when rank 1 has sent a parameter that is whole to the host."""
     toy = Toy(rank, world, 3, group=dist.group.WORLD, timeout_s=10)
     graph = plan_text(world, 3, GRAPH, (before("run fwd.1", "gather w1", "wait w1"),))
-    toy.graph = toy.runtime.load_plan(graph, [CODES[0], broken, *CODES[2:]])
+    toy.graph = toy.runtime.load_plan(graph, [CODES[0], fails_when_relieved(rank), *CODES[2:]])
     expected = {name: value.detach() for name, value in Reference().named_parameters()}
     toy.runtime.limit_bytes(1 << 40 if rank == 1 else 0)  # ready to try again
     with pytest.raises(ValueError, match="a broken batch"):
@@ -104,15 +109,8 @@ def test_what_a_failed_section_sent_away_is_gathered_anew():
 
 def stored_while_away(rank, world):
     """What the user wrote into a whole parameter is kept, though relief sent it to the host."""
-    calls = []
-
-    def broken(args):
-        calls.append(len(args))
-        if rank == 1 and len(calls) == 1:
-            raise torch.OutOfMemoryError("full")
-        raise ValueError("a broken batch")
-
-    toy = Toy(rank, world, 3, group=dist.group.WORLD, codes=[broken, *CODES[1:]])
+    codes = [fails_when_relieved(rank), *CODES[1:]]
+    toy = Toy(rank, world, 3, group=dist.group.WORLD, codes=codes)
     toy.runtime.gather(["w2"])
     toy.runtime.wait(["w2"])
     toy.model.w2.data.mul_(0.5)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deepcompile.bench import one, peers, process, results, suites, sweep, table, worker
+from deepcompile.bench import lines, one, peers, process, results, suites, sweep, table, worker
 from deepcompile.bench.conditions import Condition
 from deepcompile.bench.options import Options
 from deepcompile.bench.process import Outcome, Place
@@ -44,7 +44,7 @@ class Fake:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("all of it")
         for condition in conditions:
-            on_line(sweep.BEGIN + json.dumps(condition.as_dict()))
+            on_line(lines.BEGIN + json.dumps(condition.as_dict()))
             if self._interrupt and len(self.jobs) >= self._interrupt:
                 raise KeyboardInterrupt
             if condition in self._fail:
@@ -179,7 +179,7 @@ def shell(monkeypatch, script: str) -> None:
 def test_output_goes_to_the_log_and_errors_are_read_from_it(tmp_path, monkeypatch):
     said = json.dumps({"rank": 0, "type": "RuntimeError", "error": "connection closed", "time": 1})
     oom = json.dumps({"rank": 1, "type": "OutOfMemoryError", "error": OOM, "time": 2})
-    mark = worker.ERROR_MARK
+    mark = lines.ERROR_MARK
     script = f"print('hello'); print('''{mark}{said}'''); print('[node-1] {mark}{oom}'); exit(3)"
     shell(monkeypatch, script)
     seen: list[str] = []

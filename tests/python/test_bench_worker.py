@@ -12,7 +12,7 @@ import re
 import pytest
 import torch
 
-from deepcompile.bench import arguments, batches, peers, weights, worker
+from deepcompile.bench import arguments, batches, lines, peers, weights, worker
 from deepcompile.bench.conditions import Condition
 from deepcompile.bench.options import Options
 from deepcompile.bench.peers import deepcompile as ours
@@ -367,7 +367,7 @@ def test_a_job_for_other_ranks_and_too_few_epochs_are_errors(tmp_path):
     assert "for 4 ranks" in refusal(lambda: worker.run_conditions([many], options, CPU))
     assert worker.count_steps(Options(num_epochs=2), 100, 8) == 25
     assert "20 steps of data" not in refusal(lambda: worker.count_steps(options, 1, 10))
-    assert worker.parse(["--job", worker.job_text([TINY], options)]) == ([TINY], options)
+    assert worker.parse(["--job", lines.job_text([TINY], options)]) == ([TINY], options)
     assert "Give what the sweep writes" in refusal(lambda: worker.parse(["--job", "{}"]))
 
 

@@ -66,12 +66,12 @@ void Replays::begin_section(const LoadedPlan& loaded, size_t section, size_t ope
     visit_ = recording_->visits.back().get();
   } else if (mode_ == Mode::kReplaying) {
     const auto& visits = recording_->visits;
-    const bool known = std::any_of(visits.begin(), visits.end(), [&](const auto& visit) {
+    const auto same_section = [&](const auto& visit) {
       return visit->of.plan == now.plan && visit->of.section == section;
-    });
+    };
     if (next_ < visits.size() && visits[next_]->of == now) {
       visit_ = visits[next_++].get();
-    } else if (known) {
+    } else if (std::any_of(visits.begin(), visits.end(), same_section)) {
       mode_ = Mode::kPlain;  // out of its turn: what it writes to may be in use
     }
   }
@@ -175,13 +175,13 @@ void Replays::give_up(const std::string& why) {
   report_.on = false;
 }
 
-bool Replays::forget(int64_t plan) {
+void Replays::forget(int64_t plan) {
   refused_.clear();
   std::erase_if(lasting_, [&](const Gather& gather) { return std::get<0>(gather) == plan; });
   const auto uses = [&](const auto& visit) { return visit->of.plan == plan; };
   const bool used =
       recording_ && std::any_of(recording_->visits.begin(), recording_->visits.end(), uses);
-  return used && drop();
+  if (used) drop();
 }
 
 // ---- a run

@@ -66,7 +66,7 @@ class Replays {
   // The recording goes, as its memory is needed, or its plan does. Tensors in its
   // memory keep it. False if there was none.
   bool drop();
-  bool forget(int64_t plan);
+  void forget(int64_t plan);
 
   // The outputs of the run at this instruction of the section, if it is recorded
   // or launched; the inputs are taken then.

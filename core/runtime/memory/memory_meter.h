@@ -59,14 +59,13 @@ class MemoryMeter {
   class Counter;
 
   bool counts() const { return counting_; }
+  void fold_peak();  // takes the allocator's peak over, and resets it
   void set_live(int64_t bytes);
   std::shared_ptr<c10::DebugInfoBase> counter_base() const;
 
   c10::Device device_;
   bool counting_ = false;  // on a CPU only
   std::shared_ptr<Counter> counter_;
-  void fold_peak();  // takes the allocator's peak over, and resets it
-
   int64_t peak_ = 0;       // before the allocator's peak was last reset
   int64_t step_peak_ = 0;  // the same since begin_step
   int64_t before_ = 0;     // bytes at begin_run

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError, exit_code
-from . import peers, process, worker
+from . import peers, process
 from .arguments import log_name, parse_run
+from .lines import job_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
     print(f"Logging to {log}", flush=True)
     outcome = process.run(
         place,
-        ["--job", worker.job_text([condition], options)],
+        ["--job", job_text([condition], options)],
         log,
         on_line=lambda line: print(line, flush=True),
     )

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .lines import ERROR_MARK
 from .results import no_room
 
 GRACE_S = 40.0
@@ -170,8 +171,6 @@ def _follow(
 ) -> bool:
     """Copy lines until the output ends, or the watch has something to say. False: the time was
     over before."""
-    from .worker import ERROR_MARK
-
     lines: queue.Queue[str | None] = queue.Queue()
 
     def read() -> None:

@@ -30,13 +30,13 @@ from . import process, results, suites
 from .arguments import dtype_of, learning_arguments, log_name, options_from
 from .conditions import Condition
 from .display import Display
+from .lines import BEGIN, STEP_MARK, job_text
 from .options import Options
 from .process import Outcome, Place
 from .results import Results, Row
 
 Runner = Callable[..., Outcome]
 HERE = "here"
-BEGIN = "[bench] begin "
 RETRIED = ("not installed", "timeout")
 """Failures that say nothing of the condition itself are tried again without being asked."""
 OUT_OF_TIME = 3
@@ -133,8 +133,6 @@ class Sweep:
 
     def run_group(self, group: list[Condition], display: Display) -> None:
         """All of a group; after a failure the rest in a new process group. Raises TimeOver."""
-        from .worker import job_text
-
         while group:
             left = self.deadline - time.monotonic()
             if left <= 0:
@@ -218,8 +216,6 @@ class Watch:
             self._log = None
 
     def line(self, line: str) -> None:
-        from .worker import STEP_MARK
-
         if line.startswith(BEGIN):
             try:
                 self._enter(Condition.from_dict(json.loads(line.removeprefix(BEGIN))))

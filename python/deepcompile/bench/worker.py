@@ -36,14 +36,11 @@ from .arguments import parse_lm
 from .batches import training_batches
 from .conditions import Condition
 from .flops import condition_flops
+from .lines import BEGIN, ERROR_MARK, STEP_MARK
 from .options import Options
 from .profiling import Tracer
 from .result_line import to_line
 from .results import Results, Row
-
-ERROR_MARK = "[bench-error] "
-"""Before a rank's failure, as JSON, in its output: the sweep reads it there."""
-STEP_MARK = "Step "
 
 
 @dataclass
@@ -248,7 +245,7 @@ def run_conditions(conditions: Sequence[Condition], options: Options, ranks: Ran
                 f"[bench] {condition.label}: is for {condition.world} ranks, and there are "
                 f"{ranks.world}. Start as many."
             )
-        say(ranks, f"[bench] begin {json.dumps(condition.as_dict())}")
+        say(ranks, f"{BEGIN}{json.dumps(condition.as_dict())}")
         begun = time.perf_counter()
         planned = ranks.together("[bench]", lambda c=condition: with_budget(c, options.results))
         if peer is None or last is None or not (same_model(last, planned) and peer.go_on(planned)):
@@ -330,12 +327,6 @@ def start_group(conditions: Sequence[Condition], options: Options) -> None:
             timeout=datetime.timedelta(seconds=options.timeout),
             device_id=device,
         )
-
-
-def job_text(conditions: Sequence[Condition], options: Options) -> str:
-    """For --job."""
-    return json.dumps({"conditions": [c.as_dict() for c in conditions],
-                       "options": options.as_dict()})  # fmt: skip
 
 
 def parse(argv: Sequence[str]) -> tuple[list[Condition], Options]:
