@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "passes/coalesce.h"
 #include "passes/offload_activation.h"
 #include "passes/offload_adam_states.h"
 #include "passes/order_link.h"
@@ -228,6 +229,7 @@ Trial AutoBuilder::measure(const AutoChoice& choice) {
       environment.simulate = environment_.simulate;
       run_pass(OrderLink({.simulations = choice.order_simulations}), scratch_, environment);
     }
+    if (choice.coalesce) coalesce(&scratch_);
   } catch (const UserError&) {
     fits = false;
   }
@@ -290,9 +292,11 @@ void AutoBuilder::apply(const AutoChoice& choice, StepProgram& program) const {
   run_offload_states(choice, program, environment);
   run_keep(choice, program, environment);
   run_prefetch(choice, program, environment);
-  if (choice.order_simulations == 0) return;
-  environment.simulate = environment_.simulate;
-  run_pass(OrderLink({.simulations = choice.order_simulations}), program, environment);
+  if (choice.order_simulations > 0) {
+    environment.simulate = environment_.simulate;
+    run_pass(OrderLink({.simulations = choice.order_simulations}), program, environment);
+  }
+  if (choice.coalesce) run_pass(Coalesce(), program, environment);
 }
 
 }  // namespace deepcompile

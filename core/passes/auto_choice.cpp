@@ -41,7 +41,8 @@ std::string print_levels(const AutoChoice& choice) {
   };
   std::string text = "levels: spare=" + to_string(choice.spare) +
                      " ahead=" + std::to_string(choice.ahead) +
-                     " order=" + std::to_string(choice.order_simulations);
+                     " order=" + std::to_string(choice.order_simulations) +
+                     " coalesce=" + std::to_string(choice.coalesce ? 1 : 0);
   if (choice.prefetch) text += " prefetch=" + text_of(*choice.prefetch);
   for (size_t s = 0; s < choice.limits.size(); ++s) {
     text += (s == 0 ? " limits=" : ",") + text_of(choice.limits[s]);
@@ -59,6 +60,7 @@ void read_levels(const std::string& text, AutoChoice* choice) {
     if (key == "spare") choice->spare = parse_bytes(value);
     if (key == "ahead") choice->ahead = std::stoi(value);
     if (key == "order") choice->order_simulations = std::stoi(value);
+    if (key == "coalesce") choice->coalesce = value == "1";
     if (key == "prefetch") choice->prefetch = parse_bytes(value);
     if (key != "limits") continue;
     std::istringstream limits(value);

@@ -32,6 +32,7 @@ struct AutoChoice {
   std::optional<Bytes> prefetch = std::nullopt;
 
   int order_simulations = 0;  // of order_link; 0 leaves it out
+  bool coalesce = false;
 
   bool operator==(const AutoChoice&) const = default;
 };
@@ -52,7 +53,7 @@ bool better(const Trial& a, const Trial& b);
 // "recompute 12 regions, update in next_forward 4 runs ahead, ...".
 std::string describe(const AutoChoice& choice);
 
-// What cannot be read off a plan: "levels: spare=0B ahead=4 limits=1GiB,-,- order=16".
+// What cannot be read off a plan: "levels: spare=0B ahead=4 order=16 coalesce=1 limits=1GiB,-,-".
 // read_levels takes a text that print_levels made, and leaves the choice as it
 // is at any other.
 std::string print_levels(const AutoChoice& choice);

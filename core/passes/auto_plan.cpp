@@ -22,6 +22,9 @@ constexpr int kOrderSmall = 16, kOrderLarge = 4;
 constexpr double kRoomToOrder[] = {0, 0.03, 0.08, 0.16};
 // Less of a step than one in so many is not worth moving or computing anything again.
 constexpr int64_t kWorth = 1000;
+// What instructions that start together spare the host and the kernels is not
+// simulated; it is taken to be worth one part in so many of a step.
+constexpr int64_t kTogether = 500;
 
 size_t count_instrs(const StepProgram& program) {
   size_t count = 0;
@@ -54,17 +57,33 @@ void check(const StepProgram& program, const PassEnvironment& environment) {
       " too much. Raise memory_budget, shard over more ranks, or use a smaller batch or sequence.");
 }
 
+// Whether what can start together should, in a plan that is otherwise finished.
+bool worth_coalescing(const Trial& trial, const Found& classical, const Found& best) {
+  if (!trial.fits || (classical.trial.fits && trial.time > classical.trial.time)) return false;
+  const int64_t more = trial.time.value - best.trial.time.value;
+  return better(trial, best.trial) ||
+         (!best.choice.coalesce && more * kTogether <= best.trial.time.value);
+}
+
 // Ordering the link takes memory too, for more reductions under way: parameters
 // that are kept whole may have to leave it some.
-void order(AutoBuilder& builder, const AutoChoice& unordered, int simulations, Found* best) {
+void order(AutoBuilder& builder, const AutoChoice& unordered, int simulations,
+           const Found& classical, Found* best) {
   const bool by_worth = !unordered.keep && builder.environment().memory_budget;
   for (const double part : kRoomToOrder) {
     if (part > 0 && !by_worth) return;
     AutoChoice ordered = unordered;
     ordered.order_simulations = simulations;
     ordered.reserve += part_of(builder.budget(), part);
-    const Trial trial = builder.measure(ordered);
-    if (better(trial, best->trial)) *best = {std::move(ordered), trial};
+    ordered.coalesce = true;
+    const Trial together = builder.measure(ordered);
+    if (worth_coalescing(together, classical, *best)) {
+      *best = {std::move(ordered), together};
+    } else if (!best->choice.coalesce) {
+      ordered.coalesce = false;
+      const Trial trial = builder.measure(ordered);
+      if (better(trial, best->trial)) *best = {std::move(ordered), trial};
+    }
   }
 }
 
@@ -97,8 +116,8 @@ Found search(AutoBuilder& builder, const StepProgram& plain, int simulations, Fo
   }
   if (!best.trial.fits) return best;
   const int most = small ? kOrderSmall : kOrderLarge;
-  order(builder, AutoChoice(best.choice), most, &best);
-  if (levels.all_again()) order(builder, *levels.all_again(), most, &best);
+  order(builder, AutoChoice(best.choice), most, *classical, &best);
+  if (levels.all_again()) order(builder, *levels.all_again(), most, *classical, &best);
   leave_out_idle(builder, &best);
   return best;
 }

@@ -5,6 +5,7 @@
 
 #include "base/error.h"
 #include "passes/auto_plan.h"
+#include "passes/coalesce.h"
 #include "passes/offload_activation.h"
 #include "passes/offload_adam_states.h"
 #include "passes/order_link.h"
@@ -63,6 +64,7 @@ PassRegistry PassRegistry::with_builtins() {
   registry.add(std::make_unique<SelectiveGather>());
   registry.add(std::make_unique<PlaceOptimizer>());
   registry.add(std::make_unique<OrderLink>());
+  registry.add(std::make_unique<Coalesce>());
   registry.add(std::make_unique<AutoPlan>());
   return registry;
 }

@@ -58,7 +58,7 @@ Runtime::Runtime(const RuntimeOptions& options, TransportChoice chosen)
       meter_(options.device),
       replays_(options.recorder, meter_, options.device),
       executor_({store_, optimizer_, states_, values_, relief_, replays_, meter_, tracer_},
-                options.rank, options.device) {}
+                *transport_, options.rank, options.device) {}
 
 void Runtime::add_param(const ParamSpec& spec) {
   const Scope scope(*this);

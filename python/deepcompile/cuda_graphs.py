@@ -9,6 +9,7 @@ recording, so that memory is used again in the order in which it was while recor
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import threading
 from collections.abc import Callable, Iterator
@@ -30,6 +31,15 @@ def recorder(setting: str, device: torch.device) -> GraphRecorder | None:
     return GraphRecorder(device)
 
 
+def segments_of(pool: tuple[int, int]) -> list[dict[str, Any]]:
+    """What torch's allocator holds of the device for a pool."""
+    # torch 2.11 drops a reference of each number it is given here, and the numbers of later pools
+    # would be freed while they are in use.
+    for number in pool:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(number))
+    return torch.cuda.memory_snapshot(pool, include_traces=False)
+
+
 class GraphPool:
     """Device memory of one recording: it stays while this object lives, graphs or not."""
 
@@ -46,7 +56,7 @@ class GraphPool:
 
     def idle_bytes(self) -> int:
         """What it holds of the device that no tensor does."""
-        segments = torch.cuda.memory_snapshot(self.handle, include_traces=False)
+        segments = segments_of(self.handle)
         return sum(s["total_size"] - s["allocated_size"] for s in segments)
 
 
@@ -73,6 +83,7 @@ class GraphRecorder:
     def __init__(self, device: torch.device):
         self.device = device
         self._stream: torch.cuda.Stream | None = None
+        self._something: torch.Tensor | None = None
         self._pool: GraphPool | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._entered: Any = None
@@ -84,6 +95,7 @@ class GraphRecorder:
         torch.cuda.empty_cache()  # what the steps before used is the recording's to use
         if self._stream is None:
             self._stream = torch.cuda.Stream(self.device)
+            self._something = torch.zeros(1, device=self.device)
         self._pool = GraphPool(self.device.index)
         return self._pool
 
@@ -143,12 +155,21 @@ class GraphRecorder:
 
     def abort(self) -> None:
         """The capture is invalid: ending it is an error that says nothing new, and leaves the
-        allocator where it was."""
+        allocator and the generator of random numbers where they were."""
         try:
             self._leave()
         except RuntimeError:
             with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.device.index, self._pool.handle)
+            self._end_capture_of_random_numbers()
+
+    def _end_capture_of_random_numbers(self) -> None:
+        """Only a valid capture's end tells the generator, which draws nothing until then."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+            self._something.zero_()
+            graph.capture_end()
 
     def end(self) -> int:
         pool, self._pool = self._pool, None

@@ -17,8 +17,9 @@ import torch
 
 from .errors import UserError
 
-ABI = 2
+ABI = 3
 NAME = "libdeepcompile_cuda.so"
+MAX_PIECES = 16
 _TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
 
 
@@ -67,6 +68,14 @@ class _Gradient(ctypes.Structure):
         ("scale", ctypes.c_double),
         ("type", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
+    ]
+
+
+class _Sum(ctypes.Structure):
+    _fields_ = [
+        ("pieces", ctypes.c_void_p * MAX_PIECES),
+        ("out", ctypes.c_void_p),
+        ("numel", ctypes.c_int64),
     ]
 
 
@@ -184,21 +193,31 @@ class Kernels:
         )
         return out
 
-    def piece_sum(self, pieces: Sequence[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
-        """out = the sum of all pieces in their order, in f32 (f64 for f64), rounded once. All are
-        of one type and size; out is none of them."""
-        if any(piece.dtype != out.dtype for piece in pieces):
-            raise UserError("[kernels] pieces of several types: convert them")
-        table = (ctypes.c_void_p * max(1, len(pieces)))(*(_pointer(p, out) for p in pieces))
+    def piece_sums(
+        self, pieces: Sequence[Sequence[torch.Tensor]], outs: Sequence[torch.Tensor]
+    ) -> None:
+        """Each out = the sum of its pieces in their order, in f32 (f64 for f64), rounded once. A
+        sum's tensors are of one size and out is none of its pieces; all are of one type, and all
+        sums of as many pieces, 1 to 16."""
+        if not outs:
+            return
+        table = (_Sum * len(outs))()
+        for row, parts, out in zip(table, pieces, outs, strict=True):
+            if any(part.dtype != outs[0].dtype for part in (*parts, out)):
+                raise UserError("[kernels] pieces of several types: convert them")
+            if not 1 <= len(parts) <= MAX_PIECES or len(parts) != len(pieces[0]):
+                raise UserError(f"[kernels] {len(parts)} pieces: give 1 to {MAX_PIECES}, of all")
+            pointers = [_pointer(part, out) for part in parts]
+            row.pieces[: len(parts)] = pointers
+            row.out, row.numel = _pointer(out, out), out.numel()
+        device = outs[0].device
         self.check(
-            self._library.deepcompile_cuda_piece_sum(
-                ctypes.c_int(out.device.index),
-                ctypes.c_void_p(torch.cuda.current_stream(out.device).cuda_stream),
+            self._library.deepcompile_cuda_piece_sums(
+                ctypes.c_int(device.index),
+                ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
                 table,
-                ctypes.c_int64(len(pieces)),
-                ctypes.c_void_p(_pointer(out, out)),
-                ctypes.c_int64(out.numel()),
-                ctypes.c_int(_type(out)),
+                ctypes.c_int64(len(outs)),
+                ctypes.c_int64(len(pieces[0])),
+                ctypes.c_int(_type(outs[0])),
             )
         )
-        return out

@@ -59,7 +59,7 @@ TEST(Pipeline, ChecksContractsBeforeAnythingRuns) {
             "[passes] zero4: there is no such pass. Known passes: zero0_compile, zero1_compile, "
             "zero3_compile, rematerialize, offload_activation, offload_adam_states, "
             "offload_adam_states_sync, prefetch, selective_gather, place_optimizer, order_link, "
-            "auto, first, early.");
+            "coalesce, auto, first, early.");
   EXPECT_FALSE(ran);
   EXPECT_EQ(print(program), kTwoLayers);
 }
@@ -108,10 +108,10 @@ TEST(Registry, KeepsNamesApart) {
             "[passes] 'my pass' is not a pass name. Use letters, digits and _ . : / -, and begin "
             "with a letter, a digit or _.");
   EXPECT_EQ(registry.names(),
-            (std::vector<std::string>{"zero0_compile", "zero1_compile", "zero3_compile",
-                                      "rematerialize", "offload_activation", "offload_adam_states",
-                                      "offload_adam_states_sync", "prefetch", "selective_gather",
-                                      "place_optimizer", "order_link", "auto", "mine"}));
+            (std::vector<std::string>{
+                "zero0_compile", "zero1_compile", "zero3_compile", "rematerialize",
+                "offload_activation", "offload_adam_states", "offload_adam_states_sync", "prefetch",
+                "selective_gather", "place_optimizer", "order_link", "coalesce", "auto", "mine"}));
   EXPECT_EQ(registry.get("mine").summary(), "user-defined");
   // Another engine's registry does not know it.
   EXPECT_EQ(PassRegistry::with_builtins().find("mine"), nullptr);

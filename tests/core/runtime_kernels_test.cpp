@@ -391,19 +391,33 @@ TEST(KernelSquaredSum, ManyGradientsOfAllTypesInSeveralLaunches) {
   EXPECT_EQ(check_gradients(gradients.data(), 2), DEEPCOMPILE_CUDA_BAD_POINTER);
 }
 
+SumArgument sum_of(const std::vector<const void*>& pieces, void* out, int64_t numel) {
+  SumArgument sum = {};
+  std::copy(pieces.begin(), pieces.end(), sum.pieces);
+  sum.out = out;
+  sum.numel = numel;
+  return sum;
+}
+
+// The number of launches.
 template <typename T, int kCount>
-void sum_by_blocks(const std::vector<const void*>& pieces, T* out, int64_t numel, int type,
-                   bool aligned) {
-  PieceTable table = {};
-  const auto count = static_cast<int64_t>(pieces.size());
-  ASSERT_EQ(make_piece_table(pieces.data(), count, out, numel, type, &table), 0);
-  EXPECT_EQ(table.aligned, aligned);
-  const int64_t blocks = (numel + kPieceChunk<T> - 1) / kPieceChunk<T>;
-  for (uint32_t block = 0; block < blocks; ++block) {
-    for (int thread = 0; thread < kPieceThreads; ++thread) {
-      piece_sum_thread<T, kCount>(table, block, thread);
+int sum_by_blocks(const std::vector<SumArgument>& sums, int64_t pieces, int type) {
+  const auto count = static_cast<int64_t>(sums.size());
+  EXPECT_EQ(check_sums(sums.data(), count, pieces, type), 0);
+  int launches = 0;
+  const auto launch = [&](const PieceTable& table, uint32_t blocks) {
+    ++launches;
+    for (uint32_t block = 0; block < blocks; ++block) {
+      const int s = entry_of(table.first_block, table.sums, block);
+      for (int thread = 0; thread < kPieceThreads; ++thread) {
+        piece_sum_thread<T, kCount>(table.sum[s], table.count, block - table.first_block[s],
+                                    thread);
+      }
     }
-  }
+    return 0;
+  };
+  EXPECT_EQ(for_each_piece_table(sums.data(), count, pieces, kPieceChunk<T>, launch), 0);
+  return launches;
 }
 
 template <typename T, int kCount>
@@ -426,7 +440,9 @@ void compare_piece_sums(int type, int count) {
         pieces.push_back(piece);
       }
       T* const out = arrays[count].front().at + offset;
-      sum_by_blocks<T, kCount>(pieces, out, numel, type, offset == 0);
+      const SumArgument sum = sum_of(pieces, out, numel);
+      EXPECT_EQ(piece_sum(sum, count).aligned, offset == 0);
+      sum_by_blocks<T, kCount>({sum}, count, type);
       for (int64_t i = 0; i < numel; ++i) {
         auto sum = wide(static_cast<const T*>(pieces[0])[i]);
         for (int p = 1; p < count; ++p) sum += wide(static_cast<const T*>(pieces[p])[i]);
@@ -447,24 +463,43 @@ TEST(KernelPieceSum, AddsUpInOrderAndRoundsOnce) {
   compare_piece_sums<Bf16, 0>(DEEPCOMPILE_CUDA_BF16, kMaxPieces);
 }
 
+TEST(KernelPieceSum, ManySumsInSeveralLaunches) {
+  constexpr int kMany = 2 * kSums + 3;
+  const int64_t largest = 2 * kPieceChunk<float> + 1;
+  std::vector<float> ones(static_cast<size_t>(largest), 1.0f);
+  std::vector<std::vector<float>> outs;
+  std::vector<SumArgument> sums;
+  for (int i = 0; i < kMany; ++i) {
+    outs.emplace_back(static_cast<size_t>(i == 5 ? largest : i), -1.0f);
+  }
+  for (auto& out : outs) {
+    const std::vector<const void*> pieces(static_cast<size_t>(3), ones.data());
+    sums.push_back(sum_of(pieces, out.data(), static_cast<int64_t>(out.size())));
+  }
+  const int launches = sum_by_blocks<float, 0>(sums, 3, DEEPCOMPILE_CUDA_F32);
+  EXPECT_EQ(launches, 3);
+  for (const auto& out : outs) EXPECT_EQ(out, std::vector<float>(out.size(), 3.0f));
+  EXPECT_EQ((sum_by_blocks<float, 0>({}, 3, DEEPCOMPILE_CUDA_F32)), 0);
+}
+
 TEST(KernelPieceSum, RefusesWhatItCannotDo) {
   float values[4] = {};
-  const void* pieces[] = {values, values + 1};
-  PieceTable table = {};
-  const auto refusal = [&](int64_t count, void* out, int64_t numel, int type) {
-    return make_piece_table(pieces, count, out, numel, type, &table);
-  };
+  SumArgument sum = sum_of({values, values + 1}, values + 3, 1);
+  const auto refusal = [&](int64_t pieces, int type) { return check_sums(&sum, 1, pieces, type); };
   const int f32 = DEEPCOMPILE_CUDA_F32;
-  EXPECT_EQ(refusal(2, values + 3, 1, f32), 0);
-  EXPECT_EQ(refusal(2, values + 3, 1, DEEPCOMPILE_CUDA_NONE), DEEPCOMPILE_CUDA_BAD_TYPE);
-  EXPECT_EQ(refusal(0, values + 3, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
-  EXPECT_EQ(refusal(kMaxPieces + 1, values + 3, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
-  EXPECT_EQ(refusal(2, nullptr, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
-  EXPECT_EQ(refusal(2, reinterpret_cast<char*>(values) + 1, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
-  EXPECT_EQ(refusal(2, values + 3, -1, f32), DEEPCOMPILE_CUDA_BAD_NUMEL);
-  pieces[1] = nullptr;
-  EXPECT_EQ(refusal(2, values + 3, 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
-  EXPECT_EQ(refusal(2, nullptr, 0, f32), 0);  // nothing to do
+  EXPECT_EQ(refusal(2, f32), 0);
+  EXPECT_EQ(refusal(2, DEEPCOMPILE_CUDA_NONE), DEEPCOMPILE_CUDA_BAD_TYPE);
+  EXPECT_EQ(refusal(0, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  EXPECT_EQ(refusal(kMaxPieces + 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  EXPECT_EQ(check_sums(nullptr, 1, 2, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  sum.numel = -1;
+  EXPECT_EQ(refusal(2, f32), DEEPCOMPILE_CUDA_BAD_NUMEL);
+  sum = sum_of({values, values + 1}, reinterpret_cast<char*>(values) + 1, 1);
+  EXPECT_EQ(refusal(2, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  sum = sum_of({values, nullptr}, values + 3, 1);
+  EXPECT_EQ(refusal(2, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  sum = sum_of({values, nullptr}, nullptr, 0);
+  EXPECT_EQ(refusal(2, f32), 0);  // nothing to do
 }
 
 }  // namespace

@@ -275,15 +275,19 @@ class Named:
 
 
 def combinations() -> list[list[str]]:
-    """Every choice of optional passes, each with both forms of moving states, and auto."""
+    """Every choice of optional passes, each with both forms of moving states; `coalesce`, which
+    looks at no choice of the others, ends every second."""
     from random_plans import OPTIONAL, SYNC
 
+    others = [name for name in OPTIONAL if name != "coalesce"]
     found = []
-    for size in range(1, len(OPTIONAL) + 1):
-        for chosen in itertools.combinations(OPTIONAL, size):
+    for size in range(1, len(others) + 1):
+        for chosen in itertools.combinations(others, size):
             found.append(list(chosen))
             if "offload_adam_states" in chosen:
                 found.append([SYNC if n == "offload_adam_states" else n for n in chosen])
+    for names in found[::2]:
+        names.append("coalesce")
     return found
 
 

@@ -65,7 +65,7 @@ class Sums:
     """Three parameters whose gradients are summed on each rank, then pushed. All three reductions
     are under way before the first is accumulated."""
 
-    def __init__(self, rank: int, world: int, library: str, memory: FailingMemory):
+    def __init__(self, rank: int, world: int, library: str, memory: FailingMemory, limit: int):
         self.memory, self.rank = memory, rank
         self.runtime = _runtime.Runtime(
             dist.group.WORLD, rank, world, torch.device("cpu"), "bf16", 0.0, 2, 20.0,
@@ -78,7 +78,7 @@ class Sums:
             self.runtime.set_hyper(name, 1e-2, 0.9, 0.95, 1e-8, 0.0, True)
         self.graph, self.update = self._load(GRAPH), self._load(UPDATE)
         if rank == SHORT_RANK:
-            self.runtime.limit_bytes(ARMED)
+            self.runtime.limit_bytes(limit)
 
     def _load(self, sections: str) -> int:
         program = _core.StepProgram.parse(STEP + sections)
@@ -109,10 +109,10 @@ class Sums:
         return gradients + states, failed
 
 
-def summed(rank, world, driver, allocator, bytes, count, steps):
+def summed(rank, world, driver, allocator, bytes, count, steps, limit=ARMED):
     """How many allocations failed in each step; whether the bits are those of a twin."""
     memory = FailingMemory(allocator)
-    toy, twin = (Sums(rank, world, driver, memory) for _ in range(2))
+    toy, twin = (Sums(rank, world, driver, memory, limit) for _ in range(2))
     failures, same = [], []
     for number in range(steps):
         found, failed = toy.step(number, bytes=bytes, after=number, count=count)
@@ -128,8 +128,11 @@ CASES = {
     "a gradient beside its local sum": (4 * WORLD * PIECE, 1, 4),
     "what is sent": (2 * WORLD * PIECE, 1, 4),
     "what is received": (2 * PIECE, 1, 4),
+    "what is sent, in a batch": (2 * WORLD * PIECE, 1, 4, 0),
+    "what is received, in a batch": (2 * PIECE, 1, 4, 0),
 }
-"""What fails: bytes, how many of them, and before how many of a backward's."""
+"""What fails: bytes, how many of them, and before how many of a backward's; 0: the rank's memory
+has no limit, so that its transfers go in batches."""
 
 
 @pytest.mark.parametrize("what", CASES)

@@ -77,13 +77,15 @@ def test_random_plans_on_4_ranks(model, tmp_path):
 
 
 def test_all_combinations_of_passes(tmp_path):
-    """Every subset of the optional passes and `auto` under several budgets, and ZeRO-1 and 2."""
+    """Every subset of the optional passes and `auto` under several budgets; of the model whose steps
+    take longest every third."""
     jobs = [
         Job("llama", 1, CLIP, combinations=1),
-        Job("gpt2_dropout", 4, 0.0, combinations=1),
+        Job("gpt2_dropout", 4, 0.0, combinations=1 if ALONE else 3),
     ]
     results = compared(2, jobs, tmp_path)
-    assert all(result["combinations"] == 191 + plan_cases.AUTO_BUDGETS for result in results)
+    assert results[0]["combinations"] == 191 + plan_cases.AUTO_BUDGETS
+    assert results[1]["combinations"] >= results[0]["combinations"] // 3
 
 
 def test_combinations_on_4_ranks(tmp_path):

@@ -117,6 +117,34 @@ def plans_of(rank, world, library):
     return [all(map(torch.equal, one, found[0])) for one in found]
 
 
+def together(rank, world, library):
+    """Of every plan, with `coalesce` and without, and with it traced: whether it has the bits of
+    the first, and how often its streams were made to wait or to signal."""
+    fake = Fake(library)
+    fake.set(push_ms=int(rank == 1), pull_ms=int(rank == 0))
+    found = []
+    for plan in ("", *PLANS):
+        for coalesce, traced in ((False, False), (True, False), (True, True)):
+            before = fake.count("batches")
+            toy = pushing(rank, world, library, plan=plan, coalesce=coalesce, gather="copy_engine")
+            toy.runtime.trace(traced)
+            losses = toy.train(4, rank, world)
+            found.append((losses + list(toy.everything().values()), fake.count("batches") - before))
+    same = [all(map(torch.equal, one, found[0][0])) for one, _ in found]
+    batches = [count for _, count in found]
+    return same, batches[0::3], batches[1::3], batches[2::3]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_what_starts_together_has_the_same_bits_in_fewer_steps_of_streams(driver, world):
+    for same, apart, joined, traced in run_ranks(together, world, driver):
+        assert all(same), same
+        assert all(a >= b for a, b in zip(apart, joined, strict=True)), (apart, joined)
+        assert sum(apart) > sum(joined)
+        # Each instruction by itself, in the same order: it has its own time.
+        assert all(a > b for a, b in zip(traced, joined, strict=True)), (traced, joined)
+
+
 def test_every_plan_gives_the_same_bits_on_four_ranks(driver):
     for same in run_ranks(plans_of, 4, driver):
         assert all(same), dict(zip(("", *PLANS), same, strict=True))

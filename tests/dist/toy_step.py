@@ -146,10 +146,15 @@ def program_text(
 
 
 def plan_text(
-    world: int, stage: int, sections: str, edits: tuple[tuple[str, str], ...] = (), **options: Any
+    world: int,
+    stage: int,
+    sections: str,
+    edits: tuple[tuple[str, str], ...] = (),
+    coalesce: bool = False,
+    **options: Any,
 ) -> str:
     """``edits``: pieces of the compiled program's text and what stands in their place. Those that
-    do not occur are left out."""
+    do not occur are left out. ``coalesce``: afterwards, what can start together does."""
     program = _core.StepProgram.parse(program_text(world, stage, sections, **options))
     _core.run_passes(program, ["zero0_compile" if stage == 0 else "zero3_compile"])
     if edits:
@@ -157,6 +162,8 @@ def plan_text(
         for old, new in edits:
             text = text.replace(old, new)
         program = _core.StepProgram.parse(text)
+    if coalesce:
+        _core.run_passes(program, ["coalesce"])
     return _core.freeze(program).serialize()
 
 
@@ -245,6 +252,7 @@ class Toy:
         codes: list | None = None,
         hyper: dict | None = None,
         plan: str = "",
+        coalesce: bool = False,
         boundary: bool = False,
         gather: str = "nccl",
         reduce_over: str = "nccl",
@@ -265,7 +273,7 @@ class Toy:
         self.runtime.add_param(PACK, members, PACK_NUMEL, pack, trainable)
         self.set_hyper(**(hyper or {}))
         options = dict(accumulation=accumulation, clip=clip > 0, reduce=reduce, dtype=SHORT[dtype])
-        options["boundary"] = boundary
+        options |= dict(boundary=boundary, coalesce=coalesce)
         self.accumulation = accumulation
         if trainable:
             graph_edits, update_edits = PLANS[plan] if plan else ((), ())

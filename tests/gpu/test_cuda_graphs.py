@@ -131,3 +131,4 @@ def test_a_region_that_waits_for_the_device_runs_as_ever():
     assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
     found = toy.runtime.replays()
     assert found["runs"] == 2 and found["replayed"] == 14 and "bwd.0" in found["refused"], found
+    assert torch.rand(3, device=device).isfinite().all(), "random numbers are drawn as before"

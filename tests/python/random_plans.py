@@ -33,6 +33,7 @@ OPTIONAL = (
     "place_optimizer",
     "prefetch",
     "order_link",
+    "coalesce",
 )
 """Passes that may follow the stage's, in the order in which they compose."""
 SYNC = "offload_adam_states_sync"

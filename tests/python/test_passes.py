@@ -12,6 +12,7 @@ from deepcompile.passes import (
     NamedPass,
     PassContract,
     auto,
+    coalesce,
     offload_activation,
     offload_adam_states,
     order_link,
@@ -60,6 +61,7 @@ PUBLIC = {
     "rematerialize": rematerialize.rematerialize,
     "place_optimizer": place_optimizer.place_optimizer,
     "order_link": order_link.order_link,
+    "coalesce": coalesce.coalesce,
     "auto": auto.auto,
 }
 

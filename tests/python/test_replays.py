@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recorded runs: the same bits as without, and never out of their turn."""
 
+import sys
+
 import pytest
 import torch
 import toy_step
@@ -18,6 +20,14 @@ def test_there_are_graphs_on_gpus_alone():
     assert cuda_graphs.recorder("auto", cpu) is None
     with pytest.raises(UserError, match="none on a cpu"):
         cuda_graphs.recorder("on", cpu)
+
+
+def test_a_pools_number_is_still_there_after_its_memory_was_looked_at():
+    numbers = (int("1000003"), int("1000033"))  # none that the interpreter keeps anyway
+    before = [sys.getrefcount(number) for number in numbers]
+    for _ in range(3):
+        assert cuda_graphs.segments_of(numbers) == []
+    assert all(sys.getrefcount(n) >= b for n, b in zip(numbers, before, strict=True))
 
 
 def equal(a, b):

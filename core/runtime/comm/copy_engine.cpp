@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "runtime/comm/copy_engine.h"
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -18,6 +19,10 @@ using std::chrono::milliseconds;
 using Streams = std::shared_ptr<const StreamPair>;
 
 constexpr const char* kCopyEngine = "copy_engine";
+// Of a batch: with more transfers the first would wait for the host for longer than it takes,
+// and with more bytes from or to each peer, who needs the first would wait for the last.
+constexpr size_t kMostHeld = 16;
+constexpr int64_t kMostHeldBytes = 128 << 20;
 
 DeviceAddress address_of(const at::Tensor& tensor) {
   return reinterpret_cast<DeviceAddress>(tensor.const_data_ptr());
@@ -40,7 +45,9 @@ class CopyEngineTransport final : public Transport {
         memory_(driver, rank, world, device) {
     memory_.used_on(PeerSignals::handle(signals_.comm()));
     if (!pushes) return;
-    reductions_.emplace(signals_, rank, world, device, options.least_bytes, options.copies);
+    reductions_.emplace(signals_, rank, world, device, options.least_bytes, options.copies,
+                        [this] { give_transfers(); });
+    sums_allocate_ = PieceSum(device).allocates(world);
   }
 
   std::unique_ptr<Transfer> gather(at::Tensor full, at::Tensor shard,
@@ -61,10 +68,14 @@ class CopyEngineTransport final : public Transport {
 
   std::unique_ptr<Transfer> reduce_scatter(at::Tensor piece, at::Tensor full,
                                            std::shared_ptr<Span> span) override {
-    if (pushed(static_cast<int64_t>(piece.nbytes()))) {
-      return reductions_->start(std::move(piece), std::move(full), std::move(span), *base_);
+    const auto bytes = static_cast<int64_t>(piece.nbytes());
+    if (!pushed(bytes)) {
+      return base().reduce_scatter(std::move(piece), std::move(full), std::move(span));
     }
-    return base_->reduce_scatter(std::move(piece), std::move(full), std::move(span));
+    const uint64_t number =
+        reductions_->hold(std::move(piece), std::move(full), std::move(span), *base_);
+    hold({nullptr, number}, bytes);
+    return reductions_->transfer(number);
   }
   void prepare_reduction(int64_t piece_bytes) override {
     if (pushed(piece_bytes)) reductions_->prepare(piece_bytes, *base_);
@@ -73,13 +84,18 @@ class CopyEngineTransport final : public Transport {
     if (reductions_) reductions_->expect(piece_bytes);
   }
   std::unique_ptr<Transfer> start_all_reduce(at::Tensor tensor, Reduction reduction) override {
-    return base_->start_all_reduce(std::move(tensor), reduction);
+    return base().start_all_reduce(std::move(tensor), reduction);
   }
   void all_reduce(at::Tensor tensor, Reduction reduction) override {
-    base_->all_reduce(std::move(tensor), reduction);
+    base().all_reduce(std::move(tensor), reduction);
   }
-  void broadcast(at::Tensor tensor) override { base_->broadcast(std::move(tensor)); }
-  void barrier() override { base_->barrier(); }
+  void broadcast(at::Tensor tensor) override { base().broadcast(std::move(tensor)); }
+  void barrier() override { base().barrier(); }
+  void set_batch(Batch batch) override;
+  void give() override {
+    give_waits();
+    give_transfers();
+  }
   // On a device all share the base's stream, but for the sums of what is pushed.
   // On a CPU a gather is over when it has started, but what it should follow may not be.
   bool in_order(int64_t piece_bytes) const override {
@@ -88,10 +104,34 @@ class CopyEngineTransport final : public Transport {
 
  private:
   class Pull;
+  // A gather, from when it is asked for to when it was waited for.
+  struct Gather {
+    PeerShard* shard;
+    at::Tensor full, piece;
+    std::shared_ptr<Span> span;
+    uint32_t ready;  // what its words are then
+    bool given = false;
+    std::unique_ptr<Transfer> on_stream = {};  // on a device, once it is given
+  };
+  struct Held {  // a transfer that is not given yet
+    std::shared_ptr<Gather> gather;
+    uint64_t reduction = 0;  // its number, if it is no gather
+  };
+  using Gathers = std::vector<std::shared_ptr<Gather>>;
 
+  // For collectives: what is held comes before them on every rank.
+  Transport& base() {
+    give_transfers();
+    return *base_;
+  }
   bool pushed(int64_t piece_bytes) const { return reductions_ && reductions_->takes(piece_bytes); }
-  void pull(const PeerShard& shard, const at::Tensor& full, int64_t bytes, uint32_t ready);
+  void hold(Held transfer, int64_t bytes);
+  void give_waits();
+  void give_transfers();
+  void pull(const Gathers& gathers);
+  void copy(const Gather& gather) const;
   void await_readers(PeerShard* shard);
+  void await_readers(const std::vector<PeerShard*>& shards);
 
   const CopyEngineOptions options_;
   const bool pulls_;
@@ -102,79 +142,167 @@ class CopyEngineTransport final : public Transport {
   PeerSignals signals_;
   PeerMemory memory_;
   std::optional<PushReductions> reductions_;
+  bool sums_allocate_ = false;
+  Batch batch_ = Batch::kNone;
+  std::vector<Held> held_;
+  int64_t held_bytes_ = 0;
+  std::vector<PeerShard*> to_settle_;  // before compute writes to them
+  uint64_t given_ = 0;                 // transfers so far, the same on every rank
+  uint64_t over_ = 0;                  // those before this one are, on every rank, for compute
 };
 
-// A gather under way: on a device its stream's last work, on a CPU it is over.
 class CopyEngineTransport::Pull final : public Transfer {
  public:
-  Pull(CopyEngineTransport& transport, PeerShard* shard, std::unique_ptr<Transfer> on_stream)
-      : transport_(transport), shard_(shard), on_stream_(std::move(on_stream)) {}
+  Pull(CopyEngineTransport& transport, std::shared_ptr<Gather> gather)
+      : transport_(transport), gather_(std::move(gather)) {}
+  ~Pull() override {
+    try {
+      if (!gather_->given) transport_.give_transfers();  // the peers count on it
+    } catch (...) {  // the device is lost, or a peer; whoever uses it next reports that
+    }
+  }
 
   void wait() override {
     transport_.signals_.check();
-    if (on_stream_) on_stream_->wait();
-    if (shard_->in_place) transport_.await_readers(shard_);
+    if (!gather_->given) transport_.give_transfers();
+    if (gather_->on_stream) gather_->on_stream->wait();
+    if (!gather_->shard->in_place) return;
+    transport_.await_readers(gather_->shard);
+    transport_.give_waits();  // it may not be put off
   }
 
  private:
   CopyEngineTransport& transport_;
-  PeerShard* shard_;
-  std::unique_ptr<Transfer> on_stream_;
+  std::shared_ptr<Gather> gather_;
 };
 
 std::unique_ptr<Transfer> CopyEngineTransport::gather(at::Tensor full, at::Tensor shard,
                                                       std::shared_ptr<Span> span) {
   PeerShard* const place = memory_.find(shard.const_data_ptr());
-  if (place == nullptr) return base_->gather(std::move(full), std::move(shard), std::move(span));
+  if (place == nullptr) return base().gather(std::move(full), std::move(shard), std::move(span));
   signals_.check();
   if (!memory_.mapped()) {
-    RankMessages messages(*base_, full.device(), world_);
+    RankMessages messages(base(), full.device(), world_);
     memory_.map(messages);
   }
   const auto bytes = static_cast<int64_t>(shard.nbytes());
   DC_CHECK(bytes <= place->bytes && static_cast<int64_t>(full.nbytes()) == world_ * bytes,
-           "a gather of " + place->name + " into a buffer of another size");
-  // Order: whatever wrote the shard, or last used the full buffer's memory
-  // (compute) -> pulls (comm).
-  if (streams_) streams_->comm_follows_compute();
-  if (span) span->start(signals_.comm());
+           "a gather of " + *place->name + " into a buffer of another size");
   ++place->round;
-  const uint32_t ready = 2 * place->round - 1;
-  Mark done = signals_.watched("the gather of " + place->name, *place, ready, signals_.comm(),
-                               [&] { pull(*place, full, bytes, ready); });
-  if (span) span->stop(signals_.comm());
-  std::unique_ptr<Transfer> on_stream;
-  if (streams_) {
-    on_stream = std::make_unique<StreamTransfer>(streams_, std::vector<at::Tensor>{full, shard},
-                                                 std::move(done));
-  }
-  return std::make_unique<Pull>(*this, place, std::move(on_stream));
+  auto gather = std::make_shared<Gather>(Gather{.shard = place,
+                                                .full = std::move(full),
+                                                .piece = std::move(shard),
+                                                .span = std::move(span),
+                                                .ready = 2 * place->round - 1});
+  hold({gather}, bytes);
+  return std::make_unique<Pull>(*this, std::move(gather));
 }
 
-void CopyEngineTransport::pull(const PeerShard& shard, const at::Tensor& full, int64_t bytes,
-                               uint32_t ready) {
+void CopyEngineTransport::set_batch(Batch batch) {
+  batch_ = batch;
+  if (reductions_) reductions_->set_put_off(batch == Batch::kWaits && !sums_allocate_);
+  give();
+}
+
+void CopyEngineTransport::hold(Held transfer, int64_t bytes) {
+  held_.push_back(std::move(transfer));
+  held_bytes_ += bytes;
+  const bool many = held_.size() >= kMostHeld || held_bytes_ >= kMostHeldBytes;
+  if (batch_ != Batch::kTransfers || many) give_transfers();
+}
+
+void CopyEngineTransport::give_waits() {
+  if (const auto shards = std::exchange(to_settle_, {}); !shards.empty()) await_readers(shards);
+  if (reductions_) over_ = std::max(over_, reductions_->sum_up());
+}
+
+// Runs of one kind go together.
+void CopyEngineTransport::give_transfers() {
+  const std::vector<Held> held = std::exchange(held_, {});
+  held_bytes_ = 0;
+  if (held.empty()) return;
+  signals_.check();
+  // Order: whatever wrote the shards and gradients, or last used the full buffers'
+  // memory (compute) -> transfers (comm).
+  if (streams_) streams_->comm_follows_compute();
+  for (size_t i = 0; i < held.size();) {
+    Gathers gathers;
+    for (; i < held.size() && held[i].gather; ++i) gathers.push_back(held[i].gather);
+    if (!gathers.empty()) pull(gathers);
+    std::vector<uint64_t> reductions;
+    for (; i < held.size() && !held[i].gather; ++i) reductions.push_back(held[i].reduction);
+    if (reductions.empty()) continue;
+    reductions_->push(reductions, given_ + 1);
+    given_ += reductions.size();
+  }
+}
+
+void CopyEngineTransport::pull(const Gathers& gathers) {
   const Driver& driver = *signals_.driver();
+  const std::optional<c10::Stream> comm = signals_.comm();
+  std::vector<MemoryOp> before, after;
+  std::vector<PeerSignals::Await> awaits;
+  for (const auto& gather : gathers) signals_.tell(&before, *gather->shard, gather->ready);
+  for (const auto& gather : gathers) {
+    signals_.await(&before, *gather->shard, gather->ready);
+    signals_.tell(&after, *gather->shard, gather->ready + 1);
+    awaits.push_back({gather->shard, gather->ready});
+    gather->shard->given = ++given_;
+    gather->given = true;
+  }
+  if (gathers.front()->span) gathers.front()->span->start(comm);
+  signals_.watched({"the gather of", true}, awaits, comm, [&] {
+    driver.run(std::move(before), PeerSignals::handle(comm));
+    for (const auto& gather : gathers) {
+      if (gather->span && gather != gathers.front()) gather->span->start(comm);
+      copy(*gather);
+      if (gather->span) gather->span->stop(comm);
+      if (!streams_) continue;
+      gather->on_stream = std::make_unique<StreamTransfer>(
+          streams_, std::vector<at::Tensor>{gather->full, gather->piece}, streams_->mark(*comm));
+    }
+    driver.run(std::move(after), PeerSignals::handle(comm));
+  });
+  for (const auto& gather : gathers) {
+    gather->full.reset();
+    gather->piece.reset();
+  }
+}
+
+void CopyEngineTransport::copy(const Gather& gather) const {
   const Driver::Stream stream = PeerSignals::handle(signals_.comm());
-  std::vector<MemoryOp> ops;
-  signals_.tell(&ops, shard, ready);
-  signals_.await(&ops, shard, ready);
-  driver.run(std::move(ops), stream);
+  const auto bytes = static_cast<int64_t>(gather.piece.nbytes());
   for (int64_t d = 1; d <= world_; ++d) {
     const int64_t owner = (rank_ + d) % world_;
-    const DeviceAddress to = address_of(full) + static_cast<DeviceAddress>(owner * bytes);
-    const DeviceAddress from = shard.source(owner);
-    if (to != from) driver.copy(to, from, bytes, stream, options_.copies);
+    const DeviceAddress to = address_of(gather.full) + static_cast<DeviceAddress>(owner * bytes);
+    const DeviceAddress from = gather.shard->source(owner);
+    if (to != from) signals_.driver()->copy(to, from, bytes, stream, options_.copies);
   }
-  ops.clear();
-  signals_.tell(&ops, shard, ready + 1);
-  driver.run(std::move(ops), stream);
 }
 
 void CopyEngineTransport::await_readers(PeerShard* shard) {
+  const bool held = std::any_of(held_.begin(), held_.end(), [&](const Held& each) {
+    return each.gather && each.gather->shard == shard;
+  });
+  if (held) give_transfers();
   if (shard->settled == shard->round) return;
+  if (shard->given < over_) {
+    shard->settled = shard->round;
+  } else if (batch_ == Batch::kWaits) {
+    to_settle_.push_back(shard);
+  } else {
+    await_readers(std::vector<PeerShard*>{shard});
+  }
+}
+
+void CopyEngineTransport::await_readers(const std::vector<PeerShard*>& shards) {
   signals_.check();
-  signals_.watched_wait("a write to " + shard->name, *shard, 2 * shard->round, signals_.compute());
-  shard->settled = shard->round;
+  std::vector<PeerSignals::Await> awaits;
+  for (PeerShard* const shard : shards) {
+    awaits.push_back({shard, 2 * shard->round});
+    shard->settled = shard->round;
+  }
+  signals_.watched_wait({"a write to", true}, awaits, signals_.compute());
 }
 
 bool is_word(const std::string& word) {

@@ -14,7 +14,9 @@
 //   4. write 2n: "I have read yours".
 //
 // and before this rank writes to its shard (an update, a store, a load), the
-// compute stream waits until all words are at least 2n, n the last gather here.
+// compute stream waits until all words are at least 2n, n the last gather here;
+// unless it waited for a reduction that was given to the streams after that gather.
+// Gathers of a batch do each step together: 1 and 2 for all, the copies, 4 for all.
 //
 // Why that is enough:
 // - Read after write: step 1 runs after whatever compute had been given before
@@ -26,13 +28,15 @@
 //   before the owner's next step 1, which comes after its write. No reduction
 //   between a gather and the update is relied on, so updates without one,
 //   gathers for evaluation, store() and loads need no barrier of their own.
-//   After a reduction the wait is over before it begins.
+//   A reduction's pieces arrive after whatever their sender's stream was given before
+//   them, so where one was waited for there is nothing to wait for.
 // - In step: step 2 makes the ranks start a gather together, so that at any
 //   time each peer's memory is read by one rank (rank+d reads from rank+d+1).
 //   Ranks that drift apart read the same peer and halve the rate.
 // - No deadlock: all ranks give their streams the same gathers and reductions in
 //   the same order, each writes its word before it waits, and neither wait needs
-//   anything that its peers were given later.
+//   anything that its peers were given later. A batch holds gathers back only while
+//   the compute stream is given nothing that waits for a peer.
 // - The host waits for nothing. Values grow by two with each gather and are
 //   compared as differences, so they may go round.
 //

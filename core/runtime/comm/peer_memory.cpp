@@ -248,7 +248,7 @@ std::shared_ptr<PeerBlock> PeerMemory::block_with(int64_t bytes) {
 at::Tensor PeerMemory::allocate(const std::string& name, int64_t numel, bool in_place,
                                 c10::TensorOptions options) {
   auto shard = std::make_unique<PeerShard>();
-  shard->name = name;
+  shard->name = std::make_shared<const std::string>(name);
   shard->bytes = numel * static_cast<int64_t>(options.dtype().itemsize());
   shard->in_place = in_place;
   const int64_t total = in_place ? world_ * shard->bytes : shard->bytes;

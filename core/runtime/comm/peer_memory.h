@@ -38,7 +38,7 @@ class PeerBlock;
 
 // One shard's place in every rank's memory.
 struct PeerShard {
-  std::string name;
+  std::shared_ptr<const std::string> name;
   std::shared_ptr<PeerBlock> block;
   int64_t slot = 0;       // its words in the block's pad
   int64_t offset = 0;     // bytes from the block's start, of rank 0's shard
@@ -48,6 +48,7 @@ struct PeerShard {
   // that all peers are known to have ended.
   uint32_t round = 0;
   uint32_t settled = 0;
+  uint64_t given = 0;  // the number of the last among all transfers that streams were given
 
   // Of `owner`'s shard, in that rank's own memory, as this rank sees it.
   DeviceAddress source(int64_t owner) const;

@@ -38,11 +38,26 @@ void PeerSignals::await(std::vector<MemoryOp>* ops, const PeerShard& shard, uint
   }
 }
 
-void PeerSignals::watched_wait(std::string what, const PeerShard& shard, uint32_t value,
+WatchedWait PeerSignals::wait_for(const What& what, const std::vector<Await>& awaits) const {
+  WatchedWait wait;
+  wait.awaited.reserve(awaits.size());
+  for (const auto& [shard, value] : awaits) {
+    AwaitedWords& words = wait.awaited.emplace_back();
+    words.what = what.text;
+    if (what.named) words.name = shard->name;
+    words.value = value;
+    for (int64_t rank = 0; rank < world_; ++rank) {
+      words.words.push_back(shard->word(rank_, rank));
+    }
+  }
+  return wait;
+}
+
+void PeerSignals::watched_wait(const What& what, const std::vector<Await>& awaits,
                                const std::optional<c10::Stream>& stream) {
-  watched(std::move(what), shard, value, stream, [&] {
+  watched(what, awaits, stream, [&] {
     std::vector<MemoryOp> ops;
-    await(&ops, shard, value);
+    for (const auto& [shard, value] : awaits) await(&ops, *shard, value);
     driver_->run(std::move(ops), handle(stream));
   });
 }

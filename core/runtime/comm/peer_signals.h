@@ -42,16 +42,28 @@ class PeerSignals {
   void tell(std::vector<MemoryOp>* ops, const PeerShard& shard, uint32_t value) const;
   void await(std::vector<MemoryOp>* ops, const PeerShard& shard, uint32_t value) const;
 
-  // Runs `action`, which makes `stream` wait until the shard's words reach `value`.
+  // A wait until a shard's words reach a value.
+  struct Await {
+    const PeerShard* shard;
+    uint32_t value;
+  };
+  // For messages: "the gather of", and whether the shard's name follows.
+  struct What {
+    const char* text;
+    bool named = false;
+  };
+  // Runs `action`, which makes `stream` wait for all of these.
   // What follows all that it gave the stream; null on a CPU.
   template <typename Action>
-  Mark watched(std::string what, const PeerShard& shard, uint32_t value,
+  Mark watched(const What& what, const std::vector<Await>& awaits,
                const std::optional<c10::Stream>& stream, Action&& action);
-  // Makes `stream` wait for that, and do nothing else.
-  void watched_wait(std::string what, const PeerShard& shard, uint32_t value,
+  // Makes `stream` wait for them, and do nothing else.
+  void watched_wait(const What& what, const std::vector<Await>& awaits,
                     const std::optional<c10::Stream>& stream);
 
  private:
+  WatchedWait wait_for(const What& what, const std::vector<Await>& awaits) const;
+
   const std::shared_ptr<const Driver> driver_;
   const int64_t rank_;
   const int64_t world_;
@@ -60,10 +72,9 @@ class PeerSignals {
 };
 
 template <typename Action>
-Mark PeerSignals::watched(std::string what, const PeerShard& shard, uint32_t value,
+Mark PeerSignals::watched(const What& what, const std::vector<Await>& awaits,
                           const std::optional<c10::Stream>& stream, Action&& action) {
-  WatchedWait wait{.what = std::move(what), .words = {}, .value = value, .over = {}};
-  for (int64_t rank = 0; rank < world_; ++rank) wait.words.push_back(shard.word(rank_, rank));
+  WatchedWait wait = wait_for(what, awaits);
   if (stream) {
     action();
     Mark done = streams_->mark(*stream);

@@ -2,33 +2,65 @@
 #include "runtime/comm/piece_sum.h"
 
 #include <ATen/ops/add.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
 
 #include "base/error.h"
 #include "runtime/cuda/launch.h"
 
 namespace deepcompile {
 
-void PieceSum::operator()(const std::vector<at::Tensor>& pieces, const at::Tensor& out) {
-  DC_CHECK(pieces.size() > 1, "a sum has at least two pieces");
-  if (pieces.size() <= DEEPCOMPILE_CUDA_MAX_PIECES && library() != nullptr) {
-    std::vector<const void*> pointers;
-    for (const at::Tensor& piece : pieces) pointers.push_back(piece.const_data_ptr());
-    const int status =
-        library()->piece_sum(out.device().index(), current_cuda_stream(out.device()),
-                             pointers.data(), static_cast<int64_t>(pointers.size()), out.data_ptr(),
-                             out.numel(), cuda_type(out.scalar_type()));
-    return check_launch(*library(), status, "piece sum");
+void PieceSum::operator()(const std::vector<Sum>& sums) {
+  if (sums.empty()) return;
+  DC_CHECK(sums.front().pieces.size() > 1, "a sum has at least two pieces");
+  const bool few = sums.front().pieces.size() <= DEEPCOMPILE_CUDA_MAX_PIECES;
+  if (few && library() != nullptr) return launch(sums);
+  for (const Sum& sum : sums) add(sum);
+}
+
+bool PieceSum::allocates(int64_t pieces) {
+  const bool few = pieces <= DEEPCOMPILE_CUDA_MAX_PIECES;
+  return pieces > 2 && !(few && library() != nullptr);
+}
+
+void PieceSum::launch(const std::vector<Sum>& sums) {
+  std::vector<deepcompile_cuda_sum> table;
+  for (size_t first = 0; first < sums.size(); first += table.size()) {
+    const at::Tensor& like = sums[first].out;
+    table.clear();
+    for (size_t i = first; i < sums.size(); ++i) {
+      const Sum& sum = sums[i];
+      if (sum.out.scalar_type() != like.scalar_type()) break;
+      deepcompile_cuda_sum& row = table.emplace_back();
+      std::copy(sum.pieces.begin(), sum.pieces.end(), row.pieces);
+      row.out = sum.out.data_ptr();
+      row.numel = sum.out.numel();
+    }
+    const int status = library()->piece_sums(device_.index(), current_cuda_stream(device_),
+                                             table.data(), static_cast<int64_t>(table.size()),
+                                             static_cast<int64_t>(sums.front().pieces.size()),
+                                             cuda_type(like.scalar_type()));
+    check_launch(*library(), status, "piece sum");
   }
-  at::Tensor to = out;
+}
+
+void PieceSum::add(const Sum& sum) const {
+  at::Tensor out = sum.out;
+  std::vector<at::Tensor> pieces;
+  for (const void* piece : sum.pieces) {
+    pieces.push_back(at::from_blob(
+        const_cast<void*>(piece), {out.numel()}, {1}, [](void*) {}, out.options(), device_));
+  }
   if (pieces.size() == 2) {  // torch adds 16-bit types in f32
-    at::add_out(to, pieces[0], pieces[1]);
+    at::add_out(out, pieces[0], pieces[1]);
     return;
   }
   const bool small = out.element_size() < 4;
-  const at::Tensor sum = small ? pieces[0].to(c10::kFloat) : out;
-  if (!small) sum.copy_(pieces[0]);
-  for (size_t i = 1; i < pieces.size(); ++i) sum.add_(pieces[i]);
-  if (small) to.copy_(sum);
+  const at::Tensor total = small ? pieces[0].to(c10::kFloat) : out;
+  if (!small) total.copy_(pieces[0]);
+  for (size_t i = 1; i < pieces.size(); ++i) total.add_(pieces[i]);
+  if (small) out.copy_(total);
 }
 
 const KernelLibrary* PieceSum::library() {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sum of a reduction's pieces, once all lie in this rank's memory.
+// The sums of reductions' pieces, once all lie in this rank's memory.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,16 +13,24 @@ namespace deepcompile {
 
 class PieceSum {
  public:
+  struct Sum {
+    std::vector<const void*> pieces;  // at least two, of out.numel() elements of its type
+    at::Tensor out;                   // 1-D and contiguous; none of the pieces
+  };
+
   explicit PieceSum(c10::Device device) : device_(device) {}
 
-  // out = the pieces' sum in their order, in f32 (f64 for f64), rounded once: the
-  // same bits by any kernel. 1-D and contiguous, of one type and size; `out` is
-  // none of them. On the current stream. May allocate without the kernel library
-  // if there are more than two.
-  void operator()(const std::vector<at::Tensor>& pieces, const at::Tensor& out);
+  // Each out = its pieces' sum in their order, in f32 (f64 for f64), rounded once: the
+  // same bits by any kernel. On the current stream, where the kernel library serves the
+  // device in one launch for all sums of one type.
+  void operator()(const std::vector<Sum>& sums);
+  // Whether sums of so many pieces take memory.
+  bool allocates(int64_t pieces);
 
  private:
   const KernelLibrary* library();
+  void launch(const std::vector<Sum>& sums);
+  void add(const Sum& sum) const;
 
   c10::Device device_;
   bool asked_ = false;

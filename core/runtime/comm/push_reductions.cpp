@@ -1,14 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "runtime/comm/push_reductions.h"
 
-#include <ATen/ops/from_blob.h>
-
 #include <algorithm>
 #include <utility>
 
 #include "base/error.h"
 
 namespace deepcompile {
+namespace {
+
+// Sums that are put off: as many as one launch takes, and of no more bytes than that
+// the first need not wait long for the last one's pieces.
+constexpr size_t kMostAsked = 24;
+constexpr int64_t kMostAskedBytes = 64 << 20;
+
+}  // namespace
+
 // A reduction under way.
 class PushReductions::Push final : public Transfer {
  public:
@@ -20,6 +27,14 @@ class PushReductions::Push final : public Transfer {
     }
   }
   void wait() override { reductions_.finish(number_); }
+  void wait_in_batch() override {
+    if (!reductions_.put_off_) return wait();
+    reductions_.ask(number_);
+    int64_t bytes = 0;
+    for (const auto& [number, reduction] : reductions_.asked_) bytes += reduction.bytes;
+    const bool many = reductions_.asked_.size() >= kMostAsked || bytes >= kMostAskedBytes;
+    if (many) reductions_.sum_up();
+  }
 
  private:
   PushReductions& reductions_;
@@ -27,13 +42,15 @@ class PushReductions::Push final : public Transfer {
 };
 
 PushReductions::PushReductions(PeerSignals& signals, int64_t rank, int64_t world,
-                               c10::Device device, int64_t least_bytes, CopyKind copies)
+                               c10::Device device, int64_t least_bytes, CopyKind copies,
+                               std::function<void()> give)
     : signals_(signals),
       rank_(rank),
       world_(world),
       device_(device),
       least_bytes_(least_bytes),
       copies_(copies),
+      give_(std::move(give)),
       piece_sum_(device) {}
 
 PushReductions::~PushReductions() = default;
@@ -49,6 +66,7 @@ bool PushReductions::takes(int64_t piece_bytes) const {
 }
 
 void PushReductions::make_inbox(Transport& base) {
+  give_();  // the host waits for the peers now, and they may for that
   RankMessages messages(base, device_, world_);
   const int64_t capacity = 2 * (world_ - 1) * peer_aligned(largest_);
   const auto bytes = c10::TensorOptions().dtype(c10::kByte).device(device_);
@@ -81,14 +99,15 @@ int64_t PushReductions::room_for(int64_t piece_bytes) const {
 void PushReductions::prepare(int64_t piece_bytes, Transport& base) {
   signals_.check();
   if (!memory_) make_inbox(base);
-  const InboxRing::Place place = ring_->next(room_for(piece_bytes));
-  while (!under_way_.empty() && under_way_.begin()->first <= place.after) {
+  const uint64_t after = ring_->next(room_for(piece_bytes)).after;
+  if (!asked_.empty() && asked_.begin()->first <= after) sum_up();
+  while (!under_way_.empty() && under_way_.begin()->first <= after) {
     finish(under_way_.begin()->first);
   }
 }
 
-std::unique_ptr<Transfer> PushReductions::start(at::Tensor piece, at::Tensor full,
-                                                std::shared_ptr<Span> span, Transport& base) {
+uint64_t PushReductions::hold(at::Tensor piece, at::Tensor full, std::shared_ptr<Span> span,
+                              Transport& base) {
   const auto bytes = static_cast<int64_t>(piece.nbytes());
   DC_CHECK(static_cast<int64_t>(full.nbytes()) == world_ * bytes, "pieces of another size");
   // What may find no memory comes before anything that peers count on.
@@ -97,25 +116,29 @@ std::unique_ptr<Transfer> PushReductions::start(at::Tensor piece, at::Tensor ful
   const InboxRing::Place place = ring_->next(room);
   const uint64_t number = ++last_;
   ring_->take(place, room, number);
-  UnderWay reduction{place.begin, bytes, std::move(piece), std::move(full)};
-  // Order: what wrote the gradient (compute) -> pushes (comm).
-  const std::optional<c10::Stream> comm = signals_.comm();
-  if (comm) signals_.streams()->comm_follows_compute();
-  if (place.after > settled_) {
-    if (place.after > told_) {
-      std::vector<MemoryOp> ops;
-      tell_freed(&ops);
-      signals_.driver()->run(std::move(ops), PeerSignals::handle(signals_.compute()));
-    }
-    signals_.watched_wait("a reduction's place in its peers' inboxes", *freed_,
-                          static_cast<uint32_t>(place.after), comm);
-    settled_ = place.after;
-  }
-  if (span) span->start(comm);
-  push(number, reduction);
-  if (span) span->stop(comm);
-  under_way_.emplace(number, std::move(reduction));
+  under_way_.emplace(number, UnderWay{.begin = place.begin,
+                                      .bytes = bytes,
+                                      .after = place.after,
+                                      .piece = std::move(piece),
+                                      .full = std::move(full),
+                                      .span = std::move(span)});
+  return number;
+}
+
+std::unique_ptr<Transfer> PushReductions::transfer(uint64_t number) {
   return std::make_unique<Push>(*this, number);
+}
+
+void PushReductions::await_room(uint64_t after) {
+  if (after <= settled_) return;
+  if (after > told_) {
+    std::vector<MemoryOp> ops;
+    tell_freed(&ops);
+    signals_.driver()->run(std::move(ops), PeerSignals::handle(signals_.compute()));
+  }
+  signals_.watched_wait({"a reduction's place in its peers' inboxes"},
+                        {{freed_, static_cast<uint32_t>(after)}}, signals_.comm());
+  settled_ = after;
 }
 
 DeviceAddress PushReductions::slot(int64_t owner, int64_t source, const UnderWay& reduction) const {
@@ -124,38 +147,66 @@ DeviceAddress PushReductions::slot(int64_t owner, int64_t source, const UnderWay
          static_cast<DeviceAddress>(reduction.begin + index * peer_aligned(reduction.bytes));
 }
 
-void PushReductions::push(uint64_t number, const UnderWay& reduction) {
-  const Driver::Stream stream = PeerSignals::handle(signals_.comm());
-  const int64_t bytes = reduction.bytes;
-  const auto from = reinterpret_cast<DeviceAddress>(reduction.full.const_data_ptr());
-  for (int64_t d = 1; d < world_; ++d) {
-    const int64_t owner = (rank_ + d) % world_;
-    signals_.driver()->copy(slot(owner, rank_, reduction),
-                            from + static_cast<DeviceAddress>(owner * bytes), bytes, stream,
-                            copies_);
+void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) {
+  const std::optional<c10::Stream> comm = signals_.comm();
+  const Driver::Stream stream = PeerSignals::handle(comm);
+  uint64_t after = 0;
+  for (const uint64_t number : numbers) after = std::max(after, under_way_.at(number).after);
+  await_room(after);
+  for (const uint64_t number : numbers) {
+    UnderWay& reduction = under_way_.at(number);
+    const int64_t bytes = reduction.bytes;
+    const auto from = reinterpret_cast<DeviceAddress>(reduction.full.const_data_ptr());
+    if (reduction.span) reduction.span->start(comm);
+    for (int64_t d = 1; d < world_; ++d) {
+      const int64_t owner = (rank_ + d) % world_;
+      signals_.driver()->copy(slot(owner, rank_, reduction),
+                              from + static_cast<DeviceAddress>(owner * bytes), bytes, stream,
+                              copies_);
+    }
+    reduction.given = given++;
   }
   std::vector<MemoryOp> ops;
-  signals_.tell(&ops, *inbox_, static_cast<uint32_t>(number));
+  signals_.tell(&ops, *inbox_, static_cast<uint32_t>(numbers.back()));
   signals_.driver()->run(std::move(ops), stream);
+  for (const uint64_t number : numbers) {
+    if (const auto span = std::move(under_way_.at(number).span)) span->stop(comm);
+  }
+}
+
+void PushReductions::ask(uint64_t number) {
+  const auto found = under_way_.find(number);
+  if (found == under_way_.end()) return;
+  if (found->second.given == 0) give_();
+  asked_.insert(under_way_.extract(found));
 }
 
 void PushReductions::finish(uint64_t number) {
-  const auto found = under_way_.find(number);
-  if (found == under_way_.end()) return;
+  ask(number);
+  sum_up();
+}
+
+uint64_t PushReductions::sum_up() {
+  if (asked_.empty()) return over_;
   signals_.check();
-  const UnderWay& reduction = found->second;
   const std::optional<c10::Stream> compute = signals_.compute();
-  const auto arrived = static_cast<uint32_t>(number);
-  signals_.watched("the pieces of a reduction", *inbox_, arrived, compute, [&] {
+  const auto arrived = static_cast<uint32_t>(asked_.rbegin()->first);
+  signals_.watched({"the pieces of a reduction"}, {{inbox_, arrived}}, compute, [&] {
     std::vector<MemoryOp> ops;
     tell_freed(&ops);
     signals_.await(&ops, *inbox_, arrived);
     signals_.driver()->run(std::move(ops), PeerSignals::handle(compute));
   });
   memory_->used_on(PeerSignals::handle(compute));
-  if (reduction.piece.defined()) sum(reduction);
-  under_way_.erase(found);
+  std::vector<PieceSum::Sum> sums;
+  for (const auto& [number, reduction] : asked_) {
+    if (reduction.piece.defined()) sums.push_back(sum_of(reduction));
+  }
+  piece_sum_(sums);
+  over_ = std::max(over_, asked_.rbegin()->second.given);
+  asked_.clear();
   summed_ = under_way_.empty() ? last_ : under_way_.begin()->first - 1;
+  return over_;
 }
 
 void PushReductions::tell_freed(std::vector<MemoryOp>* ops) {
@@ -167,27 +218,24 @@ void PushReductions::tell_freed(std::vector<MemoryOp>* ops) {
 void PushReductions::drop(uint64_t number) {
   const auto found = under_way_.find(number);
   if (found == under_way_.end()) return;
+  if (found->second.given == 0) give_();  // the peers count on it
   // Order: pushes (comm) -> reuse of the gradient's memory (compute).
   if (const StreamPair* const streams = signals_.streams()) {
-    streams->mark(streams->comm())->block(streams->compute());
+    streams->compute_follows(streams->mark(streams->comm()));
   }
   found->second.piece.reset();
   found->second.full.reset();
 }
 
-void PushReductions::sum(const UnderWay& reduction) {
-  const at::Tensor& piece = reduction.piece;
-  std::vector<at::Tensor> pieces;
+PieceSum::Sum PushReductions::sum_of(const UnderWay& reduction) const {
+  PieceSum::Sum sum{{}, reduction.piece};
+  const auto* const mine = static_cast<const char*>(reduction.full.const_data_ptr());
   for (int64_t source = 0; source < world_; ++source) {
-    if (source == rank_) {
-      pieces.push_back(reduction.full.view({-1}).narrow(0, rank_ * piece.numel(), piece.numel()));
-      continue;
-    }
-    pieces.push_back(at::from_blob(
-        reinterpret_cast<void*>(slot(rank_, source, reduction)), {piece.numel()}, {1}, [](void*) {},
-        piece.options(), device_));
+    sum.pieces.push_back(source == rank_
+                             ? static_cast<const void*>(mine + rank_ * reduction.bytes)
+                             : reinterpret_cast<const void*>(slot(rank_, source, reduction)));
   }
-  piece_sum_(pieces, piece);
+  return sum;
 }
 
 }  // namespace deepcompile

@@ -6,18 +6,19 @@
 //
 // Pieces arrive in an inbox, a ring of PeerMemory on each rank. Reduction number
 // n has a place in it that follows from the sizes of those before it alone, so
-// it is the same on every rank. On the transfers' stream of each rank:
+// it is the same on every rank. Reductions m to n may go together. On the transfers'
+// stream of each rank:
 //
 //   1. wait until every rank's word "freed" is at least k, the last reduction
-//      whose place this one takes;
-//   2. copy the piece of rank+1, rank+2, ... into that rank's inbox;
+//      whose place one of these takes;
+//   2. copy the pieces of rank+1, rank+2, ... into that rank's inbox, for each;
 //   3. write n to every rank's word "arrived".
 //
-// and on the compute stream, when n is waited for: wait until every word "arrived"
-// is at least n, and add the pieces up in the order of ranks (PieceSum). The last
-// number up to which all sums are done here is written to "freed" together with
-// the next such wait, or before step 1 of a reduction whose place needs it: each
-// such step interrupts the kernels.
+// and on the compute stream, when some are waited for: wait until every word
+// "arrived" is at least the last of them, and add the pieces up in the order of ranks
+// (PieceSum). The last number up to which all sums are done here is written to "freed"
+// together with the next such wait, or before a step 1 that needs it: each such step
+// interrupts the kernels.
 //
 // Why that is enough:
 // - One of the words "arrived" is this rank's own, written after its pushes: the
@@ -25,7 +26,9 @@
 // - Before n is started, all of 1 to k are waited for, and said to be free, on
 //   every rank: so what step 1 waits for is given to the peers' streams before
 //   their own step 1 of n. All ranks give their streams the same work in the same
-//   order, so no wait needs anything that comes after it, and nothing hangs.
+//   order, so no wait needs anything that comes after it, and nothing hangs. Which
+//   reductions go together may differ between ranks: a wait for one that is held
+//   back starts it first.
 // - Sums are in f32 with one rounding, in the order of ranks: the same bits under
 //   every plan. With two ranks they are those of a sum in the gradient's type.
 // - Numbers are compared as differences, so the 32 bits of a word may go round.
@@ -37,6 +40,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -53,9 +57,9 @@ namespace deepcompile {
 
 class PushReductions {
  public:
-  // `least_bytes`: of a piece; smaller ones are not taken.
+  // `least_bytes`: of a piece; smaller ones are not taken. `give`: starts what is held back.
   PushReductions(PeerSignals& signals, int64_t rank, int64_t world, c10::Device device,
-                 int64_t least_bytes, CopyKind copies);
+                 int64_t least_bytes, CopyKind copies, std::function<void()> give);
   ~PushReductions();
 
   // A reduction will have pieces of so many bytes: the inbox will hold two such.
@@ -66,27 +70,41 @@ class PushReductions {
   // As Transport::prepare_reduction. The first call makes and maps the inboxes over
   // `base`: UserError on every rank if one has no memory.
   void prepare(int64_t piece_bytes, Transport& base);
-  // As Transport::reduce_scatter; prepares what is not.
-  std::unique_ptr<Transfer> start(at::Tensor piece, at::Tensor full, std::shared_ptr<Span> span,
-                                  Transport& base);
+  // As Transport::reduce_scatter; prepares what is not. Held back until `push`.
+  // The reduction's number; they count up.
+  uint64_t hold(at::Tensor piece, at::Tensor full, std::shared_ptr<Span> span, Transport& base);
+  // Starts these, in their order, all that are held back or the first of them. `given`:
+  // the number of the first among all transfers.
+  void push(const std::vector<uint64_t>& numbers, uint64_t given);
+  std::unique_ptr<Transfer> transfer(uint64_t number);
+
+  // While it is on, sums that may be are put off until `sum_up`.
+  void set_put_off(bool on) { put_off_ = on; }
+  // What was put off. Transfers that were given before the one of this number are over
+  // on every rank, for compute's next work.
+  uint64_t sum_up();
   int64_t outside_bytes() const { return memory_ ? memory_->bytes() : 0; }
 
  private:
   class Push;
   struct UnderWay {
-    int64_t begin;     // in the inbox
-    int64_t bytes;     // of a piece
-    at::Tensor piece;  // undefined: nobody wants the sum
-    at::Tensor full;   // until the sum has read its part
+    int64_t begin;               // in the inbox
+    int64_t bytes;               // of a piece
+    uint64_t after;              // the last reduction whose place it takes
+    at::Tensor piece;            // undefined: nobody wants the sum
+    at::Tensor full;             // until the sum has read its part
+    std::shared_ptr<Span> span;  // of the pushes
+    uint64_t given = 0;          // its number among all transfers; 0: held back
   };
 
   void make_inbox(Transport& base);
   int64_t room_for(int64_t piece_bytes) const;  // in the ring
-  void push(uint64_t number, const UnderWay& reduction);
+  void await_room(uint64_t after);
+  void ask(uint64_t number);                    // for its sum; nothing if it was asked for
   void finish(uint64_t number);                 // nothing if it was
   void tell_freed(std::vector<MemoryOp>* ops);  // nothing if all know
   void drop(uint64_t number);
-  void sum(const UnderWay& reduction);
+  PieceSum::Sum sum_of(const UnderWay& reduction) const;
   // Where the piece of `source` lies in the inbox of `owner`, as this rank sees it.
   DeviceAddress slot(int64_t owner, int64_t source, const UnderWay& reduction) const;
 
@@ -96,6 +114,7 @@ class PushReductions {
   const c10::Device device_;
   const int64_t least_bytes_;
   const CopyKind copies_;
+  const std::function<void()> give_;
   PieceSum piece_sum_;
   int64_t largest_ = 0;  // expected piece, in bytes
   std::unique_ptr<PeerMemory> memory_;
@@ -103,11 +122,14 @@ class PushReductions {
   const PeerShard* freed_ = nullptr;  // words only
   at::Tensor held_[2];                // what keeps both allocated
   std::optional<InboxRing> ring_;
-  uint64_t last_ = 0;     // number started
+  bool put_off_ = false;
+  uint64_t last_ = 0;     // number
   uint64_t settled_ = 0;  // up to which all ranks are known to have freed
   uint64_t summed_ = 0;   // up to which all sums are done here, on compute
   uint64_t told_ = 0;     // up to which this rank told so
   std::map<uint64_t, UnderWay> under_way_;
+  std::map<uint64_t, UnderWay> asked_;  // whose sums are put off
+  uint64_t over_ = 0;                   // see sum_up
 };
 
 }  // namespace deepcompile

@@ -83,23 +83,33 @@ void StallWatch::watch() {
 std::string StallWatch::diagnose(const WatchedWait& wait) const {
   std::array<char, 32> seconds{};
   std::snprintf(seconds.data(), seconds.size(), "%g", static_cast<double>(timeout_.count()) / 1e3);
-  std::string text = wait.what + " waited " + seconds.data() + " s for";
+  const auto begin = [&](const AwaitedWords& words) {
+    return words.what + (words.name ? " " + *words.name : "") + " waited " + seconds.data() +
+           " s for";
+  };
   try {
-    for (size_t rank = 0; rank < wait.words.size(); ++rank) {
-      if (reached(driver_->read(wait.words[rank], 1).front(), wait.value)) continue;
-      text += " rank " + std::to_string(rank);
+    for (const AwaitedWords& words : wait.awaited) {
+      std::string missing;
+      for (size_t rank = 0; rank < words.words.size(); ++rank) {
+        if (reached(driver_->read(words.words[rank], 1).front(), words.value)) continue;
+        missing += " rank " + std::to_string(rank);
+      }
+      if (!missing.empty()) return begin(words) + missing;
     }
   } catch (const std::exception& error) {
-    text += std::string(" peers (") + error.what() + ")";
+    return begin(wait.awaited.front()) + " peers (" + error.what() + ")";
   }
-  return text;
+  return begin(wait.awaited.front());
 }
 
 void StallWatch::release(const std::deque<WatchedWait>& waits) const {
   try {
     for (const WatchedWait& wait : waits) {
-      for (const DeviceAddress word : wait.words) {
-        if (!reached(driver_->read(word, 1).front(), wait.value)) driver_->write(word, wait.value);
+      for (const AwaitedWords& words : wait.awaited) {
+        for (const DeviceAddress word : words.words) {
+          if (reached(driver_->read(word, 1).front(), words.value)) continue;
+          driver_->write(word, words.value);
+        }
       }
     }
   } catch (const std::exception&) {  // the grace ends it

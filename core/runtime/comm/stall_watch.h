@@ -25,12 +25,18 @@
 
 namespace deepcompile {
 
-// A wait of a stream for words of this rank's memory.
+// Words of this rank's memory, one for each rank, that should reach a value.
+struct AwaitedWords {
+  const char* what = "";                    // "the gather of", static
+  std::shared_ptr<const std::string> name;  // "w1"; null: `what` says all
+  std::vector<DeviceAddress> words;         // by rank
+  uint32_t value = 0;
+};
+
+// A stream's wait for such words.
 struct WatchedWait {
-  std::string what;                  // "the gather of w1"
-  std::vector<DeviceAddress> words;  // by rank
-  uint32_t value = 0;                // that each of them should reach
-  std::function<bool()> over;        // any thread may ask
+  std::vector<AwaitedWords> awaited;
+  std::function<bool()> over;  // any thread may ask
   std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
 };
 

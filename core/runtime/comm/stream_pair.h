@@ -13,8 +13,10 @@
 #include <c10/core/Event.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
+#include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -22,8 +24,24 @@
 
 namespace deepcompile {
 
-// A point in a stream's work; `block` makes another stream wait for it.
-using Mark = std::shared_ptr<const c10::Event>;
+// A point in a stream's work.
+class StreamMark {
+ public:
+  explicit StreamMark(c10::DeviceType type) : event_(type) {}
+  // `number`: of the transfers' stream, counting up; 0 for others.
+  void record(const c10::Stream& stream, uint64_t number) {
+    event_.record(stream);
+    number_ = number;
+  }
+  void block(const c10::Stream& stream) const { event_.block(stream); }  // it waits for this
+  bool query() const { return event_.query(); }
+  uint64_t number() const { return number_; }
+
+ private:
+  c10::Event event_;
+  uint64_t number_ = 0;
+};
+using Mark = std::shared_ptr<const StreamMark>;
 
 // Events that are used again, as making and destroying one for each transfer costs
 // the driver as much as recording it, and an event that is destroyed may wait for
@@ -31,31 +49,31 @@ using Mark = std::shared_ptr<const c10::Event>;
 // at that time, so that it can be recorded anew at once.
 class EventPool : public std::enable_shared_from_this<EventPool> {
  public:
-  Mark record(const c10::Stream& stream) {
-    std::unique_ptr<c10::Event> event = take();
-    if (!event) event = std::make_unique<c10::Event>(stream.device_type());
-    event->record(stream);
-    const auto give_back = [pool = shared_from_this()](c10::Event* used) {
-      pool->give(std::unique_ptr<c10::Event>(used));
+  Mark record(const c10::Stream& stream, uint64_t number) {
+    std::unique_ptr<StreamMark> mark = take();
+    if (!mark) mark = std::make_unique<StreamMark>(stream.device_type());
+    mark->record(stream, number);
+    const auto give_back = [pool = shared_from_this()](StreamMark* used) {
+      pool->give(std::unique_ptr<StreamMark>(used));
     };
-    return {event.release(), give_back};
+    return {mark.release(), give_back};
   }
 
  private:
-  std::unique_ptr<c10::Event> take() {
+  std::unique_ptr<StreamMark> take() {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (free_.empty()) return nullptr;
-    std::unique_ptr<c10::Event> event = std::move(free_.back());
+    std::unique_ptr<StreamMark> mark = std::move(free_.back());
     free_.pop_back();
-    return event;
+    return mark;
   }
-  void give(std::unique_ptr<c10::Event> event) {
+  void give(std::unique_ptr<StreamMark> mark) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    free_.push_back(std::move(event));
+    free_.push_back(std::move(mark));
   }
 
   std::mutex mutex_;
-  std::vector<std::unique_ptr<c10::Event>> free_;
+  std::vector<std::unique_ptr<StreamMark>> free_;
 };
 
 class StreamPair {
@@ -69,15 +87,29 @@ class StreamPair {
   c10::Stream compute() const { return guard_.getStream(device_); }
   const c10::Stream& comm() const { return comm_; }
 
-  Mark mark(const c10::Stream& stream) const { return events_->record(stream); }
+  Mark mark(const c10::Stream& stream) const {
+    return events_->record(stream, stream == comm_ ? ++marks_ : 0);
+  }
   // What compute was given so far comes before the transfers' next work.
   void comm_follows_compute() const { mark(compute())->block(comm_); }
+  // What the transfers' stream did until the mark comes before compute's next work.
+  // Nothing where compute waits for a later mark already.
+  void compute_follows(const Mark& mark) const {
+    const c10::Stream stream = compute();
+    if (met_on_ == stream && mark->number() <= met_) return;
+    mark->block(stream);
+    met_on_ = stream;
+    met_ = mark->number();
+  }
 
  private:
   c10::Device device_;
   c10::impl::VirtualGuardImpl guard_;
   c10::Stream comm_;
   std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
+  mutable uint64_t marks_ = 0;                 // made on comm
+  mutable uint64_t met_ = 0;                   // the last of them that compute waits for
+  mutable std::optional<c10::Stream> met_on_;  // compute, then
 };
 
 // What was started on the transfers' stream last, and the buffers it uses.
@@ -102,7 +134,7 @@ class StreamTransfer : public Transfer {
     // Order: transfer (comm) -> use, or reuse of the buffers' memory (compute).
     // The buffers were allocated on the compute stream, so dropping them here
     // gives them back to that stream only after the transfer.
-    done_->block(streams_->compute());
+    streams_->compute_follows(done_);
     done_.reset();
     buffers_.clear();
   }

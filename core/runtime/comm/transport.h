@@ -36,9 +36,19 @@ class Transfer {
   virtual ~Transfer() = default;
   // Throws TransportError; or c10::OutOfMemoryError, after which it can be called again.
   virtual void wait() = 0;
+  // As wait, but in a batch of waits nothing may be used until the batch is given.
+  virtual void wait_in_batch() { wait(); }
 };
 
 enum class Reduction { kSum, kMax };
+
+// What is only noted down until the batch is given: then the device gets all of it
+// together, in fewer steps, each of which costs the host and interrupts the kernels.
+enum class Batch {
+  kNone,
+  kWaits,      // Transfer::wait_in_batch and before_write, which concern the compute stream
+  kTransfers,  // gathers and reductions
+};
 
 class Transport {
  public:
@@ -91,6 +101,12 @@ class Transport {
   virtual void expect_reduction(int64_t piece_bytes) {}
   // Device memory in use that torch's allocator does not know of.
   virtual int64_t outside_bytes() const { return 0; }
+
+  // From now on, until it is called with kNone, calls of one kind may be noted down.
+  // Gives what is noted. Others, and any wait for what is noted, work as ever.
+  virtual void set_batch(Batch batch) {}
+  // Starts what is noted; the batch goes on. Allocates nothing.
+  virtual void give() {}
 };
 
 // One rank: every transfer is a copy, or nothing.

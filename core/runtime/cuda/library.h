@@ -28,7 +28,7 @@ class KernelLibrary {
   decltype(&deepcompile_cuda_adamw) adamw = nullptr;
   decltype(&deepcompile_cuda_squared_sum_partials) squared_sum_partials = nullptr;
   decltype(&deepcompile_cuda_squared_sum) squared_sum = nullptr;
-  decltype(&deepcompile_cuda_piece_sum) piece_sum = nullptr;
+  decltype(&deepcompile_cuda_piece_sums) piece_sums = nullptr;
 
  private:
   explicit KernelLibrary(const std::string& path);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sum of a reduction's pieces: each is read once and the sum written once.
+// The sums of reductions' pieces: each is read once and the sum written once.
 #include "runtime/cuda/device.h"
 #include "runtime/cuda/piece_sum_body.h"
 
@@ -8,8 +8,10 @@ namespace {
 
 template <typename T, int kCount>
 __global__ void __launch_bounds__(kPieceThreads)
-    piece_sum(const __grid_constant__ PieceTable table) {
-  piece_sum_thread<T, kCount>(table, blockIdx.x, static_cast<int>(threadIdx.x));
+    piece_sums(const __grid_constant__ PieceTable table) {
+  const int s = entry_of(table.first_block, table.sums, blockIdx.x);
+  piece_sum_thread<T, kCount>(table.sum[s], table.count, blockIdx.x - table.first_block[s],
+                              static_cast<int>(threadIdx.x));
 }
 
 using Kernel = void (*)(PieceTable);
@@ -22,10 +24,10 @@ struct Launch {
 template <typename T>
 Launch launch_for(int64_t count) {
   const auto of = [&]() -> Kernel {
-    if (count == 2) return piece_sum<T, 2>;
-    if (count == 4) return piece_sum<T, 4>;
-    if (count == 8) return piece_sum<T, 8>;
-    return piece_sum<T, 0>;
+    if (count == 2) return piece_sums<T, 2>;
+    if (count == 4) return piece_sums<T, 4>;
+    if (count == 8) return piece_sums<T, 8>;
+    return piece_sums<T, 0>;
   };
   return {of(), kPieceChunk<T>};
 }
@@ -59,16 +61,18 @@ int piece_sum_usable() {
 
 }  // namespace deepcompile::kernels
 
-extern "C" int deepcompile_cuda_piece_sum(int device, void* stream, const void* const* pieces,
-                                          int64_t count, void* out, int64_t numel, int type) {
+extern "C" int deepcompile_cuda_piece_sums(int device, void* stream,
+                                           const deepcompile_cuda_sum* sums, int64_t count,
+                                           int64_t pieces, int type) {
   using namespace deepcompile::kernels;
-  PieceTable table = {};
-  int status = make_piece_table(pieces, count, out, numel, type, &table);
-  if (status != 0 || numel == 0) return status;
+  int status = check_sums(sums, count, pieces, type);
+  if (status != 0) return status;
   status = use_device(device);
   if (status != 0) return status;
-  const Launch launch = launch_for(type, count);
-  const auto blocks = static_cast<uint32_t>((numel + launch.chunk - 1) / launch.chunk);
-  launch.kernel<<<blocks, kPieceThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
-  return static_cast<int>(cudaGetLastError());
+  const Launch by = launch_for(type, pieces);
+  const auto launch = [&](const PieceTable& table, uint32_t blocks) {
+    by.kernel<<<blocks, kPieceThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
+    return static_cast<int>(cudaGetLastError());
+  };
+  return for_each_piece_table(sums, count, pieces, by.chunk, launch);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sum of equally long arrays, element by element: the last step of a
-// reduction whose pieces lie in this GPU's memory. What one thread does; without
-// CUDA, so that tests run it on a CPU.
+// Sums of equally long arrays, element by element: the last step of reductions
+// whose pieces lie in this GPU's memory. What one thread does, and the parameters
+// of launches; without CUDA, so that tests run it on a CPU.
 #pragma once
 
 #include <cstdint>
@@ -16,13 +16,22 @@ constexpr int kPieceThreads = 512;  // of a block
 constexpr int kPieceGroups = 4;     // of 16 bytes, that a thread loads at once
 constexpr int kMaxPieces = DEEPCOMPILE_CUDA_MAX_PIECES;
 
-struct PieceTable {
+constexpr int kSums = 24;  // of one launch
+
+struct PieceSum {
   const void* piece[kMaxPieces];
   void* out;
   int64_t numel;
-  int32_t count;
   bool aligned;  // all of them, to 16 bytes
 };
+
+struct PieceTable {
+  PieceSum sum[kSums];
+  uint32_t first_block[kSums + 1];
+  int32_t sums;
+  int32_t count;  // of pieces
+};
+static_assert(sizeof(PieceTable) <= kMaxTable);
 
 DC_HOST_DEVICE double wide(double value) {
   return value;
@@ -45,14 +54,15 @@ DC_HOST_DEVICE void narrow(float value, T* out) {
 template <typename T>  // elements of a block
 constexpr int kPieceChunk = kPieceThreads* kPieceGroups* SixteenBytes<T>::kCount;
 
-// Thread `thread` of block `block`; kCount: how many pieces, 0 for table.count.
+// Thread `thread` of a sum's block `block`; kCount: how many pieces, 0 for `pieces`.
 template <typename T, int kCount>
-DC_HOST_DEVICE void piece_sum_thread(const PieceTable& table, uint32_t block, int thread) {
+DC_HOST_DEVICE void piece_sum_thread(const PieceSum& table, int pieces, uint32_t block,
+                                     int thread) {
   constexpr int kWide = SixteenBytes<T>::kCount;
   constexpr int kStride = kPieceThreads * kWide;
   const int64_t begin = static_cast<int64_t>(block) * kPieceChunk<T>;
   const int64_t left = table.numel - begin;
-  const int count = kCount > 0 ? kCount : table.count;
+  const int count = kCount > 0 ? kCount : pieces;
   T* const out = static_cast<T*>(table.out) + begin;
   if (table.aligned && left >= kPieceChunk<T>) {
     decltype(wide(T())) sums[kPieceGroups][kWide] = {};
@@ -85,24 +95,69 @@ DC_HOST_DEVICE void piece_sum_thread(const PieceTable& table, uint32_t block, in
   }
 }
 
-// Fills the table. 0, or a deepcompile_cuda_refusal.
-inline int make_piece_table(const void* const* pieces, int64_t count, void* out, int64_t numel,
-                            int type, PieceTable* table) {
-  const int64_t bytes = type_bytes(type);
-  if (bytes == 0) return DEEPCOMPILE_CUDA_BAD_TYPE;
-  if (count < 1 || count > kMaxPieces || pieces == nullptr) return DEEPCOMPILE_CUDA_BAD_POINTER;
-  if (numel < 0 || numel / kPieceThreads >= kMaxBlocks) return DEEPCOMPILE_CUDA_BAD_NUMEL;
-  table->out = out;
-  table->numel = numel;
-  table->count = static_cast<int32_t>(count);
-  table->aligned = usable_pointer(out, 16);
-  if (numel > 0 && !usable_pointer(out, bytes)) return DEEPCOMPILE_CUDA_BAD_POINTER;
-  for (int64_t p = 0; p < count; ++p) {
-    if (numel > 0 && !usable_pointer(pieces[p], bytes)) return DEEPCOMPILE_CUDA_BAD_POINTER;
-    table->piece[p] = pieces[p];
-    table->aligned = table->aligned && usable_pointer(pieces[p], 16);
+using SumArgument = deepcompile_cuda_sum;
+
+// 0, or a deepcompile_cuda_refusal.
+inline int check_sum(const SumArgument& sum, int64_t pieces, int64_t element) {
+  if (sum.numel < 0 || sum.numel / kPieceThreads >= kMaxBlocks) return DEEPCOMPILE_CUDA_BAD_NUMEL;
+  if (sum.numel == 0) return 0;
+  bool usable = usable_pointer(sum.out, element);
+  for (int64_t p = 0; p < pieces; ++p) usable = usable && usable_pointer(sum.pieces[p], element);
+  return usable ? 0 : DEEPCOMPILE_CUDA_BAD_POINTER;
+}
+
+inline int check_sums(const SumArgument* sums, int64_t count, int64_t pieces, int type) {
+  const int64_t element = type_bytes(type);
+  if (element == 0) return DEEPCOMPILE_CUDA_BAD_TYPE;
+  if (pieces < 1 || pieces > kMaxPieces) return DEEPCOMPILE_CUDA_BAD_POINTER;
+  if (count < 0 || (count > 0 && sums == nullptr)) return DEEPCOMPILE_CUDA_BAD_POINTER;
+  for (int64_t i = 0; i < count; ++i) {
+    const int status = check_sum(sums[i], pieces, element);
+    if (status != 0) return status;
   }
   return 0;
+}
+
+inline PieceSum piece_sum(const SumArgument& from, int64_t pieces) {
+  PieceSum sum = {};
+  sum.out = from.out;
+  sum.numel = from.numel;
+  sum.aligned = usable_pointer(from.out, 16);
+  for (int64_t p = 0; p < pieces; ++p) {
+    sum.piece[p] = from.pieces[p];
+    sum.aligned = sum.aligned && usable_pointer(from.pieces[p], 16);
+  }
+  return sum;
+}
+
+// Calls launch(table, blocks) -> int for as few tables as hold all sums; ends with
+// the first that is not 0. `chunk`: elements of a block. The sums were checked.
+template <typename Launch>
+int for_each_piece_table(const SumArgument* sums, int64_t count, int64_t pieces, int64_t chunk,
+                         Launch&& launch) {
+  PieceTable table = {};
+  table.count = static_cast<int32_t>(pieces);
+  int64_t blocks = 0;
+  const auto flush = [&]() -> int {
+    if (table.sums == 0) return 0;
+    table.first_block[table.sums] = static_cast<uint32_t>(blocks);
+    const int status = launch(table, static_cast<uint32_t>(blocks));
+    table.sums = 0;
+    blocks = 0;
+    return status;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    if (sums[i].numel == 0) continue;
+    const int64_t more = (sums[i].numel + chunk - 1) / chunk;
+    if (table.sums == kSums || blocks + more > kMaxBlocks) {
+      const int status = flush();
+      if (status != 0) return status;
+    }
+    table.first_block[table.sums] = static_cast<uint32_t>(blocks);
+    table.sum[table.sums++] = piece_sum(sums[i], pieces);
+    blocks += more;
+  }
+  return flush();
 }
 
 }  // namespace deepcompile::kernels

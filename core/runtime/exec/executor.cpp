@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "base/error.h"
 
@@ -18,10 +19,28 @@ std::optional<c10::Stream> current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device);
 }
 
+// Which batch an instruction may be in. Those by rows run kernels of their own.
+Batch batch_of(const PlanInstr& instr) {
+  switch (instr.op) {
+    case Op::kRelease:
+    case Op::kAccumulate:
+    case Op::kUpdate:
+    case Op::kDefer:
+      return Batch::kWaits;
+    case Op::kGather:
+    case Op::kReduce:
+      return instr.rows < 0 ? Batch::kTransfers : Batch::kNone;
+    default:
+      return Batch::kNone;
+  }
+}
+
 }  // namespace
 
-Executor::Executor(const ExecutorParts& parts, int64_t rank, c10::Device device)
-    : store_(parts.store),
+Executor::Executor(const ExecutorParts& parts, Transport& transport, int64_t rank,
+                   c10::Device device)
+    : transport_(transport),
+      store_(parts.store),
       optimizer_(parts.optimizer),
       states_(parts.states),
       values_(parts.values),
@@ -36,11 +55,12 @@ void Executor::run(const LoadedPlan& loaded, size_t section, Frame* frame, size_
   Place place{&loaded, section, 0};
   gathered_.clear();
   relief_.look(replays_.bytes());
-  const bool may_record = !tracer_.on() && !relief_.limited() && !relief_.armed();
-  replays_.begin_section(loaded, section, open_calls, may_record);
+  may_batch_ = !tracer_.on() && !relief_.limited() && !relief_.armed();
+  replays_.begin_section(loaded, section, open_calls, /*may_record=*/may_batch_);
   try {
     const size_t count = place.part().instrs.size();
     for (; place.instr < count; ++place.instr) step(place, frame);
+    end_batch();
     for (const int32_t slot : place.part().outputs) values_.fetch(frame, slot);
   } catch (const TransportError& error) {
     const std::string text = "[runtime] rank " + std::to_string(rank_) + ": " + describe(place) +
@@ -57,6 +77,11 @@ void Executor::run(const LoadedPlan& loaded, size_t section, Frame* frame, size_
 
 void Executor::recover(bool reachable) {
   replays_.fail_section();
+  try {
+    end_batch();  // the peers count on it
+  } catch (const std::exception&) {
+    reachable = false;  // the first failure is already on its way to the user
+  }
   store_.abandon_transfers(reachable);
   for (ParamState* param : gathered_) {
     // Also what relief sent away: the other ranks, which have it, gather it anew.
@@ -91,6 +116,26 @@ void Executor::step(const Place& place, Frame* frame) {
   for (const int32_t slot : place.get().frees) frame->drop(slot);
 }
 
+void Executor::batch_for(const PlanInstr& instr) {
+  const Batch wanted = may_batch_ ? batch_of(instr) : Batch::kNone;
+  if (wanted == batch_) return;
+  end_batch();
+  transport_.set_batch(wanted);
+  optimizer_.set_batch(wanted == Batch::kWaits);
+  batch_ = wanted;
+}
+
+void Executor::end_batch() {
+  if (std::exchange(batch_, Batch::kNone) == Batch::kNone) return;
+  try {
+    optimizer_.set_batch(false);
+  } catch (...) {
+    transport_.set_batch(Batch::kNone);  // both are as ever for whoever handles the error
+    throw;
+  }
+  transport_.set_batch(Batch::kNone);
+}
+
 void Executor::perform_with_relief(const Place& place, Frame* frame,
                                    const std::shared_ptr<Span>& span) {
   HeldInputs held;
@@ -104,6 +149,7 @@ void Executor::perform_with_relief(const Place& place, Frame* frame,
     }
     // A region cannot be run again if its inputs are gone, and must not if it
     // draws random numbers or writes to them.
+    end_batch();  // relief moves what its instructions use
     const bool again = place.get().op != Op::kRun || !held.inputs || held.kept;
     if (again && replays_.drop()) continue;
     const Needed needed{user_of_states(place), used_params(place), used_slots(place)};
@@ -128,6 +174,7 @@ void Executor::perform(const Place& place, Frame* frame, const std::shared_ptr<S
                        HeldInputs* held) {
   const PlanInstr& instr = place.get();
   ParamState* param = place.param();
+  batch_for(instr);
   if (instr.op == Op::kRun) return run_region(place, frame, span, held);
   // Nothing below requires gradients or is a view of what does. Regions may be
   // eager code, which counts its writes by the dispatch that this leaves out.

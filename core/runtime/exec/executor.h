@@ -3,6 +3,8 @@
 //
 // It decides nothing: every instruction, its order and what dies after it are
 // the plan's. Only where the device is out of memory it steps in: see Relief.
+// Instructions that stand together and concern one stream are given to it together (see
+// Batch), unless someone wants to know how long each takes.
 // An error inside a section leaves the runtime usable: transfers under way are
 // ended, what the section gathered is given back, the call's values are
 // dropped.
@@ -15,6 +17,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "runtime/comm/transport.h"
 #include "runtime/exec/call_table.h"
 #include "runtime/exec/loaded_plan.h"
 #include "runtime/exec/relief.h"
@@ -48,7 +51,7 @@ struct ExecutorParts {
 
 class Executor {
  public:
-  Executor(const ExecutorParts& parts, int64_t rank, c10::Device device);
+  Executor(const ExecutorParts& parts, Transport& transport, int64_t rank, c10::Device device);
 
   // Runs a section on `frame`. Inputs must be in their slots; outputs are there
   // afterwards. `open_calls`: those between forward and backward, its own with them.
@@ -78,6 +81,10 @@ class Executor {
   };
 
   void step(const Place& place, Frame* frame);
+  // Ends the batch under way, if there is one and this instruction is not of it, and
+  // begins one with it if it can.
+  void batch_for(const PlanInstr& instr);
+  void end_batch();
   // Until it succeeds, making room after each allocation that failed.
   void perform_with_relief(const Place& place, Frame* frame, const std::shared_ptr<Span>& span);
   void perform(const Place& place, Frame* frame, const std::shared_ptr<Span>& span,
@@ -104,6 +111,7 @@ class Executor {
   void recover(bool reachable);
   std::string describe(const Place& place) const;
 
+  Transport& transport_;
   ParamStore& store_;
   ShardedAdam& optimizer_;
   StateMover& states_;
@@ -116,6 +124,8 @@ class Executor {
   c10::Device device_;
   bool last_micro_batch_ = true;
   std::vector<ParamState*> gathered_;  // by this section, not yet released
+  bool may_batch_ = false;             // nobody traces, and memory is not short
+  Batch batch_ = Batch::kNone;
 };
 
 }  // namespace deepcompile

@@ -231,9 +231,16 @@ void ParamStore::reduce(ParamState& param, const MemberGrads& grads, std::shared
   param.local_members.clear();
 }
 
-void ParamStore::end_reduction(ParamState& param, PendingReduction* pending) {
-  if (pending->transfer) pending->transfer->wait();
-  if (param.placement == Placement::kReplicated && world_ > 1) {
+void ParamStore::end_reduction(ParamState& param, PendingReduction* pending, bool read_now) {
+  const bool handed_round = param.placement == Placement::kReplicated && world_ > 1;
+  if (pending->transfer) {
+    if (read_now || handed_round) {
+      pending->transfer->wait();
+    } else {
+      pending->transfer->wait_in_batch();
+    }
+  }
+  if (handed_round) {
     if (!pending->broadcast) {
       pending->broadcast = transport_.gather(pending->value, pending->piece, nullptr);
     }
@@ -258,7 +265,9 @@ void ParamStore::accumulate(ParamState& param) {
                     " is accumulated, but no reduction of it was started.");
   }
   // In this order, so that it can be tried again after an allocation failed.
-  end_reduction(param, &*param.pending);
+  const bool read_now =
+      param.pending->rows || !becomes_gradient(param);  // here, by a kernel of its own
+  end_reduction(param, &*param.pending, read_now);
   param.pending->source.reset();
   if (param.pending->rows) {
     param.pending->value = rows_.sum(param, *param.pending->rows, param.pending->value);
@@ -269,9 +278,14 @@ void ParamStore::accumulate(ParamState& param) {
   param.pending.reset();
 }
 
+// Whether P's sum is its gradient, without a copy.
+bool ParamStore::becomes_gradient(const ParamState& param) const {
+  return !param.gradient.defined() && accumulation_ == 1;
+}
+
 void ParamStore::add_to_gradient(ParamState& param, const at::Tensor& sum) {
   const double mean = 1.0 / static_cast<double>(world_);
-  if (!param.gradient.defined() && accumulation_ == 1) {
+  if (becomes_gradient(param)) {
     // The mean is taken where the gradient is read, in f32.
     param.gradient = sum;
     param.grad_scale = mean;
@@ -325,7 +339,7 @@ void ParamStore::abandon_transfers(bool reachable) {
     if (param->pending) {
       PendingReduction pending = std::move(*param->pending);
       param->pending.reset();
-      end([&] { end_reduction(*param, &pending); });
+      end([&] { end_reduction(*param, &pending, /*read_now=*/true); });
     }
   }
 }

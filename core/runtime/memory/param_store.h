@@ -58,7 +58,8 @@ class ParamStore {
                    std::shared_ptr<Span> span);
   // Adds P's gradients to its local sum: no transfer. The next reduction takes it.
   void add_locally(ParamState& param, const MemberGrads& grads);
-  // Waits for the sum and adds it, as a mean over ranks, to P's gradient.
+  // Waits for the sum and adds it, as a mean over ranks, to P's gradient; in a batch of
+  // waits that gradient is there once the batch is given.
   void accumulate(ParamState& param);
   // In an emergency: waits for P's sum, so that what it was made of can go.
   // The bytes of that; 0 if no sum is under way, or if it finds no memory itself.
@@ -85,7 +86,9 @@ class ParamStore {
   at::Tensor reduction_source(ParamState& param, const MemberGrads& grads) const;
   void check_trainable(const ParamState& param) const;
   void check_reducible(const ParamState& param) const;
-  void end_reduction(ParamState& param, PendingReduction* pending);
+  // `read_now`: its sum is read by what the current stream is given next.
+  void end_reduction(ParamState& param, PendingReduction* pending, bool read_now);
+  bool becomes_gradient(const ParamState& param) const;
   void add_to_gradient(ParamState& param, const at::Tensor& sum);
 
   Transport& transport_;

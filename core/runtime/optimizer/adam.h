@@ -39,11 +39,13 @@ void adam_cpu(const AdamPiece& piece, double factor);
 // device, or undefined for 1. May allocate.
 void adam_torch(const AdamPiece& piece, const at::Tensor& factor);
 
-// The same with the library's kernel, for pieces of one parameter whose types
-// `library_takes`: one launch, on the current stream, without an allocation.
+// The same with the library's kernel, for pieces whose types `library_takes`, and of
+// which each is good for `one_launch` with the next: on the current stream, without an
+// allocation.
 void adam_library(const KernelLibrary& library, const std::vector<AdamPiece>& pieces,
                   const at::Tensor& factor);
 bool library_takes(const AdamPiece& piece);
+bool one_launch(const AdamPiece& a, const AdamPiece& b);
 
 // A gradient and its pending factor.
 struct ScaledGradient {

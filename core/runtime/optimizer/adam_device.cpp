@@ -69,15 +69,18 @@ bool library_takes(const AdamPiece& piece) {
   return piece.master.scalar_type() == c10::kFloat && piece.gradient.scalar_type() != c10::kDouble;
 }
 
+bool one_launch(const AdamPiece& a, const AdamPiece& b) {
+  return weight_type(a) == weight_type(b) && a.gradient.scalar_type() == b.gradient.scalar_type();
+}
+
 void adam_library(const KernelLibrary& library, const std::vector<AdamPiece>& pieces,
                   const at::Tensor& factor) {
   if (pieces.empty()) return;
   std::vector<deepcompile_cuda_adamw_segment> segments;
   segments.reserve(pieces.size());
   for (const AdamPiece& piece : pieces) {
-    DC_CHECK(library_takes(piece) && weight_type(piece) == weight_type(pieces.front()) &&
-                 piece.gradient.scalar_type() == pieces.front().gradient.scalar_type(),
-             "pieces of one parameter have one type");
+    DC_CHECK(library_takes(piece) && one_launch(piece, pieces.front()),
+             "pieces of one launch have one type");
     segments.push_back(segment_of(piece));
   }
   const c10::Device device = pieces.front().master.device();

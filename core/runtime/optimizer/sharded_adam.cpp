@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "base/error.h"
 
@@ -18,6 +19,8 @@ namespace {
 
 // As torch.nn.utils.clip_grad_norm_ has it.
 constexpr double kClipEps = 1e-6;
+// Updates of a batch: as many as one launch takes.
+constexpr size_t kMostNoted = 42;
 
 // This rank's piece of the gradient: the same elements for every placement.
 at::Tensor gradient_piece(const ParamState& param) {
@@ -163,9 +166,8 @@ at::Tensor ShardedAdam::squared_sum_here() {
     for (const auto& [gradient, scale] : gradients) *total += squared_sum_cpu(gradient, scale);
     return sum;
   }
-  const KernelLibrary* library = kernels().library;
-  return library ? squared_sum_library(*library, gradients, device_)
-                 : squared_sum_torch(gradients, device_);
+  return library() ? squared_sum_library(*library(), gradients, device_)
+                   : squared_sum_torch(gradients, device_);
 }
 
 void ShardedAdam::make_due(ParamState& param, double factor, const at::Tensor& factor_tensor) {
@@ -235,6 +237,7 @@ ShardedAdam::Run ShardedAdam::run_of(ParamState& param, size_t first, size_t las
       std::min(param.members[last - 1].offset + param.members[last - 1].numel, owned.stop);
   Run run{.first = first, .last = last, .piece = {}};
   if (begin >= end) return run;
+  if (batch_ && states_.missing_bytes(param) > 0) launch();  // gives memory back first
   states_.need(param);
   const auto piece_of = [&](const at::Tensor& tensor) {
     const bool all =
@@ -255,21 +258,21 @@ ShardedAdam::Run ShardedAdam::run_of(ParamState& param, size_t first, size_t las
 
 void ShardedAdam::update_runs(ParamState& param, const std::vector<Run>& runs) {
   DueUpdate& due = *param.due;
+  const auto can_wait = [&](const AdamPiece& piece) {
+    return device_.is_cpu() || (library() && library_takes(piece));
+  };
   // One launch for all runs where the library takes them; it needs no memory.
-  const KernelLibrary* library = device_.is_cpu() ? nullptr : kernels().library;
-  const auto in_library = [&](const AdamPiece& piece) { return library && library_takes(piece); };
-  std::vector<AdamPiece> together;
   for (const Run& run : runs) {
-    if (run.piece && in_library(*run.piece)) together.push_back(*run.piece);
+    if (run.piece && can_wait(*run.piece)) {
+      noted_.push_back({*run.piece, due.factor, due.factor_tensor});
+    }
   }
-  if (!together.empty()) adam_library(*library, together, due.factor_tensor);
+  if (!batch_ || noted_.size() >= kMostNoted) launch();
   for (const Run& run : runs) {
-    if (run.piece && !in_library(*run.piece)) {
-      if (device_.is_cpu()) {
-        adam_cpu(*run.piece, due.factor);
-      } else {
-        adam_torch(*run.piece, due.factor_tensor);
-      }
+    if (run.piece && !can_wait(*run.piece)) {
+      if (batch_) launch();
+      transport_.give();
+      adam_torch(*run.piece, due.factor_tensor);
     }
     // After each, so that a second try after an allocation failed does what is left.
     for (size_t i = run.first; i < run.last; ++i) {
@@ -278,6 +281,34 @@ void ShardedAdam::update_runs(ParamState& param, const std::vector<Run>& runs) {
     }
     due.changed = true;
   }
+}
+
+void ShardedAdam::set_batch(bool on) {
+  batch_ = on;
+  launch();
+}
+
+void ShardedAdam::launch() {
+  if (noted_.empty()) return;
+  transport_.give();  // what makes the gradients, and the waits for who reads the weights
+  const std::vector<Noted> noted = std::exchange(noted_, {});
+  if (device_.is_cpu()) {
+    for (const Noted& each : noted) adam_cpu(each.piece, each.factor);
+    return;
+  }
+  std::vector<AdamPiece> together;
+  for (size_t i = 0; i < noted.size(); ++i) {
+    together.push_back(noted[i].piece);
+    const bool last = i + 1 == noted.size() || !one_launch(noted[i].piece, noted[i + 1].piece) ||
+                      !noted[i].factor_tensor.is_same(noted[i + 1].factor_tensor);
+    if (!last) continue;
+    adam_library(*library(), together, noted[i].factor_tensor);
+    together.clear();
+  }
+}
+
+const KernelLibrary* ShardedAdam::library() {
+  return device_.is_cpu() ? nullptr : kernels().library;
 }
 
 const KernelChoice& ShardedAdam::kernels() {

@@ -54,6 +54,10 @@ class ShardedAdam {
   // then. Can be called again after it failed for want of memory.
   void apply(ParamState& param);
   void apply_all();
+  // Until it is off, updates may be only noted down; `launch` starts those, in few
+  // launches. For it the transport is given its batch of waits first.
+  void set_batch(bool on);
+  void launch();
   // In a backward: applies P's gradient if it is complete, else nothing.
   void update_early(ParamState& param);
   bool early() const;  // some parameter has had its update before the step
@@ -82,6 +86,12 @@ class ShardedAdam {
     size_t last = 0;
     std::optional<AdamPiece> piece;  // none if it owns none
   };
+  struct Noted {
+    AdamPiece piece;
+    double factor;             // on a CPU
+    at::Tensor factor_tensor;  // on a device
+  };
+  const KernelLibrary* library();  // null: torch's kernels, or the CPU's
   Run run_of(ParamState& param, size_t first, size_t last);
   void update_runs(ParamState& param, const std::vector<Run>& runs);
   int device_index() const;
@@ -99,6 +109,8 @@ class ShardedAdam {
   at::Tensor factor_tensor_;  // on a device
   at::Tensor squared_sum_;    // all ranks', while `norm` is not done with it
   std::optional<KernelChoice> kernels_;
+  bool batch_ = false;
+  std::vector<Noted> noted_;
 };
 
 }  // namespace deepcompile

@@ -20,6 +20,7 @@ from .._core import PassContext, PassContract
 from ..schedule import WARMUP
 from . import (
     auto,
+    coalesce,
     offload_activation,
     offload_adam_states,
     order_link,
@@ -40,6 +41,7 @@ __all__ = [
     "PassContext",
     "PassContract",
     "auto",
+    "coalesce",
     "from_deepspeed",
     "load_library",
     "offload_activation",

@@ -32,7 +32,7 @@ int deepcompile_cuda_squared_sum(int, void*, const deepcompile_cuda_gradient*, i
   return 0;
 }
 
-int deepcompile_cuda_piece_sum(int, void*, const void* const*, int64_t, void*, int64_t, int) {
+int deepcompile_cuda_piece_sums(int, void*, const deepcompile_cuda_sum*, int64_t, int64_t, int) {
   return 0;
 }
 #endif

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -171,10 +172,18 @@ def _forget() -> None:
         kept.clear()
 
 
+def plain_architectures(named: str) -> str:
+    """TORCH_CUDA_ARCH_LIST as DeepSpeed's builder reads it (seen in 0.19.8): numbers alone, where
+    torch takes "9.0a" too."""
+    return re.sub(r"(\d+\.\d+)[a-z]", r"\1", named)
+
+
 class DeepSpeed(EnginePeer):
     def __init__(self, setup: Setup):
         # Before the import, which chooses by what is installed.
         os.environ.setdefault("DS_ACCELERATOR", setup.ranks.device.type)
+        if named := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = plain_architectures(named)
         import deepspeed
 
         condition = setup.condition
@@ -216,6 +225,7 @@ class DeepSpeed(EnginePeer):
             ),
             "recompute": self._setup.condition.activation_checkpointing,
             "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "default"),
+            "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "default"),
         }
 
     def compile_times(self) -> list[tuple[str, float]] | None:
