@@ -77,8 +77,8 @@ def test_random_plans_on_4_ranks(model, tmp_path):
 
 
 def test_all_combinations_of_passes(tmp_path):
-    """Every subset of the optional passes and `auto` under several budgets; of the model whose steps
-    take longest every third."""
+    """Every subset of the optional passes and `auto` under several budgets; every third of them
+    where steps take longest."""
     jobs = [
         Job("llama", 1, CLIP, combinations=1),
         Job("gpt2_dropout", 4, 0.0, combinations=1 if ALONE else 3),

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "runtime/memory/param_state.h"
 
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/ScalarType.h>
 
 #include <algorithm>
+#include <vector>
 
 #include "base/error.h"
 
@@ -214,11 +216,29 @@ at::Tensor ParamState::flat_gradient(const MemberGrads& grads, c10::ScalarType r
   const at::Tensor flat =
       covers ? at::empty({padded_numel()}, options) : at::zeros({padded_numel()}, options);
   if (covers) flat.narrow(0, members[0].numel, padded_numel() - members[0].numel).zero_();
+  // Neighbours without a gap between them are one copy.
+  std::vector<at::Tensor> together;
+  int64_t begin = 0, end = 0;
+  const auto copy = [&] {
+    if (together.empty()) return;
+    at::Tensor to = flat.narrow(0, begin, end - begin);
+    if (together.size() == 1) {
+      to.copy_(together.front());
+    } else {
+      at::cat_out(to, together);
+    }
+    together.clear();
+  };
   for (const auto& [index, grad] : grads) {
     const Member& member = members[index];
-    const at::IntArrayRef sizes = member.slot.tensor().sizes();
-    flat.narrow(0, member.offset, member.numel).view(sizes).copy_(grad.detach().reshape(sizes));
+    if (member.offset != end) {
+      copy();
+      begin = member.offset;
+    }
+    together.push_back(grad.detach().reshape({-1}));
+    end = member.offset + member.numel;
   }
+  copy();
   return flat;
 }
 
