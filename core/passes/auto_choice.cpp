@@ -32,6 +32,7 @@ std::string describe(const AutoChoice& choice) {
     text += (s == 0 ? ", gathers ahead by section " : " ");
     text += choice.limits[s] < Bytes{0} ? "-" : to_string(choice.limits[s]);
   }
+  if (choice.coalesce) text += ", what can starts together";
   return text;
 }
 
