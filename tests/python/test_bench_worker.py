@@ -271,13 +271,13 @@ def test_deepspeeds_configuration_is_the_seeds():
     assert config["optimizer"]["params"]["betas"] == [0.9, 0.999]
 
 
-# ---- weights and data
-
-
 def test_deepspeeds_builder_gets_architectures_that_it_reads():
     assert theirs.plain_architectures("9.0a") == "9.0"
     assert theirs.plain_architectures("8.0;9.0a 10.0f+PTX") == "8.0;9.0 10.0+PTX"
     assert theirs.plain_architectures("Hopper") == "Hopper"
+
+
+# ---- weights and data
 
 
 def test_weights_depend_on_seed_and_name_alone():

@@ -86,28 +86,19 @@ int for_each_adamw_table(const SegmentArgument* segments, int64_t count, int gra
                          int weight_type, const float* factor, Launch&& launch) {
   AdamTable table = {};
   table.factor = factor;
-  int64_t blocks = 0;
-  const auto flush = [&]() -> int {
-    if (table.segments == 0) return 0;
-    table.first_block[table.segments] = static_cast<uint32_t>(blocks);
-    const int status = launch(table, static_cast<uint32_t>(blocks));
-    table.segments = 0;
-    blocks = 0;
-    return status;
-  };
-  for (int64_t i = 0; i < count; ++i) {
-    if (segments[i].numel == 0) continue;
-    const AdamSegment segment = adamw_segment(segments[i], gradient_type, weight_type);
-    const int64_t more = adamw_blocks(segment);
-    if (table.segments == kAdamSegments || blocks + more > kMaxBlocks) {
-      const int status = flush();
-      if (status != 0) return status;
-    }
-    table.first_block[table.segments] = static_cast<uint32_t>(blocks);
-    table.segment[table.segments++] = segment;
-    blocks += more;
-  }
-  return flush();
+  AdamSegment segment;
+  return for_each_launch(
+      count, kAdamSegments, table.first_block,
+      [&](int64_t i) -> int64_t {
+        if (segments[i].numel == 0) return 0;
+        segment = adamw_segment(segments[i], gradient_type, weight_type);
+        return adamw_blocks(segment);
+      },
+      [&](int64_t, int entry) { table.segment[entry] = segment; },
+      [&](int entries, uint32_t blocks) -> int {
+        table.segments = entries;
+        return launch(table, blocks);
+      });
 }
 
 }  // namespace deepcompile::kernels

@@ -27,6 +27,37 @@ DC_HOST_DEVICE int entry_of(const uint32_t* first_block, int entries, uint32_t b
   return low;
 }
 
+// Spreads items 0 to count - 1 over as few launches as `most` entries and kMaxBlocks
+// blocks each allow; ends with the first that is not 0. blocks_of(item): its blocks, 0 to
+// leave it out. put(item, entry): into the table, whose first_block has room for most + 1.
+// launch(entries, blocks) -> int.
+template <typename BlocksOf, typename Put, typename Launch>
+int for_each_launch(int64_t count, int most, uint32_t* first_block, BlocksOf&& blocks_of, Put&& put,
+                    Launch&& launch) {
+  int entries = 0;
+  int64_t blocks = 0;
+  const auto flush = [&]() -> int {
+    if (entries == 0) return 0;
+    first_block[entries] = static_cast<uint32_t>(blocks);
+    const int status = launch(entries, static_cast<uint32_t>(blocks));
+    entries = 0;
+    blocks = 0;
+    return status;
+  };
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t more = blocks_of(i);
+    if (more == 0) continue;
+    if (entries == most || blocks + more > kMaxBlocks) {
+      const int status = flush();
+      if (status != 0) return status;
+    }
+    first_block[entries] = static_cast<uint32_t>(blocks);
+    put(i, entries++);
+    blocks += more;
+  }
+  return flush();
+}
+
 // Bytes of an element of a deepcompile_cuda_type; 0 for any other number.
 inline int64_t type_bytes(int type) {
   switch (type) {

@@ -137,27 +137,14 @@ int for_each_piece_table(const SumArgument* sums, int64_t count, int64_t pieces,
                          Launch&& launch) {
   PieceTable table = {};
   table.count = static_cast<int32_t>(pieces);
-  int64_t blocks = 0;
-  const auto flush = [&]() -> int {
-    if (table.sums == 0) return 0;
-    table.first_block[table.sums] = static_cast<uint32_t>(blocks);
-    const int status = launch(table, static_cast<uint32_t>(blocks));
-    table.sums = 0;
-    blocks = 0;
-    return status;
-  };
-  for (int64_t i = 0; i < count; ++i) {
-    if (sums[i].numel == 0) continue;
-    const int64_t more = (sums[i].numel + chunk - 1) / chunk;
-    if (table.sums == kSums || blocks + more > kMaxBlocks) {
-      const int status = flush();
-      if (status != 0) return status;
-    }
-    table.first_block[table.sums] = static_cast<uint32_t>(blocks);
-    table.sum[table.sums++] = piece_sum(sums[i], pieces);
-    blocks += more;
-  }
-  return flush();
+  return for_each_launch(
+      count, kSums, table.first_block,
+      [&](int64_t i) { return (sums[i].numel + chunk - 1) / chunk; },
+      [&](int64_t i, int entry) { table.sum[entry] = piece_sum(sums[i], pieces); },
+      [&](int entries, uint32_t blocks) -> int {
+        table.sums = entries;
+        return launch(table, blocks);
+      });
 }
 
 }  // namespace deepcompile::kernels

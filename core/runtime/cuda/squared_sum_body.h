@@ -126,28 +126,15 @@ int for_each_sum_table(const GradientArgument* gradients, int64_t count, double*
                        Launch&& launch) {
   SumTable table = {};
   table.partials = partials;
-  int64_t blocks = 0;
-  const auto flush = [&]() -> int {
-    if (table.gradients == 0) return 0;
-    table.first_block[table.gradients] = static_cast<uint32_t>(blocks);
-    const int status = launch(table, static_cast<uint32_t>(blocks));
-    table.partials += blocks;
-    table.gradients = 0;
-    blocks = 0;
-    return status;
-  };
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t more = sum_blocks(gradients[i]);
-    if (more == 0) continue;
-    if (table.gradients == kSumGradients || blocks + more > kMaxBlocks) {
-      const int status = flush();
-      if (status != 0) return status;
-    }
-    table.first_block[table.gradients] = static_cast<uint32_t>(blocks);
-    table.gradient[table.gradients++] = gradients[i];
-    blocks += more;
-  }
-  return flush();
+  return for_each_launch(
+      count, kSumGradients, table.first_block, [&](int64_t i) { return sum_blocks(gradients[i]); },
+      [&](int64_t i, int entry) { table.gradient[entry] = gradients[i]; },
+      [&](int entries, uint32_t blocks) -> int {
+        table.gradients = entries;
+        const int status = launch(table, blocks);
+        table.partials += blocks;
+        return status;
+      });
 }
 
 }  // namespace deepcompile::kernels
