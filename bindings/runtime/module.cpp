@@ -5,6 +5,7 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include "base/error.h"
+#include "pinned_pools.h"
 #include "python_recorder.h"
 #include "python_region.h"
 #include "runtime/runtime.h"
@@ -407,4 +408,5 @@ PYBIND11_MODULE(_runtime, m) {
   bind_params(runtime);
   bind_steps(runtime);
   bind_resources(runtime);
+  bind_pinned_pools(m);
 }

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from . import _runtime
 from .errors import UserError
 
 
@@ -49,10 +50,12 @@ class GraphPool:
         # Makes the pool, and counts once for this object.
         torch._C._cuda_beginAllocateCurrentThreadToPool(device, self.handle)
         torch._C._cuda_endAllocateToPool(device, self.handle)
+        _runtime.hold_pinned_pool(self.handle)
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # the interpreter ends
             torch._C._cuda_releasePool(self.device, self.handle)
+            _runtime.release_pinned_pool(self.handle)
 
     def idle_bytes(self) -> int:
         """What it holds of the device that no tensor does."""
@@ -155,12 +158,17 @@ class GraphRecorder:
 
     def abort(self) -> None:
         """The capture is invalid: ending it is an error that says nothing new, and leaves the
-        allocator and the generator of random numbers where they were."""
+        allocators and the generator of random numbers where they were."""
         try:
             self._leave()
         except RuntimeError:
+            index, handle = self.device.index, self._pool.handle
             with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(self.device.index, self._pool.handle)
+                torch._C._cuda_endAllocateToPool(index, handle)
+                torch._C._cuda_releasePool(index, handle)
+            with contextlib.suppress(RuntimeError):
+                _runtime.end_pinned_pool(handle)
+                _runtime.release_pinned_pool(handle)
             self._end_capture_of_random_numbers()
 
     def _end_capture_of_random_numbers(self) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import run_ranks
-from toy_step import CODES, Toy, code_first_backward
+from toy_step import CODES, Toy
 
 GPUS = torch.cuda.device_count()
 STEPS = 14
@@ -115,20 +115,22 @@ def test_a_step_made_by_hand(plan):
     print(toy.runtime.replays())
 
 
-def test_a_region_that_waits_for_the_device_runs_as_ever():
+@pytest.mark.parametrize("index, name", [(0, "fwd.0"), (3, "bwd.0")])
+def test_a_region_that_waits_for_the_device_runs_as_ever(index, name):
     from deepcompile.cuda_graphs import recorder
 
     def waits(args):
         assert args[0].abs().sum().item() >= 0
-        return code_first_backward(args)
+        return CODES[index](args)
 
     device = torch.device("cuda", 0)
     kind = {"dtype": torch.bfloat16, "device": "cuda"}
     options = {"dtype": torch.bfloat16, "device": "cuda:0", "reduce": "bf16"}
-    options["codes"] = [*CODES[:3], waits]
+    options["codes"] = [*CODES[:index], waits, *CODES[index + 1 :]]
     twin, toy = Toy(**options), Toy(recorder=recorder("on", device), **options)
     losses = [each.train(10, **kind) for each in (twin, toy)]
     assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
     found = toy.runtime.replays()
-    assert found["runs"] == 2 and found["replayed"] == 14 and "bwd.0" in found["refused"], found
+    assert found["runs"] == 2 and found["replayed"] == 14 and name in found["refused"], found
     assert torch.rand(3, device=device).isfinite().all(), "random numbers are drawn as before"
+    assert torch.empty(3, pin_memory=True).is_pinned()
