@@ -114,16 +114,23 @@ requirements() {
   "$venv/bin/python" tools/requirements.py test lint build
 }
 
+# With uv, which takes a quarter of pip's time. It does not know pip's settings (an index of
+# one's own), so pip is asked where uv fails.
 install_packages() {
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check --upgrade 'pip>=24' &&
-    requirements >"$venv/.stamps/requirements.txt" &&
-    "$venv/bin/python" -m pip install -q --disable-pip-version-check --prefer-binary \
-      -r "$venv/.stamps/requirements.txt" "$torch"
+  local pip=("$venv/bin/python" -m pip install -q --disable-pip-version-check --prefer-binary)
+  "${pip[@]}" --upgrade 'pip>=24' 'uv>=0.4,<1' || return 1
+  requirements >"$venv/.stamps/requirements.txt" || return 1
+  local wanted=(-r "$venv/.stamps/requirements.txt" "$torch")
+  "$venv/bin/uv" pip install --python "$venv/bin/python" "${wanted[@]}" ||
+    { echo "uv could not, so pip is asked" && "${pip[@]}" "${wanted[@]}"; }
 }
 
 build() {
   export CMAKE_BUILD_PARALLEL_LEVEL=${CMAKE_BUILD_PARALLEL_LEVEL:-$(nproc)}
-  if command -v ccache >/dev/null; then export CMAKE_CXX_COMPILER_LAUNCHER=ccache; fi
+  if command -v ccache >/dev/null; then
+    export CMAKE_CXX_COMPILER_LAUNCHER=ccache
+    export CCACHE_SLOPPINESS=pch_defines,time_macros  # or it takes no file with precompiled headers
+  fi
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
     --force-reinstall -C build-dir="build/$(basename "$venv")" -C build.verbose=false .
 }

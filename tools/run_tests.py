@@ -93,8 +93,10 @@ def ctest(name: str, sanitize: str) -> Result:
         configure += ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"]
         if shutil.which("g++"):  # the name that the extension's build takes: it is hashed too
             configure += ["-DCMAKE_CXX_COMPILER=g++"]
+    # ccache takes no file with precompiled headers otherwise.
+    cache = {"CCACHE_SLOPPINESS": "pch_defines,time_macros"}
     for step in (configure, ["cmake", "--build", str(build), "-j", JOBS]):
-        code = run(step)
+        code = run(step, cache)
         if code != 0:
             return finish(result, code, f"{name}: {' '.join(step[:2])}")
     xml = RESULTS / f"{name}.xml"

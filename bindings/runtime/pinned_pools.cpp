@@ -12,7 +12,9 @@ namespace {
 
 using Pool = std::pair<uint64_t, uint64_t>;
 
-at::HostAllocator* allocator() { return at::getHostAllocator(at::kCUDA); }
+at::HostAllocator* allocator() {
+  return at::getHostAllocator(at::kCUDA);
+}
 
 void hold(const Pool& pool) {
   allocator()->begin_allocate_to_pool(pool, [](const c10::Stream&) { return false; });

@@ -17,7 +17,7 @@ import torch
 
 from .errors import UserError
 
-ABI = 3
+ABI = 4
 NAME = "libdeepcompile_cuda.so"
 MAX_PIECES = 16
 _TYPES = {None: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
@@ -76,6 +76,8 @@ class _Sum(ctypes.Structure):
         ("pieces", ctypes.c_void_p * MAX_PIECES),
         ("out", ctypes.c_void_p),
         ("numel", ctypes.c_int64),
+        ("first", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     ]
 
 
@@ -199,25 +201,45 @@ class Kernels:
         """Each out = the sum of its pieces in their order, in f32 (f64 for f64), rounded once. A
         sum's tensors are of one size and out is none of its pieces; all are of one type, and all
         sums of as many pieces, 1 to 16."""
+        if any(out.dtype != pieces[0][0].dtype for out in outs):
+            raise UserError("[kernels] sums of another type than their pieces: convert them")
+        self._sums(self._library.deepcompile_cuda_piece_sums, pieces, outs, [False] * len(outs))
+
+    def piece_totals(
+        self,
+        pieces: Sequence[Sequence[torch.Tensor]],
+        totals: Sequence[torch.Tensor],
+        first: Sequence[bool],
+        scale: float,
+    ) -> None:
+        """As piece_sums, but each total, in f32 (f64 for f64), = itself + scale * the rounded sum;
+        without itself where it is the first."""
+        if any(total.dtype not in (torch.float32, torch.float64) for total in totals):
+            raise UserError("[kernels] totals are f32, or f64 for f64: convert them")
+        call = self._library.deepcompile_cuda_piece_totals
+        self._sums(call, pieces, totals, first, ctypes.c_double(scale))
+
+    def _sums(self, call, pieces, outs, first, *more) -> None:
         if not outs:
             return
         table = (_Sum * len(outs))()
-        for row, parts, out in zip(table, pieces, outs, strict=True):
-            if any(part.dtype != outs[0].dtype for part in (*parts, out)):
+        for row, parts, out, is_first in zip(table, pieces, outs, first, strict=True):
+            if any(part.dtype != pieces[0][0].dtype for part in parts):
                 raise UserError("[kernels] pieces of several types: convert them")
             if not 1 <= len(parts) <= MAX_PIECES or len(parts) != len(pieces[0]):
                 raise UserError(f"[kernels] {len(parts)} pieces: give 1 to {MAX_PIECES}, of all")
             pointers = [_pointer(part, out) for part in parts]
             row.pieces[: len(parts)] = pointers
-            row.out, row.numel = _pointer(out, out), out.numel()
+            row.out, row.numel, row.first = _pointer(out, out), out.numel(), int(is_first)
         device = outs[0].device
         self.check(
-            self._library.deepcompile_cuda_piece_sums(
+            call(
                 ctypes.c_int(device.index),
                 ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream),
                 table,
                 ctypes.c_int64(len(outs)),
                 ctypes.c_int64(len(pieces[0])),
-                ctypes.c_int(_type(outs[0])),
+                ctypes.c_int(_type(pieces[0][0])),
+                *more,
             )
         )

@@ -7,6 +7,7 @@
 #include <array>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <random>
 #include <type_traits>
 #include <vector>
@@ -399,25 +400,62 @@ SumArgument sum_of(const std::vector<const void*>& pieces, void* out, int64_t nu
   return sum;
 }
 
-// The number of launches.
+// The number of launches. With a scale: into totals.
 template <typename T, int kCount>
-int sum_by_blocks(const std::vector<SumArgument>& sums, int64_t pieces, int type) {
+int sum_by_blocks(const std::vector<SumArgument>& sums, int64_t pieces, int type,
+                  std::optional<double> scale = {}) {
   const auto count = static_cast<int64_t>(sums.size());
-  EXPECT_EQ(check_sums(sums.data(), count, pieces, type), 0);
+  EXPECT_EQ(check_sums(sums.data(), count, pieces, type, scale.has_value()), 0);
   int launches = 0;
   const auto launch = [&](const PieceTable& table, uint32_t blocks) {
     ++launches;
     for (uint32_t block = 0; block < blocks; ++block) {
       const int s = entry_of(table.first_block, table.sums, block);
+      const uint32_t of_sum = block - table.first_block[s];
+      const TotalsOut<T> totals{static_cast<Wide<T>>(table.scale), table.sum[s].first};
       for (int thread = 0; thread < kPieceThreads; ++thread) {
-        piece_sum_thread<T, kCount>(table.sum[s], table.count, block - table.first_block[s],
-                                    thread);
+        if (scale) {
+          piece_sum_thread<T, kCount>(table.sum[s], totals, table.count, of_sum, thread);
+        } else {
+          piece_sum_thread<T, kCount>(table.sum[s], SumsOut<T>(), table.count, of_sum, thread);
+        }
       }
     }
     return 0;
   };
-  EXPECT_EQ(for_each_piece_table(sums.data(), count, pieces, kPieceChunk<T>, launch), 0);
+  const int64_t chunk = kPieceChunk<T>;
+  EXPECT_EQ(for_each_piece_table(sums.data(), count, pieces, scale.value_or(1), chunk, launch), 0);
   return launches;
+}
+
+// Two sums into a total, the first over what was there. `sums`: of the pieces.
+template <typename T, int kCount>
+void compare_totals(int type, const std::vector<const void*>& pieces,
+                    const std::vector<Wide<T>>& sums, int offset) {
+  struct alignas(16) Aligned {
+    Wide<T> at[16 / sizeof(Wide<T>)];
+  };
+  const auto numel = static_cast<int64_t>(sums.size());
+  std::vector<Aligned> memory((sums.size() + static_cast<size_t>(offset)) * sizeof(Wide<T>) / 16 +
+                              1);
+  Wide<T>* const total = memory.front().at + offset;
+  std::fill(total, total + numel, std::numeric_limits<Wide<T>>::quiet_NaN());
+  SumArgument sum = sum_of(pieces, total, numel);
+  const double scale = 1.0 / 3;
+  std::vector<Wide<T>> expected;
+  for (const bool first : {true, false}) {
+    sum.first = first ? 1 : 0;
+    sum_by_blocks<T, kCount>({sum}, static_cast<int64_t>(pieces.size()), type, scale);
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const Wide<T> more = sums[i] * static_cast<Wide<T>>(scale);
+      if (first) {
+        expected.push_back(more);
+      } else {
+        expected[i] += more;
+      }
+      ASSERT_EQ(total[i], expected[i]) << numel << " elements, element " << i;
+    }
+  }
 }
 
 template <typename T, int kCount>
@@ -443,13 +481,16 @@ void compare_piece_sums(int type, int count) {
       const SumArgument sum = sum_of(pieces, out, numel);
       EXPECT_EQ(piece_sum(sum, count).aligned, offset == 0);
       sum_by_blocks<T, kCount>({sum}, count, type);
+      std::vector<Wide<T>> expected;
       for (int64_t i = 0; i < numel; ++i) {
         auto sum = wide(static_cast<const T*>(pieces[0])[i]);
         for (int p = 1; p < count; ++p) sum += wide(static_cast<const T*>(pieces[p])[i]);
-        T expected;
-        narrow(sum, &expected);
-        ASSERT_EQ(wide(out[i]), wide(expected)) << numel << " elements, element " << i;
+        T rounded;
+        narrow(sum, &rounded);
+        expected.push_back(wide(rounded));
+        ASSERT_EQ(wide(out[i]), expected.back()) << numel << " elements, element " << i;
       }
+      compare_totals<T, kCount>(type, pieces, expected, offset);
     }
   }
 }
@@ -485,13 +526,18 @@ TEST(KernelPieceSum, ManySumsInSeveralLaunches) {
 TEST(KernelPieceSum, RefusesWhatItCannotDo) {
   float values[4] = {};
   SumArgument sum = sum_of({values, values + 1}, values + 3, 1);
-  const auto refusal = [&](int64_t pieces, int type) { return check_sums(&sum, 1, pieces, type); };
+  const auto refusal = [&](int64_t pieces, int type, bool totals = false) {
+    return check_sums(&sum, 1, pieces, type, totals);
+  };
   const int f32 = DEEPCOMPILE_CUDA_F32;
   EXPECT_EQ(refusal(2, f32), 0);
   EXPECT_EQ(refusal(2, DEEPCOMPILE_CUDA_NONE), DEEPCOMPILE_CUDA_BAD_TYPE);
   EXPECT_EQ(refusal(0, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
   EXPECT_EQ(refusal(kMaxPieces + 1, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
-  EXPECT_EQ(check_sums(nullptr, 1, 2, f32), DEEPCOMPILE_CUDA_BAD_POINTER);
+  EXPECT_EQ(check_sums(nullptr, 1, 2, f32, false), DEEPCOMPILE_CUDA_BAD_POINTER);
+  sum.out = reinterpret_cast<char*>(values + 2) + 2;
+  EXPECT_EQ(refusal(2, DEEPCOMPILE_CUDA_BF16), 0);
+  EXPECT_EQ(refusal(2, DEEPCOMPILE_CUDA_BF16, /*totals=*/true), DEEPCOMPILE_CUDA_BAD_POINTER);
   sum.numel = -1;
   EXPECT_EQ(refusal(2, f32), DEEPCOMPILE_CUDA_BAD_NUMEL);
   sum = sum_of({values, values + 1}, reinterpret_cast<char*>(values) + 1, 1);

@@ -283,6 +283,30 @@ def test_piece_sums_add_in_order_and_round_once(kernels, dtype, count):
         assert whole.isnan().sum() == outside, "a kernel wrote outside of its arrays"
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+@pytest.mark.parametrize("dtype", [*GRADIENTS, torch.float64])
+def test_piece_totals_add_rounded_sums(kernels, dtype, count):
+    kind = torch.promote_types(dtype, torch.float32)
+    all_pieces, totals, wholes, expected = [], [], [], []
+    for numel, offset in [(1, 0), (100_003, 0), (1 << 20, 0), (70_001, 1)]:
+        generator = torch.Generator().manual_seed(numel)
+        pieces = [torch.randn(numel, generator=generator).to(dtype) for _ in range(count)]
+        all_pieces.append([guarded(piece, offset, DEVICE)[0] for piece in pieces])
+        total, whole = guarded(torch.full((numel,), float("nan"), dtype=kind), offset, DEVICE)
+        totals.append(total)
+        wholes.append(whole)
+        out = torch.empty(numel, dtype=dtype, device=DEVICE)
+        kernels.piece_sums(all_pieces[-1:], [out])
+        scaled = out.cpu().to(kind) * (1 / 3)
+        expected.append(scaled + scaled)
+    for first in (True, False):
+        kernels.piece_totals(all_pieces, totals, [first] * len(totals), 1 / 3)
+    for total, whole, wanted in zip(totals, wholes, expected, strict=True):
+        assert torch.equal(total.cpu(), wanted)
+        outside = whole.numel() - total.numel()
+        assert whole.isnan().sum() == outside, "a kernel wrote outside of its arrays"
+
+
 def test_the_current_stream_and_cuda_graphs(kernels):
     expected, arrays = (Arrays(50_001, torch.bfloat16, torch.bfloat16) for _ in range(2))
     factors = [0.5, 2.0, 0.25]

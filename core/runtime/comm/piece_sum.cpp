@@ -10,18 +10,54 @@
 #include "runtime/cuda/launch.h"
 
 namespace deepcompile {
+namespace {
+
+deepcompile_cuda_sum row_of(const std::vector<const void*>& pieces, const at::Tensor& out) {
+  deepcompile_cuda_sum row = {};
+  std::copy(pieces.begin(), pieces.end(), row.pieces);
+  row.out = out.data_ptr();
+  row.numel = out.numel();
+  return row;
+}
+
+}  // namespace
 
 void PieceSum::operator()(const std::vector<Sum>& sums) {
   if (sums.empty()) return;
   DC_CHECK(sums.front().pieces.size() > 1, "a sum has at least two pieces");
-  const bool few = sums.front().pieces.size() <= DEEPCOMPILE_CUDA_MAX_PIECES;
-  if (few && library() != nullptr) return launch(sums);
+  if (in_library(static_cast<int64_t>(sums.front().pieces.size()))) return launch(sums);
   for (const Sum& sum : sums) add(sum);
 }
 
+bool PieceSum::in_library(int64_t pieces) {
+  return pieces <= DEEPCOMPILE_CUDA_MAX_PIECES && library() != nullptr;
+}
+
 bool PieceSum::allocates(int64_t pieces) {
-  const bool few = pieces <= DEEPCOMPILE_CUDA_MAX_PIECES;
-  return pieces > 2 && !(few && library() != nullptr);
+  return pieces > 2 && !in_library(pieces);
+}
+
+bool PieceSum::takes_totals(int64_t pieces) {
+  return in_library(pieces);
+}
+
+void PieceSum::operator()(const std::vector<Added>& sums) {
+  std::vector<deepcompile_cuda_sum> table;
+  for (size_t first = 0; first < sums.size(); first += table.size()) {
+    const Added& like = sums[first];
+    table.clear();
+    for (size_t i = first; i < sums.size(); ++i) {
+      const Added& sum = sums[i];
+      if (sum.type != like.type || sum.to.scale != like.to.scale) break;
+      deepcompile_cuda_sum& row = table.emplace_back(row_of(sum.pieces, sum.to.tensor));
+      row.first = sum.to.first ? 1 : 0;
+    }
+    const int status = library()->piece_totals(device_.index(), current_cuda_stream(device_),
+                                               table.data(), static_cast<int64_t>(table.size()),
+                                               static_cast<int64_t>(like.pieces.size()),
+                                               cuda_type(like.type), like.to.scale);
+    check_launch(*library(), status, "piece total");
+  }
 }
 
 void PieceSum::launch(const std::vector<Sum>& sums) {
@@ -32,10 +68,7 @@ void PieceSum::launch(const std::vector<Sum>& sums) {
     for (size_t i = first; i < sums.size(); ++i) {
       const Sum& sum = sums[i];
       if (sum.out.scalar_type() != like.scalar_type()) break;
-      deepcompile_cuda_sum& row = table.emplace_back();
-      std::copy(sum.pieces.begin(), sum.pieces.end(), row.pieces);
-      row.out = sum.out.data_ptr();
-      row.numel = sum.out.numel();
+      table.push_back(row_of(sum.pieces, sum.out));
     }
     const int status = library()->piece_sums(device_.index(), current_cuda_stream(device_),
                                              table.data(), static_cast<int64_t>(table.size()),

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sums of reductions' pieces, once all lie in this rank's memory.
+// The sums of reductions' pieces, once all lie in this rank's memory, and the totals of
+// several sums.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +8,7 @@
 
 #include <vector>
 
+#include "runtime/comm/transport.h"
 #include "runtime/cuda/library.h"
 
 namespace deepcompile {
@@ -17,6 +19,12 @@ class PieceSum {
     std::vector<const void*> pieces;  // at least two, of out.numel() elements of its type
     at::Tensor out;                   // 1-D and contiguous; none of the pieces
   };
+  // As a Sum, but at least one piece, of `type`.
+  struct Added {
+    std::vector<const void*> pieces;
+    c10::ScalarType type;
+    RunningTotal to;
+  };
 
   explicit PieceSum(c10::Device device) : device_(device) {}
 
@@ -24,11 +32,15 @@ class PieceSum {
   // same bits by any kernel. On the current stream, where the kernel library serves the
   // device in one launch for all sums of one type.
   void operator()(const std::vector<Sum>& sums);
+  // As many pieces each; where takes_totals: in one pass, with nothing allocated.
+  void operator()(const std::vector<Added>& sums);
+  bool takes_totals(int64_t pieces);
   // Whether sums of so many pieces take memory.
   bool allocates(int64_t pieces);
 
  private:
   const KernelLibrary* library();
+  bool in_library(int64_t pieces);
   void launch(const std::vector<Sum>& sums);
   void add(const Sum& sum) const;
 

@@ -35,6 +35,11 @@ class PushReductions::Push final : public Transfer {
     const bool many = reductions_.asked_.size() >= kMostAsked || bytes >= kMostAskedBytes;
     if (many) reductions_.sum_up();
   }
+  bool wait_adding(const RunningTotal& to) override {
+    const bool will = reductions_.add_to(number_, to);
+    will ? wait_in_batch() : wait();
+    return will;
+  }
 
  private:
   PushReductions& reductions_;
@@ -181,6 +186,13 @@ void PushReductions::ask(uint64_t number) {
   asked_.insert(under_way_.extract(found));
 }
 
+bool PushReductions::add_to(uint64_t number, const RunningTotal& to) {
+  const auto found = under_way_.find(number);
+  if (found == under_way_.end() || !piece_sum_.takes_totals(world_)) return false;
+  found->second.total = to;
+  return true;
+}
+
 void PushReductions::finish(uint64_t number) {
   ask(number);
   sum_up();
@@ -199,10 +211,17 @@ uint64_t PushReductions::sum_up() {
   });
   memory_->used_on(PeerSignals::handle(compute));
   std::vector<PieceSum::Sum> sums;
+  std::vector<PieceSum::Added> added;
   for (const auto& [number, reduction] : asked_) {
-    if (reduction.piece.defined()) sums.push_back(sum_of(reduction));
+    if (!reduction.piece.defined()) continue;
+    if (reduction.total) {
+      added.push_back({pieces_of(reduction), reduction.piece.scalar_type(), *reduction.total});
+    } else {
+      sums.push_back({pieces_of(reduction), reduction.piece});
+    }
   }
   piece_sum_(sums);
+  piece_sum_(added);
   over_ = std::max(over_, asked_.rbegin()->second.given);
   asked_.clear();
   summed_ = under_way_.empty() ? last_ : under_way_.begin()->first - 1;
@@ -227,15 +246,15 @@ void PushReductions::drop(uint64_t number) {
   found->second.full.reset();
 }
 
-PieceSum::Sum PushReductions::sum_of(const UnderWay& reduction) const {
-  PieceSum::Sum sum{{}, reduction.piece};
+std::vector<const void*> PushReductions::pieces_of(const UnderWay& reduction) const {
+  std::vector<const void*> pieces;
   const auto* const mine = static_cast<const char*>(reduction.full.const_data_ptr());
   for (int64_t source = 0; source < world_; ++source) {
-    sum.pieces.push_back(source == rank_
-                             ? static_cast<const void*>(mine + rank_ * reduction.bytes)
-                             : reinterpret_cast<const void*>(slot(rank_, source, reduction)));
+    pieces.push_back(source == rank_
+                         ? static_cast<const void*>(mine + rank_ * reduction.bytes)
+                         : reinterpret_cast<const void*>(slot(rank_, source, reduction)));
   }
-  return sum;
+  return pieces;
 }
 
 }  // namespace deepcompile

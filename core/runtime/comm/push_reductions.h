@@ -88,23 +88,25 @@ class PushReductions {
  private:
   class Push;
   struct UnderWay {
-    int64_t begin;               // in the inbox
-    int64_t bytes;               // of a piece
-    uint64_t after;              // the last reduction whose place it takes
-    at::Tensor piece;            // undefined: nobody wants the sum
-    at::Tensor full;             // until the sum has read its part
-    std::shared_ptr<Span> span;  // of the pushes
-    uint64_t given = 0;          // its number among all transfers; 0: held back
+    int64_t begin;                           // in the inbox
+    int64_t bytes;                           // of a piece
+    uint64_t after;                          // the last reduction whose place it takes
+    at::Tensor piece;                        // undefined: nobody wants the sum
+    at::Tensor full;                         // until the sum has read its part
+    std::shared_ptr<Span> span;              // of the pushes
+    uint64_t given = 0;                      // its number among all transfers; 0: held back
+    std::optional<RunningTotal> total = {};  // of the sum, instead of the piece
   };
 
   void make_inbox(Transport& base);
   int64_t room_for(int64_t piece_bytes) const;  // in the ring
   void await_room(uint64_t after);
-  void ask(uint64_t number);                    // for its sum; nothing if it was asked for
-  void finish(uint64_t number);                 // nothing if it was
-  void tell_freed(std::vector<MemoryOp>* ops);  // nothing if all know
+  void ask(uint64_t number);                             // for its sum; nothing if it was asked for
+  bool add_to(uint64_t number, const RunningTotal& to);  // false: it was, or cannot be
+  void finish(uint64_t number);                          // nothing if it was
+  void tell_freed(std::vector<MemoryOp>* ops);           // nothing if all know
   void drop(uint64_t number);
-  PieceSum::Sum sum_of(const UnderWay& reduction) const;
+  std::vector<const void*> pieces_of(const UnderWay& reduction) const;  // in the order of ranks
   // Where the piece of `source` lies in the inbox of `owner`, as this rank sees it.
   DeviceAddress slot(int64_t owner, int64_t source, const UnderWay& reduction) const;
 

@@ -29,6 +29,13 @@ class TransportError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// What the sums of several reductions are added up in.
+struct RunningTotal {
+  at::Tensor tensor;   // 1-D, contiguous, f32 (f64 for f64), of a piece's elements
+  double scale = 1;    // of each sum, rounded to the total's type
+  bool first = false;  // nothing was added yet: what the tensor holds does not matter
+};
+
 // A transfer under way. It keeps its buffers alive; destroying one that was
 // not waited for is safe (on a device, the current stream is ordered behind it).
 class Transfer {
@@ -38,6 +45,12 @@ class Transfer {
   virtual void wait() = 0;
   // As wait, but in a batch of waits nothing may be used until the batch is given.
   virtual void wait_in_batch() { wait(); }
+  // As wait_in_batch, for a reduction whose sum, rounded to its piece's type, is wanted in
+  // a total only. False: it could not, and the piece has the sum, as after wait.
+  virtual bool wait_adding(const RunningTotal& to) {
+    wait();
+    return false;
+  }
 };
 
 enum class Reduction { kSum, kMax };

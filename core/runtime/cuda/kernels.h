@@ -20,7 +20,7 @@
 
 #include <stdint.h>
 
-#define DEEPCOMPILE_CUDA_ABI 3 /* changes with every change below */
+#define DEEPCOMPILE_CUDA_ABI 4 /* changes with every change below */
 #define DEEPCOMPILE_CUDA_MAX_PIECES 16
 #define DEEPCOMPILE_CUDA_API __attribute__((visibility("default")))
 
@@ -114,7 +114,9 @@ DEEPCOMPILE_CUDA_API int deepcompile_cuda_squared_sum(
 struct deepcompile_cuda_sum {
   const void* pieces[DEEPCOMPILE_CUDA_MAX_PIECES]; /* as many as the call says */
   void* out;
-  int64_t numel; /* 0: nothing is done */
+  int64_t numel;    /* 0: nothing is done */
+  int32_t first;    /* piece_totals: what out holds does not matter */
+  int32_t reserved; /* 0 */
 };
 
 /* For each of `count` sums: out = pieces[0] + pieces[1] + ..., element by element,
@@ -125,6 +127,14 @@ struct deepcompile_cuda_sum {
 DEEPCOMPILE_CUDA_API int deepcompile_cuda_piece_sums(int device, void* stream,
                                                      const struct deepcompile_cuda_sum* sums,
                                                      int64_t count, int64_t pieces, int type);
+
+/* As piece_sums, but the rounded sum goes into a total: out (F32; F64 where type is)
+ * = out + scale * sum, or scale * sum if it is the first. `scale` is rounded to the
+ * total's type, and so is each operation. */
+DEEPCOMPILE_CUDA_API int deepcompile_cuda_piece_totals(int device, void* stream,
+                                                       const struct deepcompile_cuda_sum* sums,
+                                                       int64_t count, int64_t pieces, int type,
+                                                       double scale);
 
 #ifdef __cplusplus
 }

@@ -41,6 +41,7 @@ KernelLibrary::KernelLibrary(const std::string& path) : path(path) {
   find(handle, path, "deepcompile_cuda_squared_sum_partials", &squared_sum_partials);
   find(handle, path, "deepcompile_cuda_squared_sum", &squared_sum);
   find(handle, path, "deepcompile_cuda_piece_sums", &piece_sums);
+  find(handle, path, "deepcompile_cuda_piece_totals", &piece_totals);
 }
 
 std::unique_ptr<KernelLibrary> KernelLibrary::open(const std::string& directory) {

@@ -29,6 +29,7 @@ class KernelLibrary {
   decltype(&deepcompile_cuda_squared_sum_partials) squared_sum_partials = nullptr;
   decltype(&deepcompile_cuda_squared_sum) squared_sum = nullptr;
   decltype(&deepcompile_cuda_piece_sums) piece_sums = nullptr;
+  decltype(&deepcompile_cuda_piece_totals) piece_totals = nullptr;
 
  private:
   explicit KernelLibrary(const std::string& path);

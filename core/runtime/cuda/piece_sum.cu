@@ -1,17 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// The sums of reductions' pieces: each is read once and the sum written once.
+// The sums of reductions' pieces: each is read once and the sum written once, or added once
+// to its total.
 #include "runtime/cuda/device.h"
 #include "runtime/cuda/piece_sum_body.h"
 
 namespace deepcompile::kernels {
 namespace {
 
-template <typename T, int kCount>
+template <typename T, int kCount, bool kTotals>
 __global__ void __launch_bounds__(kPieceThreads)
     piece_sums(const __grid_constant__ PieceTable table) {
   const int s = entry_of(table.first_block, table.sums, blockIdx.x);
-  piece_sum_thread<T, kCount>(table.sum[s], table.count, blockIdx.x - table.first_block[s],
-                              static_cast<int>(threadIdx.x));
+  const uint32_t block = blockIdx.x - table.first_block[s];
+  const int thread = static_cast<int>(threadIdx.x);
+  if constexpr (kTotals) {
+    const TotalsOut<T> to{static_cast<Wide<T>>(table.scale), table.sum[s].first};
+    piece_sum_thread<T, kCount>(table.sum[s], to, table.count, block, thread);
+  } else {
+    piece_sum_thread<T, kCount>(table.sum[s], SumsOut<T>(), table.count, block, thread);
+  }
 }
 
 using Kernel = void (*)(PieceTable);
@@ -21,42 +28,65 @@ struct Launch {
   int chunk;  // elements of a block
 };
 
-template <typename T>
+template <typename T, bool kTotals>
 Launch launch_for(int64_t count) {
   const auto of = [&]() -> Kernel {
-    if (count == 2) return piece_sums<T, 2>;
-    if (count == 4) return piece_sums<T, 4>;
-    if (count == 8) return piece_sums<T, 8>;
-    return piece_sums<T, 0>;
+    if (count == 2) return piece_sums<T, 2, kTotals>;
+    if (count == 4) return piece_sums<T, 4, kTotals>;
+    if (count == 8) return piece_sums<T, 8, kTotals>;
+    return piece_sums<T, 0, kTotals>;
   };
   return {of(), kPieceChunk<T>};
 }
 
+template <bool kTotals>
 Launch launch_for(int type, int64_t count) {
   switch (type) {
     case DEEPCOMPILE_CUDA_BF16:
-      return launch_for<Bf16>(count);
+      return launch_for<Bf16, kTotals>(count);
     case DEEPCOMPILE_CUDA_F16:
-      return launch_for<F16>(count);
+      return launch_for<F16, kTotals>(count);
     case DEEPCOMPILE_CUDA_F64:
-      return launch_for<double>(count);
+      return launch_for<double, kTotals>(count);
     default:
-      return launch_for<float>(count);
+      return launch_for<float, kTotals>(count);
   }
+}
+
+template <bool kTotals>
+int run(int device, void* stream, const deepcompile_cuda_sum* sums, int64_t count, int64_t pieces,
+        int type, double scale) {
+  int status = check_sums(sums, count, pieces, type, kTotals);
+  if (status != 0) return status;
+  status = use_device(device);
+  if (status != 0) return status;
+  const Launch by = launch_for<kTotals>(type, pieces);
+  const auto launch = [&](const PieceTable& table, uint32_t blocks) {
+    by.kernel<<<blocks, kPieceThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
+    return static_cast<int>(cudaGetLastError());
+  };
+  return for_each_piece_table(sums, count, pieces, scale, by.chunk, launch);
+}
+
+template <bool kTotals>
+int usable() {
+  for (const int type :
+       {DEEPCOMPILE_CUDA_F32, DEEPCOMPILE_CUDA_BF16, DEEPCOMPILE_CUDA_F16, DEEPCOMPILE_CUDA_F64}) {
+    for (const int count : {2, 4, 8, 3}) {
+      cudaFuncAttributes attributes;
+      const Launch launch = launch_for<kTotals>(type, count);
+      const cudaError_t status = cudaFuncGetAttributes(&attributes, launch.kernel);
+      if (status != cudaSuccess) return static_cast<int>(status);
+    }
+  }
+  return 0;
 }
 
 }  // namespace
 
 int piece_sum_usable() {
-  for (const int type :
-       {DEEPCOMPILE_CUDA_F32, DEEPCOMPILE_CUDA_BF16, DEEPCOMPILE_CUDA_F16, DEEPCOMPILE_CUDA_F64}) {
-    for (const int count : {2, 4, 8, 3}) {
-      cudaFuncAttributes attributes;
-      const cudaError_t status = cudaFuncGetAttributes(&attributes, launch_for(type, count).kernel);
-      if (status != cudaSuccess) return static_cast<int>(status);
-    }
-  }
-  return 0;
+  const int status = usable<false>();
+  return status != 0 ? status : usable<true>();
 }
 
 }  // namespace deepcompile::kernels
@@ -64,15 +94,11 @@ int piece_sum_usable() {
 extern "C" int deepcompile_cuda_piece_sums(int device, void* stream,
                                            const deepcompile_cuda_sum* sums, int64_t count,
                                            int64_t pieces, int type) {
-  using namespace deepcompile::kernels;
-  int status = check_sums(sums, count, pieces, type);
-  if (status != 0) return status;
-  status = use_device(device);
-  if (status != 0) return status;
-  const Launch by = launch_for(type, pieces);
-  const auto launch = [&](const PieceTable& table, uint32_t blocks) {
-    by.kernel<<<blocks, kPieceThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
-    return static_cast<int>(cudaGetLastError());
-  };
-  return for_each_piece_table(sums, count, pieces, by.chunk, launch);
+  return deepcompile::kernels::run<false>(device, stream, sums, count, pieces, type, 1);
+}
+
+extern "C" int deepcompile_cuda_piece_totals(int device, void* stream,
+                                             const deepcompile_cuda_sum* sums, int64_t count,
+                                             int64_t pieces, int type, double scale) {
+  return deepcompile::kernels::run<true>(device, stream, sums, count, pieces, type, scale);
 }

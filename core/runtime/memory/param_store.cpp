@@ -32,7 +32,8 @@ ParamStore::ParamStore(Transport& transport, int64_t rank, int64_t world, c10::D
       world_(world),
       device_(device),
       reduce_dtype_(reduce_dtype),
-      accumulation_(accumulation) {}
+      accumulation_(accumulation),
+      totals_(device) {}
 
 ParamState& ParamStore::add(const ParamSpec& spec) {
   if (find(spec.name) != nullptr) {
@@ -265,15 +266,17 @@ void ParamStore::accumulate(ParamState& param) {
                     " is accumulated, but no reduction of it was started.");
   }
   // In this order, so that it can be tried again after an allocation failed.
-  const bool read_now =
-      param.pending->rows || !becomes_gradient(param);  // here, by a kernel of its own
-  end_reduction(param, &*param.pending, read_now);
-  param.pending->source.reset();
-  if (param.pending->rows) {
-    param.pending->value = rows_.sum(param, *param.pending->rows, param.pending->value);
-    param.pending->rows.reset();
+  if (!added_by_transfer(param)) {
+    const bool read_now =
+        param.pending->rows || !becomes_gradient(param);  // here, by a kernel of its own
+    end_reduction(param, &*param.pending, read_now);
+    param.pending->source.reset();
+    if (param.pending->rows) {
+      param.pending->value = rows_.sum(param, *param.pending->rows, param.pending->value);
+      param.pending->rows.reset();
+    }
+    add_to_gradient(param, param.pending->value);
   }
-  add_to_gradient(param, param.pending->value);
   for (const size_t member : param.pending->members) param.members[member].has_grad = true;
   param.pending.reset();
 }
@@ -283,27 +286,57 @@ bool ParamStore::becomes_gradient(const ParamState& param) const {
   return !param.gradient.defined() && accumulation_ == 1;
 }
 
-void ParamStore::add_to_gradient(ParamState& param, const at::Tensor& sum) {
+// Several micro-batches' sums go into P's gradient in the pass that makes them, if the
+// transfer can; else it is over, and nothing was added.
+bool ParamStore::added_by_transfer(ParamState& param) {
+  PendingReduction& pending = *param.pending;
+  const bool whole = param.placement == Placement::kReplicated && world_ > 1;
+  if (!pending.transfer || whole || pending.rows || becomes_gradient(param)) return false;
+  const RunningTotal total = running_total(param, pending.value);
+  if (!pending.transfer->wait_adding(total)) {
+    pending.transfer.reset();
+    return false;
+  }
+  set_total(param, total.tensor);
+  return true;
+}
+
+void ParamStore::set_total(ParamState& param, const at::Tensor& total) {
+  param.gradient = total;
+  param.grad_scale = 1.0;
+  param.gradient_is_wire = false;
+}
+
+// P's gradient, made or converted if need be: where `sum` can be added.
+RunningTotal ParamStore::running_total(ParamState& param, const at::Tensor& sum) const {
+  const c10::ScalarType dtype = sum_dtype(reduce_dtype_);
   const double mean = 1.0 / static_cast<double>(world_);
+  if (!param.gradient.defined()) {
+    return {at::empty(sum.sizes(), sum.options().dtype(dtype)), mean, /*first=*/true};
+  }
+  if (param.gradient_is_wire) {
+    set_total(param, at::mul(param.gradient.to(dtype), param.grad_scale));
+  }
+  return {param.gradient, mean};
+}
+
+void ParamStore::add_to_gradient(ParamState& param, const at::Tensor& sum) {
   if (becomes_gradient(param)) {
     // The mean is taken where the gradient is read, in f32.
     param.gradient = sum;
-    param.grad_scale = mean;
+    param.grad_scale = 1.0 / static_cast<double>(world_);
     param.gradient_is_wire = true;
     return;
   }
-  const c10::ScalarType dtype = sum_dtype(reduce_dtype_);
-  const at::Tensor scaled = at::mul(sum.to(dtype), mean);
-  if (!param.gradient.defined()) {
-    param.gradient = scaled;
-  } else {
-    if (param.gradient_is_wire) {
-      param.gradient = at::mul(param.gradient.to(dtype), param.grad_scale);
-    }
-    param.gradient.add_(scaled);
+  if (totals_.takes_totals(1)) {
+    const RunningTotal total = running_total(param, sum);
+    totals_({{{sum.const_data_ptr()}, sum.scalar_type(), total}});
+    return set_total(param, total.tensor);
   }
-  param.grad_scale = 1.0;
-  param.gradient_is_wire = false;
+  const double mean = 1.0 / static_cast<double>(world_);
+  const at::Tensor scaled = at::mul(sum.to(sum_dtype(reduce_dtype_)), mean);
+  if (!param.gradient.defined()) return set_total(param, scaled);
+  running_total(param, sum).tensor.add_(scaled);
 }
 
 void ParamStore::zero_grad() {

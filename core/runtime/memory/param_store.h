@@ -15,6 +15,7 @@
 #include <string_view>
 #include <vector>
 
+#include "runtime/comm/piece_sum.h"
 #include "runtime/comm/transport.h"
 #include "runtime/memory/param_state.h"
 #include "runtime/memory/row_exchange.h"
@@ -89,6 +90,9 @@ class ParamStore {
   // `read_now`: its sum is read by what the current stream is given next.
   void end_reduction(ParamState& param, PendingReduction* pending, bool read_now);
   bool becomes_gradient(const ParamState& param) const;
+  bool added_by_transfer(ParamState& param);
+  RunningTotal running_total(ParamState& param, const at::Tensor& sum) const;
+  static void set_total(ParamState& param, const at::Tensor& total);
   void add_to_gradient(ParamState& param, const at::Tensor& sum);
 
   Transport& transport_;
@@ -98,6 +102,7 @@ class ParamStore {
   c10::Device device_;
   c10::ScalarType reduce_dtype_;
   int64_t accumulation_;
+  PieceSum totals_;
   std::vector<std::unique_ptr<ParamState>> params_;
   std::map<std::string, ParamState*, std::less<>> by_name_;
   std::map<std::string, std::pair<ParamState*, size_t>> members_;

@@ -29,6 +29,7 @@ from torch._inductor.compile_fx import compile_fx_inner
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._inductor.virtualized import V
 
+from deepcompile.capture import vector_checks
 from deepcompile.capture.graph import BoxedCode, CaptureOptions
 from deepcompile.errors import UserError
 
@@ -181,7 +182,7 @@ def _inductor_settings(options: CaptureOptions) -> Iterator[None]:
     if options.cache_dir is not None:
         os.environ[variable] = str(options.cache_dir)
     try:
-        with inductor_config.patch(settings):
+        with inductor_config.patch(settings), vector_checks.remembered():
             yield
     finally:
         if options.cache_dir is not None:

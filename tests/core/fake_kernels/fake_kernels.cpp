@@ -35,5 +35,10 @@ int deepcompile_cuda_squared_sum(int, void*, const deepcompile_cuda_gradient*, i
 int deepcompile_cuda_piece_sums(int, void*, const deepcompile_cuda_sum*, int64_t, int64_t, int) {
   return 0;
 }
+
+int deepcompile_cuda_piece_totals(int, void*, const deepcompile_cuda_sum*, int64_t, int64_t, int,
+                                  double) {
+  return 0;
+}
 #endif
 }
