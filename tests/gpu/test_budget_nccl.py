@@ -19,8 +19,9 @@ GPUS = torch.cuda.device_count()
 WORLDS = sorted({2, GPUS}) if GPUS >= 2 else [2]
 SHARES = (0.6, 0.4, 0.3)
 """Budgets, as parts of the peak without one."""
-WARM, TIMED = 12, 5
-"""Steps until the plan has held for some, and steps timed."""
+WARM, TIMED = 20, 5
+"""Steps until the plan and its recording have held for some, so that the allocator has settled, and
+steps timed."""
 SEQUENCE, BATCH, VOCABULARY = 256, 16, 8192
 """Enough sequences for flash attention's backward: with fewer, it takes more scratch memory when it
 is deterministic."""
