@@ -9,6 +9,7 @@ which close() removes.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -175,20 +177,28 @@ class TwoNodes:
     def inside(self, space: str, *command: str) -> list[str]:
         return [tool("ip"), "netns", "exec", space, *command]
 
-    def launch(self, *arguments: str, nodes: int = 2, **options) -> subprocess.Popen:
-        """`deepcompile launch` on node-0, with two ranks on each node."""
+    @contextlib.contextmanager
+    def launch(self, *arguments: str, nodes: int = 2, **options) -> Iterator[subprocess.Popen]:
+        """`deepcompile launch` on node-0, with two ranks on each node; killed at the end if it
+        still runs."""
         hostfile = self.folder / f"hosts{nodes}"
         hostfile.write_text("".join(f"node-{i} slots=2\n" for i in range(nodes)))
         command = [sys.executable, "-m", "deepcompile", "launch", "--hostfile", str(hostfile)]
         command += ["--ssh-args", shlex.join(["-F", str(self.ssh_config)])]
         command += ["--master-addr", ADDRESSES[0], "--env", "GLOO_SOCKET_IFNAME=eth0"]
-        return subprocess.Popen(
+        with subprocess.Popen(
             self.inside(self.spaces[0], *command, *arguments),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # What a shell starts in the background, these tests for one, ignores it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             **options,
-        )
+        ) as job:
+            try:
+                yield job
+            finally:
+                job.kill()
 
     def left(self, patience_s: float = 0.0) -> list[str]:
         """What runs on the nodes beside the servers, after waiting for it to end."""
