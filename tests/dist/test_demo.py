@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,7 +90,9 @@ def test_demo_report_holds_the_run(whole):
 
 def test_demo_resumes_with_the_same_losses(whole, tmp_path):
     straight = [row["loss"] for row in history_of(whole[0])["loss"]]
-    run_demo(tmp_path, "--steps", "12")
+    kept = tmp_path / "checkpoints"  # as if the run had ended there
+    shutil.copytree(whole[0] / "checkpoints" / "step12", kept / "step12")
+    (kept / "latest").write_text("step12")
     printed = run_demo(tmp_path, "--steps", "24", "--resume")
     assert "resumed after step 12" in printed
     resumed = [row["loss"] for row in history_of(tmp_path)["loss"]]
