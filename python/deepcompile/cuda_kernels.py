@@ -214,7 +214,10 @@ class Kernels:
     ) -> None:
         """As piece_sums, but each total, in f32 (f64 for f64), = itself + scale * the rounded sum;
         without itself where it is the first."""
-        if any(total.dtype not in (torch.float32, torch.float64) for total in totals):
+        kinds = {
+            torch.promote_types(part.dtype, torch.float32) for parts in pieces for part in parts
+        }
+        if any({total.dtype} != kinds for total in totals):
             raise UserError("[kernels] totals are f32, or f64 for f64: convert them")
         call = self._library.deepcompile_cuda_piece_totals
         self._sums(call, pieces, totals, first, ctypes.c_double(scale))

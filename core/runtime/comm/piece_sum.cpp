@@ -12,19 +12,27 @@
 namespace deepcompile {
 namespace {
 
-deepcompile_cuda_sum row_of(const std::vector<const void*>& pieces, const at::Tensor& out) {
+deepcompile_cuda_sum row_of(const PieceSum::Sum& sum) {
   deepcompile_cuda_sum row = {};
-  std::copy(pieces.begin(), pieces.end(), row.pieces);
+  std::copy(sum.pieces.begin(), sum.pieces.end(), row.pieces);
+  const at::Tensor& out = sum.total ? sum.total->tensor : sum.out;
   row.out = out.data_ptr();
   row.numel = out.numel();
+  row.first = sum.total && sum.total->first ? 1 : 0;
   return row;
+}
+
+bool one_launch(const PieceSum::Sum& a, const PieceSum::Sum& b) {
+  if (a.type != b.type || a.total.has_value() != b.total.has_value()) return false;
+  return !a.total || a.total->scale == b.total->scale;
 }
 
 }  // namespace
 
 void PieceSum::operator()(const std::vector<Sum>& sums) {
   if (sums.empty()) return;
-  DC_CHECK(sums.front().pieces.size() > 1, "a sum has at least two pieces");
+  const bool enough = sums.front().pieces.size() > 1 || sums.front().total;
+  DC_CHECK(enough, "a sum has at least two pieces");
   if (in_library(static_cast<int64_t>(sums.front().pieces.size()))) return launch(sums);
   for (const Sum& sum : sums) add(sum);
 }
@@ -37,48 +45,29 @@ bool PieceSum::allocates(int64_t pieces) {
   return pieces > 2 && !in_library(pieces);
 }
 
-bool PieceSum::takes_totals(int64_t pieces) {
-  return in_library(pieces);
-}
-
-void PieceSum::operator()(const std::vector<Added>& sums) {
-  std::vector<deepcompile_cuda_sum> table;
-  for (size_t first = 0; first < sums.size(); first += table.size()) {
-    const Added& like = sums[first];
-    table.clear();
-    for (size_t i = first; i < sums.size(); ++i) {
-      const Added& sum = sums[i];
-      if (sum.type != like.type || sum.to.scale != like.to.scale) break;
-      deepcompile_cuda_sum& row = table.emplace_back(row_of(sum.pieces, sum.to.tensor));
-      row.first = sum.to.first ? 1 : 0;
-    }
-    const int status = library()->piece_totals(device_.index(), current_cuda_stream(device_),
-                                               table.data(), static_cast<int64_t>(table.size()),
-                                               static_cast<int64_t>(like.pieces.size()),
-                                               cuda_type(like.type), like.to.scale);
-    check_launch(*library(), status, "piece total");
-  }
-}
-
 void PieceSum::launch(const std::vector<Sum>& sums) {
+  const c10::DeviceIndex device = device_.index();
+  void* const stream = current_cuda_stream(device_);
+  const auto pieces = static_cast<int64_t>(sums.front().pieces.size());
   std::vector<deepcompile_cuda_sum> table;
   for (size_t first = 0; first < sums.size(); first += table.size()) {
-    const at::Tensor& like = sums[first].out;
+    const Sum& like = sums[first];
     table.clear();
-    for (size_t i = first; i < sums.size(); ++i) {
-      const Sum& sum = sums[i];
-      if (sum.out.scalar_type() != like.scalar_type()) break;
-      table.push_back(row_of(sum.pieces, sum.out));
+    for (size_t i = first; i < sums.size() && one_launch(like, sums[i]); ++i) {
+      table.push_back(row_of(sums[i]));
     }
-    const int status = library()->piece_sums(device_.index(), current_cuda_stream(device_),
-                                             table.data(), static_cast<int64_t>(table.size()),
-                                             static_cast<int64_t>(sums.front().pieces.size()),
-                                             cuda_type(like.scalar_type()));
+    const auto count = static_cast<int64_t>(table.size());
+    const int type = cuda_type(like.type);
+    const int status =
+        like.total ? library()->piece_totals(device, stream, table.data(), count, pieces, type,
+                                             like.total->scale)
+                   : library()->piece_sums(device, stream, table.data(), count, pieces, type);
     check_launch(*library(), status, "piece sum");
   }
 }
 
 void PieceSum::add(const Sum& sum) const {
+  DC_CHECK(!sum.total, "only the library adds to totals");
   at::Tensor out = sum.out;
   std::vector<at::Tensor> pieces;
   for (const void* piece : sum.pieces) {

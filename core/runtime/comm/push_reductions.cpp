@@ -188,7 +188,7 @@ void PushReductions::ask(uint64_t number) {
 
 bool PushReductions::add_to(uint64_t number, const RunningTotal& to) {
   const auto found = under_way_.find(number);
-  if (found == under_way_.end() || !piece_sum_.takes_totals(world_)) return false;
+  if (found == under_way_.end() || !piece_sum_.in_library(world_)) return false;
   found->second.total = to;
   return true;
 }
@@ -211,17 +211,12 @@ uint64_t PushReductions::sum_up() {
   });
   memory_->used_on(PeerSignals::handle(compute));
   std::vector<PieceSum::Sum> sums;
-  std::vector<PieceSum::Added> added;
   for (const auto& [number, reduction] : asked_) {
-    if (!reduction.piece.defined()) continue;
-    if (reduction.total) {
-      added.push_back({pieces_of(reduction), reduction.piece.scalar_type(), *reduction.total});
-    } else {
-      sums.push_back({pieces_of(reduction), reduction.piece});
-    }
+    const at::Tensor& piece = reduction.piece;
+    if (!piece.defined()) continue;
+    sums.push_back({pieces_of(reduction), piece.scalar_type(), piece, reduction.total});
   }
   piece_sum_(sums);
-  piece_sum_(added);
   over_ = std::max(over_, asked_.rbegin()->second.given);
   asked_.clear();
   summed_ = under_way_.empty() ? last_ : under_way_.begin()->first - 1;

@@ -30,6 +30,7 @@ ParamStore::ParamStore(Transport& transport, int64_t rank, int64_t world, c10::D
       rows_(transport, rank, world),
       rank_(rank),
       world_(world),
+      mean_(1.0 / static_cast<double>(world)),
       device_(device),
       reduce_dtype_(reduce_dtype),
       accumulation_(accumulation),
@@ -310,31 +311,29 @@ void ParamStore::set_total(ParamState& param, const at::Tensor& total) {
 // P's gradient, made or converted if need be: where `sum` can be added.
 RunningTotal ParamStore::running_total(ParamState& param, const at::Tensor& sum) const {
   const c10::ScalarType dtype = sum_dtype(reduce_dtype_);
-  const double mean = 1.0 / static_cast<double>(world_);
   if (!param.gradient.defined()) {
-    return {at::empty(sum.sizes(), sum.options().dtype(dtype)), mean, /*first=*/true};
+    return {at::empty(sum.sizes(), sum.options().dtype(dtype)), mean_, /*first=*/true};
   }
   if (param.gradient_is_wire) {
     set_total(param, at::mul(param.gradient.to(dtype), param.grad_scale));
   }
-  return {param.gradient, mean};
+  return {param.gradient, mean_};
 }
 
 void ParamStore::add_to_gradient(ParamState& param, const at::Tensor& sum) {
   if (becomes_gradient(param)) {
     // The mean is taken where the gradient is read, in f32.
     param.gradient = sum;
-    param.grad_scale = 1.0 / static_cast<double>(world_);
+    param.grad_scale = mean_;
     param.gradient_is_wire = true;
     return;
   }
-  if (totals_.takes_totals(1)) {
+  if (totals_.in_library(1)) {
     const RunningTotal total = running_total(param, sum);
-    totals_({{{sum.const_data_ptr()}, sum.scalar_type(), total}});
+    totals_({PieceSum::Sum{{sum.const_data_ptr()}, sum.scalar_type(), {}, total}});
     return set_total(param, total.tensor);
   }
-  const double mean = 1.0 / static_cast<double>(world_);
-  const at::Tensor scaled = at::mul(sum.to(sum_dtype(reduce_dtype_)), mean);
+  const at::Tensor scaled = at::mul(sum.to(sum_dtype(reduce_dtype_)), mean_);
   if (!param.gradient.defined()) return set_total(param, scaled);
   running_total(param, sum).tensor.add_(scaled);
 }

@@ -99,6 +99,7 @@ class ParamStore {
   RowExchange rows_;
   int64_t rank_;
   int64_t world_;
+  double mean_;  // a sum over ranks times this
   c10::Device device_;
   c10::ScalarType reduce_dtype_;
   int64_t accumulation_;
