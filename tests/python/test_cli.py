@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+
+from deepcompile import cli
 
 PROGRAM = """\
 step train world=2
@@ -40,6 +44,14 @@ def deepcompile(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess
         text=True,
         timeout=300,
     )
+
+
+def deepcompile_here(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process: torch is here already. Not for several lengths of ``plan``,
+    which fork: autograd, once used in a process, does not survive that."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = cli.main(arguments)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 def expect_error(result: subprocess.CompletedProcess[str], *parts: str) -> None:

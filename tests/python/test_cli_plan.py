@@ -8,7 +8,7 @@ import xml.dom.minidom
 from pathlib import Path
 
 import pytest
-from test_cli import deepcompile, expect_error
+from test_cli import deepcompile, deepcompile_here, expect_error
 
 pytest.importorskip("transformers")
 CONFIG = {
@@ -30,9 +30,9 @@ def model(tmp_path_factory) -> Path:
     return path
 
 
-def plan(model: Path, *arguments: str, machine: str = "2x-cpu"):
-    return deepcompile(
-        *("plan", "--model", str(model), "--machine", machine, "--dtype", "fp32"),
+def plan(model: Path, *arguments: str, start=deepcompile_here):
+    return start(
+        *("plan", "--model", str(model), "--machine", "2x-cpu", "--dtype", "fp32"),
         *("--persistence-threshold", "1000", *arguments),
     )
 
@@ -44,7 +44,7 @@ def plans_of(result) -> dict[tuple[int, str], dict]:
 
 def test_plans_are_compared_by_length(model: Path, tmp_path: Path):
     chart = tmp_path / "plans.svg"
-    result = plan(model, "--seq", "32,64", "--json", "--chart", str(chart))
+    result = plan(model, "--seq", "32,64", "--json", "--chart", str(chart), start=deepcompile)
     plans = plans_of(result)
     names = ["ZeRO3", "P", "S", "P+S", "auto"]
     assert list(plans) == [(seq, name) for seq in (32, 64) for name in names]
@@ -112,12 +112,12 @@ def test_files_about_one_plan(model: Path, tmp_path: Path):
     assert json.loads(saved.read_text())["hash"] == only["hash"]
     assert json.loads(trace.read_text())["traceEvents"]
     # The written program is the one that was simulated.
-    again = json.loads(deepcompile("sim", str(out), "--machine", "2x-cpu", "--json").stdout)
+    again = json.loads(deepcompile_here("sim", str(out), "--machine", "2x-cpu", "--json").stdout)
     assert again["step_ns"] == only["step_ns"]
     assert "because selective_gather" in out.read_text()
     # The captured program gives the same plan.
     passes = ("--passes", "zero3_compile,selective_gather,prefetch", "--memory-budget", "64MiB")
-    planned = deepcompile("opt", str(captured), "--machine", "2x-cpu", *passes)
+    planned = deepcompile_here("opt", str(captured), "--machine", "2x-cpu", *passes)
     assert planned.stdout == out.read_text()
 
 
@@ -134,12 +134,12 @@ def test_few_layers_stand_for_all(model: Path):
 def test_explain_groups_equal_layers(model: Path, tmp_path: Path):
     out = tmp_path / "plan.txt"
     assert plan(model, "--seq", "32", "--out", str(out)).returncode == 0
-    result = deepcompile("explain", str(out), "--machine", "2x-cpu")
+    result = deepcompile_here("explain", str(out), "--machine", "2x-cpu")
     assert result.returncode == 0, result.stderr
     assert " alike): f32" in result.stdout and "why: " in result.stdout
     assert "param model.embed_tokens.weight: f32, 64.0 KiB" in result.stdout
     assert "region fwd0.1" in result.stdout
-    every = deepcompile("explain", str(out), "--machine", "2x-cpu", "--all")
+    every = deepcompile_here("explain", str(out), "--machine", "2x-cpu", "--all")
     assert len(every.stdout) > 2 * len(result.stdout)
     for layer in range(6):
         assert f"param model.layers.{layer}.mlp.up_proj.weight: " in every.stdout
