@@ -16,7 +16,9 @@ constexpr size_t kFewest = 22, kMost = 6000;
 constexpr int kPlenty = 100;
 constexpr size_t kRecipes = 3;
 constexpr int kTries = 3;
-constexpr double kRoom = 0.03;  // of the budget
+// Of the budget, left for gathers ahead and for what only a simulation has in flight: much,
+// and little, which gives copies more time.
+constexpr double kRoom = 0.03, kTight = 0.005;
 // Corrections of how much must go until the peak fits.
 constexpr int kFitSteps = 5;
 // Bytes gathered ahead of use.
@@ -81,6 +83,30 @@ bool LevelSearch::attempt_keeping(const AutoChoice& choice) {
   return true;
 }
 
+// Takes from the menu, in its order, until `need` is freed or `room` is used up. One that
+// frees much more than is missing waits for a smaller one: moving it costs more, too.
+template <typename Id>
+void move_from(const std::vector<Movable>& menu, Nanos room, Bytes* need, std::vector<Id>* moved) {
+  std::vector<bool> taken(menu.size(), false);
+  const auto next = [&] {
+    size_t smallest = menu.size();
+    for (size_t i = 0; i < menu.size(); ++i) {
+      if (taken[i] || menu[i].transfer > room) continue;
+      if (menu[i].bytes.value / 3 <= need->value / 2) return i;
+      if (smallest == menu.size() || menu[i].bytes < menu[smallest].bytes) smallest = i;
+    }
+    return smallest;
+  };
+  while (*need > Bytes{0}) {
+    const size_t i = next();
+    if (i == menu.size()) return;
+    taken[i] = true;
+    moved->push_back(Id{menu[i].id});
+    room -= menu[i].transfer;
+    *need -= menu[i].bytes;
+  }
+}
+
 // Adds to the choice until `need` is freed, by the menu's estimates; returns
 // what is still missing.
 Bytes LevelSearch::add(const Part& part, Bytes need, AutoChoice* choice) const {
@@ -96,22 +122,12 @@ Bytes LevelSearch::add(const Part& part, Bytes need, AutoChoice* choice) const {
     case Kind::kValues:
       if (part.hidden) room = {menu_.forward_compute().value * 2 / 3};
       choice->offload_values.clear();  // what is there is part of the rest's menu too
-      for (const Movable& each : menu_.values(choice->recompute)) {
-        if (need <= Bytes{0} || each.transfer > room) break;
-        choice->offload_values.push_back(ValueId{each.id});
-        room -= each.transfer;
-        need -= each.bytes;
-      }
+      move_from(menu_.values(choice->recompute), room, &need, &choice->offload_values);
       return need;
     case Kind::kStates:
       if (part.hidden) room = {menu_.compute().value * 2 / 3};
       choice->offload_states.clear();
-      for (const Movable& each : menu_.states()) {
-        if (need <= Bytes{0} || each.transfer > room) break;
-        choice->offload_states.push_back(ParamId{each.id});
-        room -= each.transfer;
-        need -= each.bytes;
-      }
+      move_from(menu_.states(), room, &need, &choice->offload_states);
       return need;
   }
   return need;
@@ -160,7 +176,7 @@ AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target) {
       smallest = choice;
       found = true;
       bias = need - wanted;
-      if (-over.value * 33 < target.value) break;  // within 3%
+      if (-over.value * 100 < target.value) break;  // within 1%
       need += part_of(over, 0.9);
     } else {
       if (found) break;
@@ -226,9 +242,8 @@ Nanos LevelSearch::cost_of(const AutoChoice& choice) const {
 }
 
 // A choice of the recipe that fits in simulation too, if a few tries find one.
-void LevelSearch::try_recipe(const Recipe& recipe) {
-  // Some room for gathers ahead, and for what only a simulation has in flight.
-  Bytes target = builder_.budget() - part_of(builder_.budget(), kRoom);
+void LevelSearch::try_recipe(const Recipe& recipe, double room) {
+  Bytes target = builder_.budget() - part_of(builder_.budget(), room);
   for (int tries = 0; tries < kTries && left_ > 0; ++tries) {
     AutoChoice choice = fit(recipe, target);
     choice.keep = best_.choice.keep;
@@ -245,19 +260,26 @@ void LevelSearch::try_recipe(const Recipe& recipe) {
   }
 }
 
+// Where the optimizer runs decides how well copies hide: settled early.
+void LevelSearch::try_forward() {
+  AutoChoice forward = best_.choice;
+  forward.place = Place::kNextForward;
+  forward.ahead = kRunsAhead[0];
+  if (forward != best_.choice) attempt(forward);
+}
+
 void LevelSearch::try_recipes() {
   const std::vector<Recipe> order = by_cost(plain_peak_ - builder_.budget());
   const size_t count = left_ > kPlenty ? order.size() : std::min(kRecipes, order.size());
   for (size_t i = 0; i < order.size() && (i < count || !best_.trial.fits); ++i) {
-    try_recipe(order[i]);
-    if (i > 0) continue;
-    // Where the optimizer runs decides how well copies hide: settle it early.
-    AutoChoice forward = best_.choice;
-    forward.place = Place::kNextForward;
-    forward.ahead = kRunsAhead[0];
-    attempt(forward);
+    try_recipe(order[i], kRoom);
+    if (i == 0) try_forward();
   }
-  if (best_.trial.fits) return;
+  if (best_.trial.fits) {
+    try_recipe(Recipe(recipe_), kTight);
+    try_forward();
+    return;
+  }
   // Everything that helps, copied in as late as can be.
   AutoChoice all = fill({{Kind::kStates, false}, {Kind::kRecompute, false}, {Kind::kValues, false}},
                         Bytes{INT64_MAX / 2});
@@ -271,7 +293,7 @@ void LevelSearch::try_places() {
     AutoChoice choice = best_.choice;
     choice.place = Place::kNextForward;
     choice.ahead = ahead;
-    if (!attempt_keeping(choice)) break;
+    if (choice != best_.choice && !attempt_keeping(choice)) break;
   }
   if (!builder_.early_updates()) return;
   AutoChoice choice = best_.choice;

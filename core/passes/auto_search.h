@@ -61,7 +61,8 @@ class LevelSearch {
   std::vector<Recipe> recipes() const;
   std::vector<Recipe> by_cost(Bytes need) const;
   Nanos cost_of(const AutoChoice& choice) const;
-  void try_recipe(const Recipe& recipe);
+  void try_recipe(const Recipe& recipe, double room);
+  void try_forward();
   void try_recipes();
   void try_places();
   void try_ahead();

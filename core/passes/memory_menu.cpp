@@ -18,6 +18,8 @@ constexpr size_t kSmall = 16;
 constexpr size_t kPairs = 16;
 // Hints count this much more.
 constexpr double kHint = 1.1;
+// Times the mean size of the others, each weighed by its size.
+constexpr double kUnusual = 2;
 
 }  // namespace
 
@@ -188,6 +190,21 @@ void MemoryMenu::find_states() {
     const Instr move{Op::kReloadStates, ParamId{param}, std::nullopt, {}};
     states_.push_back({param, of.master + of.moments, estimator_.duration(program_, move)});
   }
+  put_unusual_last();
+}
+
+// A copy is one piece: what is unusually large hardly finds the room and the time for it.
+void MemoryMenu::put_unusual_last() {
+  double sum = 0, squares = 0;
+  const auto size = [](const Movable& each) { return static_cast<double>(each.bytes.value); };
+  for (const Movable& each : states_) {
+    sum += size(each);
+    squares += size(each) * size(each);
+  }
+  std::stable_partition(states_.begin(), states_.end(), [&](const Movable& each) {
+    const double bytes = size(each);
+    return bytes * (sum - bytes) <= kUnusual * (squares - bytes * bytes);
+  });
 }
 
 std::vector<Movable> MemoryMenu::values(const std::vector<RegionId>& recompute) const {

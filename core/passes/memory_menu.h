@@ -37,7 +37,8 @@ class MemoryMenu {
   // Activations that wait for the backward if these regions run again, those
   // that wait longest first.
   std::vector<Movable> values(const std::vector<RegionId>& recompute) const;
-  // Those used latest in a forward first: they have most time to come back.
+  // Those used latest in a forward first: they have most time to come back. Unusually large
+  // ones last.
   const std::vector<Movable>& states() const { return states_; }
   // Compute of the forwards and of the whole step, micro batches included.
   Nanos forward_compute() const { return forward_compute_; }
@@ -55,6 +56,7 @@ class MemoryMenu {
   void group_runs();
   void find_units();
   void find_states();
+  void put_unusual_last();
   ByRun none() const;
   RegionId region(const Run& run) const { return graphs_[run.graph].runs[run.run]; }
   // Bytes that wait for the backward if the marked groups run again.

@@ -152,8 +152,21 @@ class MovePlacer {
     return point < clock_.start(site.section) ? site.section - 1 : site.section;
   }
 
+  // The section after the one of the update that may give the memory back.
+  std::optional<uint32_t> evict_section(const Site& site) const {
+    if (program_.accumulation != 1) return std::nullopt;
+    const bool last = site.section + 1 == program_.sections.size();
+    const SectionKind kind = program_.sections[site.section].kind;
+    if (kind == SectionKind::kBackward || last != (kind == SectionKind::kUpdate))
+      return std::nullopt;
+    const uint32_t next = last ? 0 : site.section + 1;
+    const SectionKind wanted = last ? SectionKind::kForward : SectionKind::kBackward;
+    if (program_.sections[next].kind != wanted) return std::nullopt;
+    return next;
+  }
+
   // After the update, in its section; or, if the copy is not done by its end,
-  // in the forward that follows.
+  // in the one that follows.
   void place_evict(size_t i, OutboundQueue* queue, Moves* moves) {
     const Site& site = sites_[i];
     const size_t after = site.point + 1;
@@ -169,12 +182,14 @@ class MovePlacer {
     use_.add(after, moves->evict, site.bytes);
     const Nanos left = queue->done() - clock_.before(last);
     const bool on = moves->evict == last && last == clock_.end(site.section) && left > Nanos{0};
-    if (!on || !spreads(site) || program_.sections[0].kind != SectionKind::kForward) return;
-    const size_t done = clock_.first_at(clock_.before(0) + left, 0, clock_.end(0));
-    use_.add(last, use_.size(), site.bytes);
-    moves->evict_section = 0;
-    moves->evict = room ? use_.first_above(0, done, *room).value_or(done) : done;
-    use_.add(0, moves->evict, site.bytes);
+    const auto next = evict_section(site);
+    if (!on || !next) return;
+    const size_t start = clock_.start(*next);
+    const size_t done = clock_.first_at(clock_.before(start) + left, start, clock_.end(*next));
+    if (start < last) use_.add(last, use_.size(), site.bytes);
+    moves->evict_section = *next;
+    moves->evict = room ? use_.first_above(start, done, *room).value_or(done) : done;
+    use_.add(start, moves->evict, site.bytes);
   }
 
   const StepProgram& program_;

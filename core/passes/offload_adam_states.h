@@ -21,7 +21,7 @@
 // needed. Moves cross into the backward before and the forward after only if a
 // step is one micro batch; else they stay in the section of the update. Where
 // place_optimizer has put an update into a forward or backward already, the
-// moves stand around it there.
+// moves stand around it there; a forward's may end in the backward.
 //
 // The `_sync` pass copies directly before and after each update instead.
 #pragma once

@@ -7,6 +7,7 @@
 
 #include "analysis/memory_timeline.h"
 #include "ir/verifier.h"
+#include "layered_program.h"
 #include "passes/auto_plan.h"
 #include "passes/auto_search.h"
 #include "passes/read_choice.h"
@@ -272,6 +273,34 @@ TEST(AutoPlan, MovesNothingForNothing) {
               std::string::npos)
         << seed << ": " << chosen;
   }
+}
+
+// Where little is missing, the last layer's states stay, which are 16 times the others': their
+// copies find neither the room nor the time, though they would come first by their place.
+TEST(AutoPlan, MovesTheUnusuallyLargeLast) {
+  std::string text = layered_program({.layers = 6, .numel = 4096});
+  const auto replace = [&](const std::string& from, const std::string& to) {
+    const size_t at = text.find(from);
+    ASSERT_NE(at, std::string::npos) << from;
+    text.replace(at, from.size(), to);
+  };
+  replace("param v.5 f32 4096", "param v.5 f32 65536");
+  replace("value g.v.5 16384B", "value g.v.5 262144B");
+  StepProgram program = parse_program(text);
+  const UnitCost costs = unit_costs();
+  const Bytes budget = classical_peak(program, costs) - Bytes{20'000};
+  run_pipeline(program, PassRegistry::with_builtins(), {"auto"}, planned_for(costs, budget));
+  EXPECT_EQ(error_of([&] { verify_plan(program); }), "no error");
+  EXPECT_LE(simulate_summary(program, costs).peak, budget);
+  int moved = 0;
+  for (const Section& section : program.sections) {
+    for (const Instr& instr : section.instrs) {
+      if (instr.op != Op::kAwaitStates) continue;
+      EXPECT_NE(program.param(*instr.param).name, "v.5");
+      ++moved;
+    }
+  }
+  EXPECT_GT(moved, 0) << reasons_for(program, "auto", "")[1];
 }
 
 TEST(AutoPlan, SaysWhatItChose) {

@@ -118,6 +118,29 @@ TEST(OffloadAdamStates, FollowsADeferredUpdate) {
             "offload_states b; gather b; wait b; run f.b; evict_states b; release b; ");
 }
 
+// A copy that is not done by the forward's end goes on beside the backward.
+TEST(OffloadAdamStates, ADeferredUpdatesCopyOutMayTakeTheBackward) {
+  UnitCost costs;
+  costs.host_rate = 8;  // 64 ns
+  StepProgram before = two_layers_zero3();
+  auto& forward = before.sections[0].instrs;
+  const ParamId b = *before.find_param("b");
+  forward.insert(forward.begin() + 4, {Op::kUpdate, b, std::nullopt, {}});
+  for (Instr& each : before.sections[2].instrs) {
+    if (each.op == Op::kUpdate && each.param == b) each.op = Op::kDefer;
+  }
+  // 10 ns of the forward follow the update, 40 of the backward's runs and 10 of an accumulation.
+  const StepProgram program = moved(before, {"b"}, false, &costs);
+  EXPECT_EQ(section_text(program, SectionKind::kForward).find("evict_states"), std::string::npos);
+  const std::string backward = section_text(program, SectionKind::kBackward);
+  EXPECT_NE(backward.find("evict_states b"), std::string::npos) << backward;
+  EXPECT_GT(backward.find("evict_states b"), backward.find("run b.a")) << backward;
+  // Micro batches would find the copy in each backward.
+  before.accumulation = 2;
+  const StepProgram micro = moved(before, {"b"}, false, &costs);
+  EXPECT_NE(section_text(micro, SectionKind::kForward).find("evict_states b"), std::string::npos);
+}
+
 TEST(OffloadAdamStates, TakesTheLastUpdatedAndOnlyWhatIsNeeded) {
   const StepProgram before = two_layers_zero3();
   const Bytes peak = memory_timeline(before).peak;
