@@ -2,6 +2,7 @@
 // Shared by the core's tests.
 #pragma once
 
+#include <cstdint>
 #include <ostream>
 #include <string>
 
@@ -27,6 +28,16 @@ std::string error_of(Action action) {
     return error.what();
   }
   return "no error";
+}
+
+// How many random programs to try where there are `all`. Under sanitizers a sixth: what they
+// look for, each program's search does again and again, at a tenth of the speed.
+constexpr uint32_t seeds(uint32_t all) {
+#ifdef __SANITIZE_ADDRESS__
+  return all / 6;
+#else
+  return all;
+#endif
 }
 
 // The instructions of the program's sections alone, as text.
