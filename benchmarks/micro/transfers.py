@@ -10,6 +10,10 @@ the time of a reduction by copy engine has its sum in it.
     torchrun --standalone --nproc-per-node 4 benchmarks/micro/transfers.py --mb 32,128,512,1712
 
 `overlap` is copy_engine with copies that prefer to run beside compute (a hint to the driver).
+`nccl_zero_cta`, gathers only, is what NCCL has of the kind: an all-gather into symmetric memory on
+a communicator whose policy is to use no SM (NCCL >= 2.28). NCCL may still choose a kernel:
+NCCL_DEBUG=INFO says "[Copy Engine]" where it did not. NCCL_NVLS_ENABLE=0 keeps it off NVLink's
+multicast.
 Without GPUs, `--library` names a library in libcuda's place; times then say nothing.
 """
 
@@ -29,6 +33,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 
 from deepcompile import _runtime
 
@@ -37,6 +42,7 @@ WAYS = {
     "copy_engine": ("copy_engine", {}),
     "overlap": ("copy_engine", {"overlap": True}),
 }
+ZERO_CTA = "nccl_zero_cta"
 MATMUL = {"cuda": (1024, 8192, 28672), "cpu": (64, 128, 128)}
 """Rows, inner and columns of the matmuls beside."""
 PER_ROUND = 2
@@ -49,7 +55,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--mb", default="32,128,512,1712", help="whole sizes in MB")
     parser.add_argument("--kinds", default="gather,reduce", help="gather, reduce")
-    parser.add_argument("--ways", default="nccl,copy_engine,overlap", help=", ".join(WAYS))
+    ways = ", ".join([*WAYS, ZERO_CTA])
+    parser.add_argument("--ways", default="nccl,copy_engine,overlap", help=ways)
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--library", help="in libcuda's place")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -90,7 +97,33 @@ class Clock:
 
 
 class Transfers:
-    """PER_ROUND parameters of one size, and one way to gather or reduce them."""
+    """PER_ROUND transfers of one size, under way at once, and compute beside them."""
+
+    def start(self) -> None:
+        """Issue all of them."""
+        raise NotImplementedError
+
+    def wait(self) -> None:
+        """Let the current stream wait for all of them."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Make ready for the next round."""
+
+    def run(self, beside: Callable[[], None], clock: Clock) -> tuple[float, float]:
+        """ms until `beside` is over, and until all transfers are."""
+        begin = clock.mark()
+        self.start()
+        beside()
+        computed = clock.mark()
+        self.wait()
+        over = clock.mark()
+        self.finish()
+        return clock.between(begin, computed), clock.between(begin, over)
+
+
+class ThroughRuntime(Transfers):
+    """Sharded parameters, gathered or reduced as a plan would."""
 
     def __init__(self, kind: str, way: str, numel: int, device: torch.device, library: str | None):
         transport, options = WAYS[way]
@@ -122,25 +155,64 @@ class Transfers:
         if not self.gradients:
             self.runtime.wait(self.names)
 
-    def run(self, beside: Callable[[], None], clock: Clock) -> tuple[float, float]:
-        """ms until `beside` is over, and until all transfers are."""
-        begin = clock.mark()
-        self.start()
-        beside()
-        computed = clock.mark()
-        self.wait()
-        over = clock.mark()
+    def finish(self) -> None:
         if self.gradients:
             self.runtime.zero_grad()
         else:
             self.runtime.release(self.names)
-        return clock.between(begin, computed), clock.between(begin, over)
+
+
+class ZeroCtaGathers(Transfers):
+    """torch's all-gather, on a communicator that is to leave the SMs alone."""
+
+    def __init__(self, numel: int, device: torch.device):
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.group, pool = zero_cta_group(device)
+        with torch.cuda.use_mem_pool(pool):
+            self.whole = [
+                torch.empty(numel // world * world, device=device, dtype=torch.bfloat16)
+                for _ in range(PER_ROUND)
+            ]
+        for each in self.whole:
+            symmetric_memory.rendezvous(each, self.group)
+        self.shards = [each.chunk(world)[rank].clone() for each in self.whole]
+        self.works: list[dist.Work] = []
+
+    def start(self) -> None:
+        pairs = zip(self.whole, self.shards, strict=True)
+        self.works = [
+            dist.all_gather_into_tensor(whole, shard, group=self.group, async_op=True)
+            for whole, shard in pairs
+        ]
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+
+
+@functools.cache
+def zero_cta_group(device: torch.device) -> tuple[dist.ProcessGroup, Any]:
+    """A communicator without SMs, and the pool of its symmetric memory."""
+    options = dist.ProcessGroupNCCL.Options()
+    options.config.cta_policy = dist.ProcessGroupNCCL.NCCL_CTA_POLICY_ZERO
+    symmetric_memory.set_backend("NCCL")
+    group = dist.new_group(pg_options=options, device_id=device)
+    dist.all_reduce(torch.ones(1, device=device), group=group)  # rendezvous finds it, makes none
+    return group, symmetric_memory.get_mem_pool(device)
+
+
+def transfers_of(
+    kind: str, way: str, numel: int, device: torch.device, library: str | None
+) -> Transfers:
+    if way == ZERO_CTA:
+        return ZeroCtaGathers(numel, device)
+    return ThroughRuntime(kind, way, numel, device, library)
 
 
 def measure(
     kind: str, way: str, numel: int, device: torch.device, a: argparse.Namespace, clock: Clock
 ) -> dict[str, Any]:
-    transfers = Transfers(kind, way, numel, device, a.library)
+    transfers = transfers_of(kind, way, numel, device, a.library)
     rows, inner, columns = MATMUL[device.type]
     left = torch.randn(rows, inner, device=device).bfloat16()
     right = torch.randn(inner, columns, device=device).bfloat16()
@@ -189,7 +261,8 @@ def main() -> int:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not (cuda or a.library):
         print("[transfers] start this with torchrun on 2 or more GPUs", file=sys.stderr)
         return 2
-    for option, words, known in (("ways", a.ways, WAYS), ("kinds", a.kinds, ("gather", "reduce"))):
+    ways = (*WAYS, ZERO_CTA) if cuda else tuple(WAYS)
+    for option, words, known in (("ways", a.ways, ways), ("kinds", a.kinds, ("gather", "reduce"))):
         unknown = [word for word in words.split(",") if word not in known]
         if unknown:
             message = f"[transfers] --{option}: {unknown[0]} is none of {', '.join(known)}"
@@ -205,6 +278,8 @@ def main() -> int:
     say(f"{'beside ms':>10} {'GB/s':>6} {'matmuls':>8}", flush=True)
     for mb in map(float, a.mb.split(",")):
         for kind, way in itertools.product(a.kinds.split(","), a.ways.split(",")):
+            if (kind, way) == ("reduce", ZERO_CTA):
+                continue
             row = measure(kind, way, int(mb * 1e6 / 2), device, a, clock)
             rows.append(row)
             say(
