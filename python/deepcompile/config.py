@@ -155,7 +155,8 @@ class OptimizerConfig:
     type: str = _key(_choice("Adam", "AdamW"), "AdamW")
     """Adam is AdamW unless params.adam_w_mode is false, as in DeepSpeed."""
     params: dict = _key(_table, default_factory=dict)
-    """lr, betas, eps, weight_decay, adam_w_mode."""
+    """lr (1e-3), betas, eps, weight_decay (0, as in DeepSpeed), adam_w_mode. initialize() may be
+    given an optimizer instead of the section."""
 
 
 @dataclass(frozen=True)
@@ -195,11 +196,12 @@ class CompileConfig:
     and only as far as the budget asks. Obey: all of it is recomputed, whatever the memory."""
     schedule: Any = _key(_schedule, "auto")
     """[[first step, [pass names]]]: what plans the step from which step on. `auto`: the stage's
-    classical plan, and from step 3 on the planner's, made from measured times and once more from
-    those of a step that ran by it."""
+    classical plan, and from step 3 on, 4 where steps run from CUDA graphs, the planner's, made from
+    measured times and once more from those of a step that ran by it."""
     memory_budget: int | float | None = _key(_memory, None)
-    """What a plan may use of a rank's memory: bytes, `20GiB`, or a fraction of the device's.
-    Default: what is free when it is planned, and what the engine holds, less the reserve."""
+    """What a plan may use of a rank's memory: bytes, `20GiB`, or a fraction of the device's. Less
+    what the process holds outside the engine and, on a GPU, 3% for its allocator. Default: what is
+    free when it is planned, and what the engine holds, less the reserve."""
     memory_reserve: float = _key(_fraction, 0.1)
     """Part of the default budget that plans leave unused: for fragments, and what comes later."""
     plan_cache: str | None = _key(_text, None)
@@ -253,11 +255,12 @@ class CompileConfig:
     cache_dir: str | None = _key(_text, None)
     """Where compiled regions are kept between runs. Default: Inductor's cache folder."""
     machine: str | None = _key(_text, None)
-    """Machine the report's simulation is for: a built-in name or a JSON file. Default: guessed."""
+    """What plans, the report and `embedding_rows` take what was not measured from: a built-in name
+    or a JSON file. Default: `4xh200` on GPUs, as one host; set it where links differ."""
     timeout_s: float = _key(_number(float, 0, False), 1800.0)
     """Seconds after which a collective that cannot complete is an error."""
     debug_log: bool = _key(_bool, False)
-    """Log the text of each program that is planned."""
+    """Log the text of each program that is planned, and why, to stderr."""
 
 
 @dataclass(frozen=True)
@@ -451,8 +454,8 @@ def _parse(section: str, table: dict[str, Any], prefix: str, found: list[str]) -
     return kind(**values)
 
 
-def _check_together(config: Config) -> None:
-    """Rules that need more than one key."""
+def _check_together(config: Config, found: list[str]) -> None:
+    """Rules that need more than one key, and those of optimizer.params; appends as _parse does."""
     for name in config.compile.passes:
         if config.stage not in {"z1": (1, 2), "z3": (3,)}.get(name, ()):
             raise _fail(
@@ -460,21 +463,17 @@ def _check_together(config: Config) -> None:
                 f"{name!r} is not available with stage {config.stage}; see compile.schedule",
             )
     if config.optimizer is not None:
-        known = ("lr", "betas", "eps", "weight_decay", "adam_w_mode", "torch_adam",
-                 "bias_correction", "amsgrad", "fused", "max_grad_norm")  # fmt: skip
-        params = config.optimizer.params
-        for key, value in params.items():
+        warned, refused = config_keys.ADAM_WARNED, config_keys.ADAM_REFUSED
+        for key, value in config.optimizer.params.items():
             where = f"optimizer.params.{key}"
-            if key not in known:
-                raise _unknown(where, key, list(known))
+            if key in warned:
+                found.append(f"[config] {where} has no effect: {warned[key]}")
+            elif key in refused and not config_keys.is_off(value, refused[key][0]):
+                raise _fail(where, f"{value!r} is not supported: {refused[key][1]}")
+            elif key not in (*config_keys.ADAM, *refused):
+                raise _unknown(where, key, [*config_keys.ADAM, *warned, *refused])
             if value == "auto":
                 raise _fail(where, '"auto" is for trainers that fill it in; give a value')
-        if params.get("amsgrad"):
-            raise _fail("optimizer.params.amsgrad", "is not supported; remove it")
-        if params.get("bias_correction") is False:
-            raise _fail("optimizer.params.bias_correction", "cannot be switched off; remove it")
-        if params.get("max_grad_norm"):
-            raise _fail("optimizer.params.max_grad_norm", "set gradient_clipping instead")
     if config.scheduler is not None and not config.scheduler.type:
         raise _fail("scheduler.type", "is missing; name a schedule, e.g. WarmupLR")
 
@@ -494,7 +493,7 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
         raise _fail("config", f"must be a path or a dict, not {type(source).__name__}")
     found: list[str] = []
     config = _parse("", table, "", found)
-    _check_together(config)
+    _check_together(config, found)
     for message in found:
         warnings.warn(message, ConfigWarning, stacklevel=2)
     return dataclasses.replace(config, warnings=tuple(found))

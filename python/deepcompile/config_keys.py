@@ -13,6 +13,18 @@ ORDERED = "instructions are ordered by streams and events"
 BUDGET = "the plan offloads as much as compile.memory_budget asks"
 LOGGING = "no such monitor here; use engine.report()"
 
+ADAM = ("lr", "betas", "eps", "weight_decay", "adam_w_mode")
+"""What optimizer.params may hold, and what of it is only warned of, or refused."""
+ADAM_WARNED = {
+    "fused": "the update is one pass over all states anyway",
+    "torch_adam": "there is one Adam, with its states sharded",
+}
+ADAM_REFUSED: dict[str, tuple[tuple, str]] = {
+    "amsgrad": ((False, None), "remove it"),
+    "bias_correction": ((True, None), "remove it"),
+    "max_grad_norm": ((0, 0.0, False, None), "set gradient_clipping instead"),
+}
+
 WARNED: dict[str, dict[str, str]] = {
     "": {
         "activation_checkpointing": "checkpoint the model itself (torch.utils.checkpoint)",

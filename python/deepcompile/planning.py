@@ -64,6 +64,14 @@ class Planned:
     """On this rank, waiting for the others included."""
 
 
+def show_log() -> None:
+    """compile.debug_log is seen, on stderr, also where the program sets up no logging."""
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler())
+    if not log.isEnabledFor(logging.INFO):
+        log.setLevel(logging.INFO)
+
+
 class Planner:
     """Plans of one engine. `runtime` is that engine's."""
 
@@ -71,6 +79,8 @@ class Planner:
         self._table, self._config, self._ranks, self._runtime = table, config, ranks, runtime
         self._passes: dict[str, Any] = {}
         self._runners: list[PlanRunner] = []
+        if config.compile.debug_log:
+            show_log()
         self.watch = StepWatch()
         self.rows = EmbeddingRows(table, config, ranks, runtime)
         self.graphs: list[Installed] = []

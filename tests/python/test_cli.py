@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -148,6 +149,16 @@ def test_opt_prefetches_for_a_machine_and_a_budget():
     assert "forward 0 (x) -> (loss)\n  gather a\n  gather b\n  wait a\n  run f.a\n" in result.stdout
     assert 'because prefetch b "forward 0: gathered ahead of 1 run: 512 KiB' in result.stdout
     assert "2 prefetch:" in result.stderr
+
+
+def test_updates_in_the_backward_have_to_be_asked_for():
+    words = ("opt", "-", "--passes", "zero3_compile,place_optimizer", "--machine", "2x-cpu")
+    for more in ((), ("--early-updates",)):
+        result = deepcompile(*words, *more, stdin=TWO_LAYERS)
+        assert result.returncode == 0, result.stderr
+        (tried,) = re.findall(r'because place_optimizer "updates: (.*)"', result.stdout)
+        assert "next_forward 1 run ahead" in tried
+        assert (", backward " in tried) == bool(more)
 
 
 def test_opt_keeps_parameters_whole_up_to_the_budget():

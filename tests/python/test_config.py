@@ -95,6 +95,23 @@ def test_batch_that_does_not_fit_names_the_numbers(given, world):
     assert f"train_batch_size {given[0]}" in str(caught.value)
 
 
+def test_adams_other_keys():
+    def given(**params):
+        return load_config({"optimizer": {"type": "AdamW", "params": params}})
+
+    with pytest.warns(ConfigWarning, match="optimizer.params.fused has no effect: the update"):
+        assert len(given(fused=True, lr=1e-4).warnings) == 1
+    assert given(amsgrad=False, bias_correction=True, max_grad_norm=0).warnings == ()
+    for params, message in (
+        ({"amsgrad": True}, "amsgrad: True is not supported: remove it"),
+        ({"bias_correction": False}, "bias_correction: False is not supported: remove it"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm: 1.0 is not supported: set gradient_clipping"),
+        ({"lr": "auto"}, 'lr: "auto" is for trainers'),
+    ):
+        with pytest.raises(UserError, match=message):
+            given(**params)
+
+
 def test_batch_missing():
     with pytest.raises(UserError, match="give train_batch_size or"):
         load_config({}).with_batch(1)

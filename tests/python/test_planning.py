@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 from test_engine import batch, config, start, step
 from torch import nn
 
-from deepcompile import UserError, agreement, budget
+from deepcompile import UserError, agreement, budget, planning
 from deepcompile.config import CompileConfig
 from deepcompile.distributed import Ranks
 from deepcompile.schedule import WARMUP, check_schedule, default_schedule, entry_at
@@ -235,3 +237,18 @@ def test_the_report_tells_what_was_planned(tmp_path):
     assert {"Planning", "Planned step", "Memory budget", "Chosen"} <= set(facts)
     page = engine.report(tmp_path / "report.html").read_text(encoding="utf-8")
     assert "auto for the whole step" in page
+
+
+def test_debug_log_is_seen_where_nothing_sets_up_logging(monkeypatch, capsys):
+    quiet, theirs = (logging.getLogger(f"{__name__}.{name}") for name in ("quiet", "theirs"))
+    quiet.propagate = theirs.propagate = False
+    quiet.setLevel(logging.WARNING)
+    monkeypatch.setattr(planning, "log", quiet)
+    start(config=config(compile={"debug_log": True}))
+    quiet.info("[planning] the text")
+    assert "[planning] the text" in capsys.readouterr().err
+    given = logging.NullHandler()
+    theirs.addHandler(given)
+    monkeypatch.setattr(planning, "log", theirs)
+    planning.show_log()
+    assert theirs.handlers == [given]

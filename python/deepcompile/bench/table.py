@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ..errors import UserError, fail
 from . import sweep
@@ -27,21 +26,8 @@ from .results import Results, Row
 WORKLOADS = ("w1", "w2", "w3")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Milliseconds a step on 4 x H200, by sequence length; only their ratios carry over."""
-
-    default: dict[int, float]
-    target: dict[int, float]
-
-
-REFERENCES = {
-    "w1": Reference({512: 321, 1024: 402, 2048: 587}, {512: 172, 1024: 190, 2048: 340}),
-    "w2": Reference({512: 291, 1024: 306, 2048: 383}, {512: 165, 1024: 170, 2048: 200}),
-    "w3": Reference({512: 271, 1024: 278, 2048: 348}, {512: 95, 1024: 125, 2048: 190}),
-}
 HEAD = ("workload", "seq", "acc", "FSDP2 default", "FSDP2 best", "ours", "default / ours",
-        "best / ours", "asked: default / ours", "")  # fmt: skip
+        "best / ours")  # fmt: skip
 LONG_HEAD = ("model", "batch", "seq", "acc", "framework", "ms a step", "tokens/s/GPU", "peak GiB",
              "device GiB", "x default", "x best")  # fmt: skip
 LONG_TEXT = (0, 4)
@@ -88,16 +74,9 @@ def _ratio(peer: Row | None, ours: Row | None) -> float | None:
 def _line(workload: str, length: int, times: int, found: dict[str, Row | None]) -> list[str]:
     default, best, ours = (found.get(k) for k in ("default", "best", "ours"))
     ratios = [_ratio(default, ours), _ratio(best, ours)]
-    reference = REFERENCES.get(workload)
-    asked = None
-    if reference and length in reference.target and times == 1:
-        asked = reference.default[length] / reference.target[length]
-    said = ""
-    if asked and ratios[0]:
-        said = "reached" if ratios[0] >= asked else f"{asked / ratios[0] - 1:.0%} short"
-    shown = [f"{r:.2f}" if r else "-" for r in (*ratios, asked)]
+    shown = [f"{ratio:.2f}" if ratio else "-" for ratio in ratios]
     cells = [_cell(row) for row in (default, best, ours)]
-    return [workload.upper(), str(length), str(times), *cells, *shown, said]
+    return [workload.upper(), str(length), str(times), *cells, *shown]
 
 
 def _kind(condition: Condition) -> str | None:

@@ -60,7 +60,8 @@ def add_costs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--costs",
         metavar="FILE",
-        help="measurements (JSON, as an engine writes them) to use before the machine's numbers",
+        help="measurements to use before the machine's numbers: what an engine's "
+        "planner.costs.serialize() gives once it has planned",
     )
 
 

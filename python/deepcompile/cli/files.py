@@ -82,4 +82,5 @@ def run_named(
     passes = resolve_passes(options.passes or [], options.pass_library)
     if not passes:
         return []
-    return run_passes(program, passes, machine, options.memory_budget, read_costs(options.costs))
+    costs = read_costs(options.costs)
+    return run_passes(program, passes, machine, options.memory_budget, costs, options.early_updates)
