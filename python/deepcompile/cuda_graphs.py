@@ -154,7 +154,12 @@ class GraphRecorder:
     def finish(
         self, outputs: list[Any], again: Callable[..., Any]
     ) -> tuple[list[Any], RecordedGraph]:
-        return outputs, RecordedGraph(self._leave(), self.device.index)
+        try:
+            graph = self._leave()
+        except RuntimeError:  # invalid, though the code did not fail
+            self._repair()
+            raise
+        return outputs, RecordedGraph(graph, self.device.index)
 
     def abort(self) -> None:
         """The capture is invalid: ending it is an error that says nothing new, and leaves the
@@ -162,14 +167,18 @@ class GraphRecorder:
         try:
             self._leave()
         except RuntimeError:
-            index, handle = self.device.index, self._pool.handle
-            with contextlib.suppress(RuntimeError):
-                torch._C._cuda_endAllocateToPool(index, handle)
-                torch._C._cuda_releasePool(index, handle)
-            with contextlib.suppress(RuntimeError):
-                _runtime.end_pinned_pool(handle)
-                _runtime.release_pinned_pool(handle)
-            self._end_capture_of_random_numbers()
+            self._repair()
+
+    def _repair(self) -> None:
+        """What torch leaves undone at the end of an invalid capture."""
+        index, handle = self.device.index, self._pool.handle
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, handle)
+            torch._C._cuda_releasePool(index, handle)
+        with contextlib.suppress(RuntimeError):
+            _runtime.end_pinned_pool(handle)
+            _runtime.release_pinned_pool(handle)
+        self._end_capture_of_random_numbers()
 
     def _end_capture_of_random_numbers(self) -> None:
         """Only a valid capture's end tells the generator, which draws nothing until then."""

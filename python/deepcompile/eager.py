@@ -11,6 +11,7 @@ find their parameters. While Dynamo traces they do nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 import zlib
@@ -246,7 +247,10 @@ class EagerHooks:
         for index in sorted(self._packs):
             self._reduce_pack(index)
         while self._reducing:
-            self._runtime.accumulate(self._reducing.popleft())
+            name = self._reducing.popleft()
+            # A compiled part that failed has dropped all reductions, these among them.
+            with contextlib.suppress(UserError) if failed else contextlib.nullcontext():
+                self._runtime.accumulate(name)
         self._release(sorted(self._gathered))
 
     def _gradient_made(self, ref: MemberRef, parameter: torch.Tensor) -> None:

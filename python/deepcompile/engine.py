@@ -116,6 +116,7 @@ class Engine(EngineNumbers):
         self._loss: torch.Tensor | None = None
         self._backward_done = False
         self._backward_failed = False
+        self._warned = False
         self._clocks = {"forward": 0.0, "backward": 0.0, "step": 0.0}
 
     def _check_covered(self) -> None:
@@ -277,6 +278,9 @@ class Engine(EngineNumbers):
                 "compile.differentiable_outputs?"
             )
         self._check_gradients()
+        if self._compiled is not None:
+            self.runtime.set_last_micro_batch(self.is_gradient_accumulation_boundary())
+            self._warn_of_evaluation_mode()
         self._loss = loss.detach()
         self.hooks.begin_backward()
         failed = self._backward_failed = True
@@ -290,6 +294,16 @@ class Engine(EngineNumbers):
         self._backward_failed = False
         self._backward_done = True
         return loss
+
+    def _warn_of_evaluation_mode(self) -> None:
+        if not self.module.training and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "[engine] backward: the model is in evaluation mode, as Hugging Face's "
+                "from_pretrained leaves it; such steps are neither profiled nor planned. Call "
+                "engine.train() before them.",
+                stacklevel=3,
+            )
 
     def _check_gradients(self) -> None:
         if self._backward_failed:
@@ -398,9 +412,12 @@ class Engine(EngineNumbers):
         return self.train(False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop gradients accumulated so far."""
+        """Drop gradients accumulated so far. After a backward that failed, the step's micro-batches
+        begin again."""
         self.optimizer.zero_grad(set_to_none)
-        self._backward_failed = False
+        if self._backward_failed:
+            self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
+            self._backward_failed = self._backward_done = False
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         return self.module.parameters(recurse)

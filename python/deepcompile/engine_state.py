@@ -83,6 +83,11 @@ def save(engine: Engine, directory: str | Path, tag: str | None, client: dict[st
             "[checkpoint] save: in the middle of an accumulation, whose gradients are not saved; "
             "save after the step() that updates the parameters"
         )
+    if engine._backward_done or engine._backward_failed:
+        raise UserError(
+            "[checkpoint] save: between backward() and step(), whose gradients are not saved; save "
+            "after the step()"
+        )
     engine.planner.settle()
     scheduler = engine.lr_scheduler
     meta = {
@@ -124,7 +129,7 @@ def load(
         warnings.warn(f"[checkpoint] {directory}: has no checkpoint yet", stacklevel=3)
         return None, {}
     meta, client = engine.ranks.together("[checkpoint] load", lambda: _check(
-        engine, folder, strict_batch))  # fmt: skip
+        engine, folder, strict_batch, load_optimizer))  # fmt: skip
     engine.planner.settle()
     kinds = STATES if load_optimizer else ("master",)
     tensors: dict[str, Any] = dict(_shards(engine, kinds))
@@ -152,11 +157,16 @@ def load(
     return str(folder), client
 
 
-def _check(engine: Engine, folder: Path, strict_batch: bool) -> tuple[dict, dict]:
+def _check(
+    engine: Engine, folder: Path, strict_batch: bool, load_optimizer: bool
+) -> tuple[dict, dict]:
+    """What can be known to be wrong before anything is overwritten."""
     meta, client = checkpoint.read_meta(folder)
     checkpoint.check_shapes(folder, meta["shapes"], _shapes(engine))
     if strict_batch:
         checkpoint.check_batch(folder, meta["batch"], _batch(engine))
+    if load_optimizer:
+        engine.optimizer.check_groups(meta["groups"])
     return meta, client
 
 

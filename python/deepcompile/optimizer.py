@@ -178,14 +178,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
             kept.append({**numbers, "names": [self._member_of[id(p)] for p in group["params"]]})
         return kept
 
-    def load_hyper_state(self, groups: list[dict[str, Any]]) -> None:
-        """Put a checkpoint's numbers back. The groups must hold the same parameters."""
+    def check_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Raises UserError unless a checkpoint's groups hold the same parameters as these."""
         mine = [g["names"] for g in self.hyper_state()]
         if mine != [g["names"] for g in groups]:
             raise UserError(
                 "[checkpoint] optimizer: its parameter groups differ from this job's; build the "
                 "same groups, or load with load_optimizer_states=False"
             )
+
+    def load_hyper_state(self, groups: list[dict[str, Any]]) -> None:
+        """Put a checkpoint's numbers back, once check_groups has passed."""
         for group, saved in zip(self.param_groups, groups, strict=True):
             group.update({k: v for k, v in saved.items() if k != "names"})
         self._sent.clear()

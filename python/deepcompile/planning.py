@@ -314,6 +314,15 @@ class Planner:
             plan_cache.write(folder, self._job, self._kept(agreed))
         return True
 
+    def plan_now(self, step: int, why: str) -> bool:
+        """plan_whole, before a step was profiled too: by estimates, and again once one was."""
+        guessed = self.profile is None
+        if guessed:
+            self.profile = self.profile_without_trace(step)
+        done = self.plan_whole(step, why)
+        self._look_again = self._look_again or (guessed and done and "auto" in self._entry.names())
+        return done
+
     def measured_entry(self) -> Entry | None:
         """The first entry, from the one that holds on, that plans by costs."""
         later = [e for e in self.schedule if e.measured and e.step >= self._entry.step]

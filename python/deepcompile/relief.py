@@ -34,6 +34,7 @@ class Relief:
         self._watched: Agreed | None = None
         self._good: Agreed | None = None
         self._gave_up = False
+        self._begun = False
         self.times = 0
         """Evictions on this rank."""
         self.lowered = 0
@@ -48,7 +49,10 @@ class Relief:
         self._runtime.share(1 if said["times"] else 0)
         relieved = self._runtime.shared()
         if self._planner.agreed is not self._watched:
+            # The flags of two steps are the old plan's; the first step has none before it.
+            self._skip = 2 if self._begun else 0
             self._watched, self._clean = self._planner.agreed, 0
+        self._begun = True
         if self._skip:  # of a step that ran by the plan before
             self._skip -= 1
         elif relieved:
@@ -84,11 +88,10 @@ class Relief:
             self._gave_up = True
             self._say("the schedule has no pass that heeds a budget, so the plan stays")
             return
-        if planner.profile is None:
-            planner.profile = planner.profile_without_trace(step)
-        if not planner.plan_whole(step, "memory ran out"):
+        if not planner.plan_now(step, "memory ran out"):
             self._gave_up = True
             self._fall_back(step)
+        self._watched = planner.agreed
 
     def _fall_back(self, step: int) -> None:
         planner = self._planner

@@ -53,6 +53,11 @@ class FakePlanner:
     def profile_without_trace(self, step):
         return "guess"
 
+    def plan_now(self, step, why):
+        if self.profile is None:
+            self.profile = self.profile_without_trace(step)
+        return self.plan_whole(step, why)
+
     def plan_whole(self, step, why):
         fits = self.budget_limit >= self.least
         self.calls.append(("plan", step, self.budget_limit, fits))
@@ -114,6 +119,17 @@ def test_flags_of_steps_by_the_old_plan_do_not_count_twice():
     assert [call[1] for call in planner.calls] == [5, 8]
 
 
+def test_flags_of_steps_before_a_new_plan_say_nothing_of_it():
+    planner, runtime = FakePlanner(), FakeRuntime()
+    relief = Relief(planner, runtime, RANKS)
+    for step in range(1, 8):
+        runtime.next_bytes = 100 if step in (3, 4) else 0
+        if step == 4:
+            planner.agreed = FakePlan("made from a profile, at the end of step 4")
+        relief.end_step(step)
+    assert planner.calls == [] and relief.times == 2
+
+
 def test_without_a_plan_that_fits_the_last_good_one_is_used():
     planner = FakePlanner(least=2000)
     planner.agreed = FakePlan("good")
@@ -122,6 +138,7 @@ def test_without_a_plan_that_fits_the_last_good_one_is_used():
     for step in range(1, CLEAN_STEPS + 2):
         relief.end_step(step)
     planner.agreed = FakePlan("newer")
+    relief.end_step(9)  # at whose end it was made
     runtime.next_bytes = 100
     relief.end_step(10)
     with pytest.warns(UserWarning, match="the last plan that ran without help is used"):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recorded runs: the same bits as without, and never out of their turn."""
 
+import contextlib
 import sys
 
 import pytest
@@ -28,6 +29,25 @@ def test_a_pools_number_is_still_there_after_its_memory_was_looked_at():
     for _ in range(3):
         assert cuda_graphs.segments_of(numbers) == []
     assert all(sys.getrefcount(n) >= b for n, b in zip(numbers, before, strict=True))
+
+
+def test_an_invalid_capture_is_repaired_whoever_notices(monkeypatch):
+    class Invalid:
+        def capture_end(self):
+            raise RuntimeError("the capture is invalid")
+
+    recorder = object.__new__(cuda_graphs.GraphRecorder)
+    repaired = []
+    monkeypatch.setattr(recorder, "_repair", lambda: repaired.append(True), raising=False)
+    for end in (lambda: recorder.finish([], None), recorder.abort):
+        recorder._graph, recorder._collects = Invalid(), False
+        recorder._entered = contextlib.nullcontext()
+        with contextlib.suppress(RuntimeError):
+            end()
+        assert repaired.pop() and not repaired
+    recorder._graph = Invalid()
+    with pytest.raises(RuntimeError, match="the capture is invalid"):
+        recorder.finish([], None)
 
 
 def equal(a, b):
@@ -70,6 +90,39 @@ def test_an_evaluation_between_steps_is_no_part_of_them():
         each.value = value
         each.train(3)
     assert torch.equal(toy.value, twin.value) and equal(toy, twin)
+
+
+INFERENCE = (
+    toy_step.GRAPH[: toy_step.GRAPH.index("value g.loss")]
+    + """
+region fwd.0 code=0 (x, w1, small) -> (h)
+region fwd.1 code=1 (h, t, w2, small[1]) -> (loss)
+
+inference 1 (x, t) -> (loss)
+  run fwd.0
+  run fwd.1
+end
+"""
+)
+
+
+def test_a_step_with_an_evaluation_in_it_is_not_recorded(monkeypatch):
+    # What a parameter that stays whole into the backward was gathered into, the evaluation frees.
+    monkeypatch.setitem(PLANS, "kept", ((("  run fwd.0\n  release w1\n", "  run fwd.0\n"),), ()))
+    toy, twin = recorded(plan="kept"), Toy(plan="kept")
+    for each in (toy, twin):
+        each.train(2)
+        inference = each.runtime.load_plan(toy_step.plan_text(1, 3, INFERENCE), toy_step.CODES)
+        call, token = each.runtime.new_call(each.graph)
+        each.runtime.run(each.graph, 0, call, list(batch(70)))
+        each.runtime.run(inference, 0, -1, list(batch(90)))
+        each.runtime.run(each.graph, 1, call, [torch.ones(())])
+        each.step()
+        del token
+    assert toy.runtime.replays()["recordings"] == 0
+    for each in (toy, twin):
+        each.train(6)
+    assert toy.runtime.replays()["recordings"] == 1 and equal(toy, twin)
 
 
 def test_a_second_forward_before_the_backward_keeps_the_first_ones_values():

@@ -54,8 +54,8 @@ void Replays::begin_section(const LoadedPlan& loaded, size_t section, size_t ope
                             bool may_record) {
   visit_ = nullptr;
   const SectionKind kind = loaded.plan.sections[section].kind;
-  const bool trains = kind == SectionKind::kForward || kind == SectionKind::kBackward;
-  if (!recorder_ || !trains) return;
+  if (kind == SectionKind::kInference) return leave_step();
+  if (!recorder_ || kind == SectionKind::kUpdate) return;
   loaded_ = &loaded;
   section_ = section;
   const Sighting now{loaded.id, section, open_calls};
@@ -113,6 +113,12 @@ void Replays::end_step() {
   last_ = std::exchange(seen_, {});
   mode_ = Mode::kPlain;
   in_step_ = false;
+}
+
+// An evaluation amid a step: what it gathers and releases is not the plan's, and may not be there
+// in the steps that replay this one.
+void Replays::leave_step() {
+  if (mode_ == Mode::kRecording) drop();
 }
 
 void Replays::fail_section() {
@@ -268,6 +274,10 @@ std::optional<Replays::Values> Replays::record(size_t instr, const std::vector<L
     } else {
       refused_.insert(&code);
       report_.refused = region.name + ": " + error.what();
+      // What the inputs' memory may become has gone into the recording, though the code still
+      // reads it, and may hand on a view of it. The next step is recorded knowing that.
+      drop();
+      alike_ = wanted_;
     }
     return std::nullopt;
   }

@@ -62,6 +62,7 @@ class Replays {
   // `may_record`: memory is not short and nobody traces.
   void begin_section(const LoadedPlan& loaded, size_t section, size_t open_calls, bool may_record);
   void end_step();
+  void leave_step();    // something that is no part of it runs: it is not recorded
   void fail_section();  // nothing more of the step is recorded or replayed
   // The recording goes, as its memory is needed, or its plan does. Tensors in its
   // memory keep it. False if there was none.
