@@ -23,6 +23,11 @@ def small() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.LayerNorm(32), nn.Linear(32, 4))
 
 
+def seeded(kind, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return kind()
+
+
 def config(**extra) -> dict:
     return {
         "train_batch_size": 4,
@@ -298,38 +303,6 @@ def test_more_engines_than_recompilations_all_run_compiled():
         assert len(engine.planner.graphs) == 1
 
 
-def test_saving_inside_an_accumulation_is_an_error(tmp_path):
-    engine = start(config=config(train_batch_size=8, gradient_accumulation_steps=2))
-    step(engine)
-    assert "middle of an accumulation" in error_of(lambda: engine.save_checkpoint(tmp_path))
-
-
-def test_saving_between_backward_and_step_is_an_error(tmp_path):
-    engine = start()
-    engine.backward(engine(batch(0)).pow(2).mean())
-    assert "between backward() and step()" in error_of(lambda: engine.save_checkpoint(tmp_path))
-    engine.step()
-    engine.save_checkpoint(tmp_path)
-
-
-def test_a_checkpoint_of_other_groups_overwrites_nothing(tmp_path):
-    saved = start()
-    step(saved)
-    saved.save_checkpoint(tmp_path)
-    model = _whole(small, 3)
-    groups = [{"params": [p for p in model.parameters() if p.dim() == n]} for n in (1, 2)]
-    engine, fresh = start(model, model_parameters=groups), start(_whole(small, 3))
-    before = engine.state_dict(fp32=True)
-    message = error_of(lambda: engine.load_checkpoint(tmp_path))
-    assert "load with load_optimizer_states=False" in message
-    assert all(torch.equal(v, before[n]) for n, v in engine.state_dict(fp32=True).items())
-    for each in (engine, fresh):
-        each.load_checkpoint(tmp_path, load_optimizer_states=False)
-        step(each, 1)
-    for name, value in engine.state_dict().items():
-        assert torch.equal(value, fresh.state_dict()[name])
-
-
 def test_training_in_evaluation_mode_says_so():
     engine = start()
     engine.compile(backend="eager")
@@ -429,117 +402,6 @@ def test_gathered_parameters_nest_and_stay_through_a_forward():
             engine(batch())
 
 
-class Failing(torch.autograd.Function):
-    on = False
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        if Failing.on:
-            raise RuntimeError("boom")
-        return gradient
-
-
-class Fails(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
-
-    def forward(self, x):
-        return self.last(Failing.apply(self.first(x)))
-
-
-def test_half_a_backward_is_not_trained_on(monkeypatch):
-    engine, twin = start(_whole(Fails, 0)), start(_whole(Fails, 0))
-    monkeypatch.setattr(Failing, "on", True)
-    with pytest.raises(RuntimeError, match="boom"):
-        step(engine, 7)
-    monkeypatch.setattr(Failing, "on", False)
-    assert "failed half-way" in error_of(lambda: step(engine))
-    assert "failed half-way" in error_of(engine.step)
-    engine.zero_grad()
-    assert step(engine) == step(twin)
-    for name, value in engine.state_dict().items():
-        assert torch.equal(value, twin.state_dict()[name])
-
-
-def test_micro_batches_begin_again_after_half_a_backward(monkeypatch):
-    engine, twin = (
-        start(_whole(Fails, 0), config=config(train_batch_size=8, gradient_accumulation_steps=2))
-        for _ in range(2)
-    )
-    step(engine, 5)
-    monkeypatch.setattr(Failing, "on", True)
-    with pytest.raises(RuntimeError, match="boom"):
-        step(engine, 6)
-    monkeypatch.setattr(Failing, "on", False)
-    engine.zero_grad()
-    for each in (engine, twin):
-        step(each, 7)
-        assert each.global_steps == 0
-        step(each, 8)
-        assert each.global_steps == 1
-    for name, value in engine.state_dict().items():
-        assert torch.equal(value, twin.state_dict()[name])
-
-
-@torch.library.custom_op("deepcompile_tests::gradient", mutates_args=())
-def gradient_or_boom(gradient: torch.Tensor) -> torch.Tensor:
-    if Failing.on:
-        raise RuntimeError("boom")
-    return gradient.clone()
-
-
-@torch.library.custom_op("deepcompile_tests::through", mutates_args=())
-def through(x: torch.Tensor) -> torch.Tensor:
-    return x.clone()
-
-
-for op in (gradient_or_boom, through):
-    op.register_fake(torch.empty_like)
-through.register_autograd(lambda ctx, gradient: gradient_or_boom(gradient))
-
-
-class HalfCompiled(nn.Module):
-    """A compiled part whose backward may fail, behind two layers that are not compiled."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.Linear(8, 8)
-        self.tail = nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8))
-
-    @torch.compiler.disable
-    def rest(self, x):
-        return self.tail(x)
-
-    def forward(self, x):
-        return self.rest(through(self.first(x)))
-
-
-def test_a_failed_compiled_backward_is_what_is_said(monkeypatch):
-    engine, twin = start(_whole(HalfCompiled, 0)), start(_whole(HalfCompiled, 0))
-    for each in (engine, twin):
-        each.compile(backend="eager")
-        step(each, 1)
-    monkeypatch.setattr(Failing, "on", True)
-    with pytest.raises(RuntimeError, match="boom"):
-        step(engine, 2)
-    monkeypatch.setattr(Failing, "on", False)
-    engine.zero_grad()
-    for each in (engine, twin):
-        step(each, 3)
-    for name, value in engine.state_dict().items():
-        assert torch.equal(value, twin.state_dict()[name])
-
-
-def _whole(kind, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return kind()
-
-
 def test_unfreezing_after_initialize_is_an_error():
     model = small()
     model[0].requires_grad_(False)
@@ -580,7 +442,7 @@ def test_code_of_one_block_is_not_run_for_another(stage, threshold):
     torch._dynamo.reset()  # Block.forward's compilations of other engines count towards the limit
     zero = {"stage": stage, "stage3_param_persistence_threshold": threshold}
     compiled, eager = (
-        start(_whole(Blocks, 0), config=config(zero_optimization=zero)) for _ in range(2)
+        start(seeded(Blocks, 0), config=config(zero_optimization=zero)) for _ in range(2)
     )
     compiled.compile(backend="eager")
     for number in range(3):
