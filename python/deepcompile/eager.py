@@ -110,8 +110,17 @@ class EagerHooks:
             self._check_whole("state_dict", "call engine.state_dict()")
 
     def _before_load(self, *_args: Any) -> None:
-        remedy = "load the values before initialize(), or call engine.load_checkpoint()"
+        remedy = (
+            "load the values before initialize(), inside GatheredParameters with a modifier_rank, "
+            "or call engine.load_checkpoint()"
+        )
         self._check_whole("load_state_dict", remedy)
+        for ref in self._table.refs():
+            if self._table.spec(ref).trainable and not self._holds[self._table.spec(ref).name]:
+                raise UserError(
+                    f"[engine] load_state_dict of the module: the next update would write the "
+                    f"optimizer's own value of {self._table.member(ref).name} over it; {remedy}"
+                )
 
     def _check_whole(self, what: str, remedy: str) -> None:
         for ref in self._table.refs():

@@ -295,6 +295,23 @@ def test_the_modules_own_state_is_refused_while_it_has_no_memory():
         assert torch.equal(value, state[name] + 1)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_values_loaded_into_whole_parameters_are_not_lost(bf16):
+    extra = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": bf16}}
+    engine = start(config=config(**extra))
+    state = {name: value * 2 for name, value in engine.state_dict().items()}
+    message = error_of(lambda: engine.load_state_dict(state))
+    assert "optimizer's own value of 0.weight" in message and "GatheredParameters" in message
+    with deepcompile.GatheredParameters(engine, engine.parameters(), modifier_rank=0):
+        engine.load_state_dict(state)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    loss = engine(batch().to(next(engine.parameters()).dtype)).pow(2).mean()
+    engine.backward(loss)
+    engine.step()
+    assert all(torch.equal(value, state[name]) for name, value in engine.state_dict().items())
+
+
 def test_more_engines_than_recompilations_all_run_compiled():
     for _ in range(torch._dynamo.config.recompile_limit + 2):
         engine = start(nn.Linear(8, 1))
