@@ -154,14 +154,13 @@ class MovePlacer {
 
   // The section after the one of the update that may give the memory back.
   std::optional<uint32_t> evict_section(const Site& site) const {
-    if (program_.accumulation != 1) return std::nullopt;
-    const bool last = site.section + 1 == program_.sections.size();
-    const SectionKind kind = program_.sections[site.section].kind;
-    if (kind == SectionKind::kBackward || last != (kind == SectionKind::kUpdate))
-      return std::nullopt;
-    const uint32_t next = last ? 0 : site.section + 1;
-    const SectionKind wanted = last ? SectionKind::kForward : SectionKind::kBackward;
-    if (program_.sections[next].kind != wanted) return std::nullopt;
+    const std::vector<Section>& sections = program_.sections;
+    const SectionKind kind = sections[site.section].kind;
+    if (program_.accumulation != 1 || kind == SectionKind::kBackward) return std::nullopt;
+    const bool update = kind == SectionKind::kUpdate;
+    const uint32_t next = update ? 0 : site.section + 1;
+    const SectionKind wanted = update ? SectionKind::kForward : SectionKind::kBackward;
+    if (next == sections.size() || sections[next].kind != wanted) return std::nullopt;
     return next;
   }
 

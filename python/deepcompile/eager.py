@@ -116,7 +116,8 @@ class EagerHooks:
         )
         self._check_whole("load_state_dict", remedy)
         for ref in self._table.refs():
-            if self._table.spec(ref).trainable and not self._holds[self._table.spec(ref).name]:
+            spec = self._table.spec(ref)
+            if spec.trainable and not self._holds[spec.name]:
                 raise UserError(
                     f"[engine] load_state_dict of the module: the next update would write the "
                     f"optimizer's own value of {self._table.member(ref).name} over it; {remedy}"

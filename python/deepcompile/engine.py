@@ -252,8 +252,7 @@ class Engine(EngineNumbers):
                 return output_of(self.equal_layers.call(self._compiled, args, kwargs))
 
     def _begin_micro_batch(self) -> None:
-        """Tell the runtime where in a step it is, and trace the step if someone wants that."""
-        self.runtime.set_last_micro_batch(self.is_gradient_accumulation_boundary())
+        """Trace the step that this micro-batch begins, if someone wants that."""
         if self.micro_steps % self.gradient_accumulation_steps() or self._tracing_since is not None:
             return
         steps = self._compiled_steps

@@ -102,17 +102,22 @@ TEST(OffloadAdamStates, MicroBatchesKeepMovesInTheUpdate) {
             "update norms; gather norms; wait norms; evict_states b; ");
 }
 
+// two_layers_zero3 with b updated in the forward.
+StepProgram b_deferred() {
+  StepProgram program = two_layers_zero3();
+  auto& forward = program.sections[0].instrs;
+  const ParamId b = *program.find_param("b");
+  forward.insert(forward.begin() + 4, {Op::kUpdate, b, std::nullopt, {}});
+  for (Instr& each : program.sections[2].instrs) {
+    if (each.op == Op::kUpdate && each.param == b) each.op = Op::kDefer;
+  }
+  return program;
+}
+
 TEST(OffloadAdamStates, FollowsADeferredUpdate) {
   UnitCost costs;
   costs.host_rate = 64;  // 8 ns
-  StepProgram before = two_layers_zero3();
-  auto& forward = before.sections[0].instrs;
-  const ParamId b = *before.find_param("b");
-  forward.insert(forward.begin() + 4, {Op::kUpdate, b, std::nullopt, {}});
-  for (Instr& each : before.sections[2].instrs) {
-    if (each.op == Op::kUpdate && each.param == b) each.op = Op::kDefer;
-  }
-  const StepProgram program = moved(before, {"b"}, false, &costs);
+  const StepProgram program = moved(b_deferred(), {"b"}, false, &costs);
   EXPECT_EQ(section_text(program, SectionKind::kForward),
             "gather a; wait a; reload_states b; run f.a; release a; await_states b; update b; "
             "offload_states b; gather b; wait b; run f.b; evict_states b; release b; ");
@@ -122,13 +127,7 @@ TEST(OffloadAdamStates, FollowsADeferredUpdate) {
 TEST(OffloadAdamStates, ADeferredUpdatesCopyOutMayTakeTheBackward) {
   UnitCost costs;
   costs.host_rate = 8;  // 64 ns
-  StepProgram before = two_layers_zero3();
-  auto& forward = before.sections[0].instrs;
-  const ParamId b = *before.find_param("b");
-  forward.insert(forward.begin() + 4, {Op::kUpdate, b, std::nullopt, {}});
-  for (Instr& each : before.sections[2].instrs) {
-    if (each.op == Op::kUpdate && each.param == b) each.op = Op::kDefer;
-  }
+  StepProgram before = b_deferred();
   // 10 ns of the forward follow the update, 40 of the backward's runs and 10 of an accumulation.
   const StepProgram program = moved(before, {"b"}, false, &costs);
   EXPECT_EQ(section_text(program, SectionKind::kForward).find("evict_states"), std::string::npos);

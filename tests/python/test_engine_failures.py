@@ -32,38 +32,43 @@ class Fails(nn.Module):
         return self.last(Failing.apply(self.first(x)))
 
 
-def test_half_a_backward_is_not_trained_on(monkeypatch):
+def half_a_backward(engine, number: int) -> None:
+    """A step whose backward fails."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="boom"):
+        patch.setattr(Failing, "on", True)
+        step(engine, number)
+
+
+def assert_same(engine, other) -> None:
+    expected = other.state_dict()
+    for name, value in engine.state_dict().items():
+        assert torch.equal(value, expected[name])
+
+
+def test_half_a_backward_is_not_trained_on():
     engine, twin = start(seeded(Fails, 0)), start(seeded(Fails, 0))
-    monkeypatch.setattr(Failing, "on", True)
-    with pytest.raises(RuntimeError, match="boom"):
-        step(engine, 7)
-    monkeypatch.setattr(Failing, "on", False)
+    half_a_backward(engine, 7)
     assert "failed half-way" in error_of(lambda: step(engine))
     assert "failed half-way" in error_of(engine.step)
     engine.zero_grad()
     assert step(engine) == step(twin)
-    for name, value in engine.state_dict().items():
-        assert torch.equal(value, twin.state_dict()[name])
+    assert_same(engine, twin)
 
 
-def test_micro_batches_begin_again_after_half_a_backward(monkeypatch):
+def test_micro_batches_begin_again_after_half_a_backward():
     engine, twin = (
         start(seeded(Fails, 0), config=config(train_batch_size=8, gradient_accumulation_steps=2))
         for _ in range(2)
     )
     step(engine, 5)
-    monkeypatch.setattr(Failing, "on", True)
-    with pytest.raises(RuntimeError, match="boom"):
-        step(engine, 6)
-    monkeypatch.setattr(Failing, "on", False)
+    half_a_backward(engine, 6)
     engine.zero_grad()
     for each in (engine, twin):
         step(each, 7)
         assert each.global_steps == 0
         step(each, 8)
         assert each.global_steps == 1
-    for name, value in engine.state_dict().items():
-        assert torch.equal(value, twin.state_dict()[name])
+    assert_same(engine, twin)
 
 
 @torch.library.custom_op("deepcompile_tests::gradient", mutates_args=())
@@ -99,20 +104,16 @@ class HalfCompiled(nn.Module):
         return self.rest(through(self.first(x)))
 
 
-def test_a_failed_compiled_backward_is_what_is_said(monkeypatch):
+def test_a_failed_compiled_backward_is_what_is_said():
     engine, twin = start(seeded(HalfCompiled, 0)), start(seeded(HalfCompiled, 0))
     for each in (engine, twin):
         each.compile(backend="eager")
         step(each, 1)
-    monkeypatch.setattr(Failing, "on", True)
-    with pytest.raises(RuntimeError, match="boom"):
-        step(engine, 2)
-    monkeypatch.setattr(Failing, "on", False)
+    half_a_backward(engine, 2)
     engine.zero_grad()
     for each in (engine, twin):
         step(each, 3)
-    for name, value in engine.state_dict().items():
-        assert torch.equal(value, twin.state_dict()[name])
+    assert_same(engine, twin)
 
 
 def test_saving_inside_an_accumulation_is_an_error(tmp_path):
@@ -143,5 +144,4 @@ def test_a_checkpoint_of_other_groups_overwrites_nothing(tmp_path):
     for each in (engine, fresh):
         each.load_checkpoint(tmp_path, load_optimizer_states=False)
         step(each, 1)
-    for name, value in engine.state_dict().items():
-        assert torch.equal(value, fresh.state_dict()[name])
+    assert_same(engine, fresh)

@@ -24,8 +24,6 @@ from .conditions import Condition, order_of
 from .results import Results, Row
 
 WORKLOADS = ("w1", "w2", "w3")
-
-
 HEAD = ("workload", "seq", "acc", "FSDP2 default", "FSDP2 best", "ours", "default / ours",
         "best / ours")  # fmt: skip
 LONG_HEAD = ("model", "batch", "seq", "acc", "framework", "ms a step", "tokens/s/GPU", "peak GiB",
