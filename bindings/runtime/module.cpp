@@ -305,6 +305,9 @@ void bind_steps(RuntimeClass& runtime) {
            "device, None without clipping), and whether a gradient that is not finite made all\n"
            "ranks skip. That is checked if check_finite, by default if loss_scale_inv != 1.")
       .def("zero_grad", &Runtime::zero_grad, NoGil())
+      .def("abandon_step", &Runtime::abandon_step, NoGil(),
+           "Drop the step's gradients, and that some parameters had their update early: for\n"
+           "whoever overwrites weights and states next.")
       .def("set_last_micro_batch", &Runtime::set_last_micro_batch, NoGil(), py::arg("last"),
            "Before each micro-batch's forward: whether its backward completes the gradients of\n"
            "the step. True until set.")

@@ -9,7 +9,7 @@
 namespace deepcompile {
 namespace {
 
-bool has(const std::vector<ValueId>& ids, ValueId id) {
+bool contains(const std::vector<ValueId>& ids, ValueId id) {
   return std::find(ids.begin(), ids.end(), id) != ids.end();
 }
 
@@ -42,7 +42,8 @@ void StepMachine::plan_sections() {
     SectionPlan& plan = sections_[s];
     for (ValueId id : section.inputs) {
       const auto& saved = liveness_.sections[s].saved;  // sorted
-      if (has(section.outputs, id) || std::binary_search(saved.begin(), saved.end(), id)) continue;
+      if (contains(section.outputs, id) || std::binary_search(saved.begin(), saved.end(), id))
+        continue;
       plan.dead_inputs.push_back(id);
     }
     const bool forward = section.kind == SectionKind::kForward;

@@ -16,7 +16,7 @@ namespace {
 
 using Toggle = std::function<void(AutoChoice&)>;
 
-constexpr int kRunsAhead[] = {1, 2, 4};
+constexpr int kRunsAheadTried[] = {1, 2, 4};
 constexpr Bytes kEverything{int64_t{1} << 40};  // a limit above all gathers of a small program
 
 // Adds the id to the sorted list, or takes it out.
@@ -172,7 +172,7 @@ class ToggleSearch {
       });
     };
     add(Place::kStep, 1);
-    for (const int ahead : kRunsAhead) add(Place::kNextForward, ahead);
+    for (const int ahead : kRunsAheadTried) add(Place::kNextForward, ahead);
     if (builder_.early_updates()) add(Place::kBackward, 1);
   }
 

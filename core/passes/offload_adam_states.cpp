@@ -14,7 +14,7 @@
 namespace deepcompile {
 namespace {
 
-constexpr int kMostRounds = 6;
+constexpr int kMostStateRounds = 6;
 
 // A parameter whose states can move, and where its update is.
 struct Site {
@@ -86,7 +86,7 @@ class Sites {
 };
 
 // Where one parameter's moves stand: before points of these sections.
-struct Moves {
+struct StateMoves {
   uint32_t reload_section = 0, evict_section = 0;
   size_t reload = 0, evict = 0;
 };
@@ -107,14 +107,14 @@ class MovePlacer {
     }
   }
 
-  std::vector<Moves> beside_compute() {
+  std::vector<StateMoves> beside_compute() {
     std::vector<InboundCopy> in;
     for (const Site& site : sites_) {
       in.push_back({clock_.start(reload_section(site)), site.point, site.in, site.bytes});
     }
     const std::vector<size_t> starts = latest_starts(clock_, in);
     OutboundQueue queue(clock_);
-    std::vector<Moves> out(sites_.size());
+    std::vector<StateMoves> out(sites_.size());
     for (size_t i = 0; i < sites_.size(); ++i) {
       size_t start = starts[i];
       if (i > 0) start = std::max(start, std::min(out[i - 1].reload, sites_[i].point));
@@ -129,8 +129,8 @@ class MovePlacer {
     return out;
   }
 
-  std::vector<Moves> at_updates() const {
-    std::vector<Moves> out;
+  std::vector<StateMoves> at_updates() const {
+    std::vector<StateMoves> out;
     for (const Site& site : sites_) {
       out.push_back({site.section, site.section, site.point, site.point + 1});
     }
@@ -166,7 +166,7 @@ class MovePlacer {
 
   // After the update, in its section; or, if the copy is not done by its end,
   // in the one that follows.
-  void place_evict(size_t i, OutboundQueue* queue, Moves* moves) {
+  void place_evict(size_t i, OutboundQueue* queue, StateMoves* moves) {
     const Site& site = sites_[i];
     const size_t after = site.point + 1;
     size_t last = clock_.end(site.section);
@@ -199,7 +199,7 @@ class MovePlacer {
 };
 
 SectionInstrs with_moves(const StepProgram& program, const StepClock& clock,
-                         const std::vector<Site>& sites, const std::vector<Moves>& moves) {
+                         const std::vector<Site>& sites, const std::vector<StateMoves>& moves) {
   // At one place: what leaves first, then what comes.
   std::vector<std::tuple<uint32_t, size_t, Op, ParamId>> instrs;
   const auto add = [&](uint32_t section, size_t point, Op op, ParamId param) {
@@ -274,16 +274,16 @@ class SiteChoice {
   MemoryUse use_;
 };
 
-struct Result {
+struct StatesResult {
   SectionInstrs instrs;  // empty: as they were
   std::vector<Site> sites;
-  std::vector<Moves> moves;
+  std::vector<StateMoves> moves;
   Bytes peak;
 };
 
-class Offloader {
+class StatesOffloader {
  public:
-  Offloader(const StepProgram& program, const PassEnvironment& environment, bool synchronous)
+  StatesOffloader(const StepProgram& program, const PassEnvironment& environment, bool synchronous)
       : program_(program),
         environment_(environment),
         synchronous_(synchronous),
@@ -293,22 +293,22 @@ class Offloader {
 
   const std::vector<Site>& sites() const { return sites_.all(); }
 
-  Result build(std::vector<Site> sites, bool measured = true) const {
+  StatesResult build(std::vector<Site> sites, bool measured = true) const {
     MovePlacer placer(program_, clock_, timeline_, environment_.memory_budget, sites);
-    std::vector<Moves> moves = synchronous_ ? placer.at_updates() : placer.beside_compute();
+    std::vector<StateMoves> moves = synchronous_ ? placer.at_updates() : placer.beside_compute();
     SectionInstrs instrs = with_moves(program_, clock_, sites, moves);
     const Bytes peak = measured ? peak_with(instrs) : Bytes{};
     return {std::move(instrs), std::move(sites), std::move(moves), peak};
   }
 
-  Result choose(Bytes peak) const {
+  StatesResult choose(Bytes peak) const {
     const Bytes budget = *environment_.memory_budget;
     SiteChoice choice(sites(), timeline_);
-    Result best{{}, {}, {}, peak};
+    StatesResult best{{}, {}, {}, peak};
     Bytes limit = budget;
-    for (int round = 0; round < kMostRounds && !sites().empty(); ++round) {
+    for (int round = 0; round < kMostStateRounds && !sites().empty(); ++round) {
       const bool reached = choice.reach(limit);
-      Result result = build(choice.chosen());
+      StatesResult result = build(choice.chosen());
       const Bytes missing = result.peak - budget;
       if (result.peak < best.peak) best = std::move(result);
       if (!reached || missing <= Bytes{0}) break;
@@ -378,8 +378,8 @@ void OffloadAdamStates::run(StepProgram& program, PassContext& context) const {
     if (!above) return;
     peak = *above;
   }
-  const Offloader offloader(program, environment, options_.synchronous);
-  Result result =
+  const StatesOffloader offloader(program, environment, options_.synchronous);
+  StatesResult result =
       options_.params
           ? offloader.build(named_sites(program, offloader.sites(), *options_.params, name()),
                             measured)

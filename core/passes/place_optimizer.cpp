@@ -15,7 +15,7 @@ namespace deepcompile {
 namespace {
 
 // How many runs ahead of the use the updates of next_forward are tried.
-constexpr int kAhead[] = {1, 4, 16};
+constexpr int kAheads[] = {1, 4, 16};
 constexpr int kDefaultAhead = 1;
 constexpr int kPrefetchSimulations = 4;  // of each place that is tried
 
@@ -86,7 +86,7 @@ struct Choice {
 Choice fastest(const StepProgram& program, const PassEnvironment& environment) {
   timeline_within(program, environment.memory_budget, "place_optimizer");
   std::vector<std::pair<Place, int>> ways = {{Place::kStep, 0}};
-  for (int ahead : kAhead) ways.emplace_back(Place::kNextForward, ahead);
+  for (int ahead : kAheads) ways.emplace_back(Place::kNextForward, ahead);
   if (backward_refused(program, environment).empty()) ways.emplace_back(Place::kBackward, 0);
   std::optional<Choice> choice;
   std::string tried;

@@ -79,10 +79,10 @@ void find_allowed(const StepProgram& program, RecomputableGraph* graph) {
 }
 
 // Rebuilds one backward.
-class Placer {
+class RecomputationPlacer {
  public:
-  Placer(const StepProgram& program, const RecomputableGraph& graph, const Recomputation& plan,
-         bool share)
+  RecomputationPlacer(const StepProgram& program, const RecomputableGraph& graph,
+                      const Recomputation& plan, bool share)
       : program_(program),
         graph_(graph),
         plan_(plan),
@@ -292,7 +292,8 @@ Recomputation plan_recomputation(const StepProgram& program, const RecomputableG
 
 void place_recomputation(const RecomputableGraph& graph, const Recomputation& plan, bool share,
                          StepProgram* program) {
-  program->sections[graph.backward].instrs = Placer(*program, graph, plan, share).build();
+  program->sections[graph.backward].instrs =
+      RecomputationPlacer(*program, graph, plan, share).build();
 }
 
 }  // namespace deepcompile

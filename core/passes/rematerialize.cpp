@@ -13,17 +13,17 @@ namespace deepcompile {
 namespace {
 
 // Programs built and measured while choosing.
-constexpr int kMostRounds = 6;
+constexpr int kMostRegionRounds = 6;
 
-struct Result {
+struct RegionsResult {
   StepProgram program;
   std::vector<Recomputation> plans;  // by graph
   Bytes peak;
 };
 
-Result build(const StepProgram& program, const std::vector<RecomputableGraph>& graphs,
-             const ChosenRuns& chosen, bool share, const PassEnvironment& environment) {
-  Result out{program, {}, {}};
+RegionsResult build(const StepProgram& program, const std::vector<RecomputableGraph>& graphs,
+                    const ChosenRuns& chosen, bool share, const PassEnvironment& environment) {
+  RegionsResult out{program, {}, {}};
   for (size_t g = 0; g < graphs.size(); ++g) {
     out.plans.push_back(plan_recomputation(program, graphs[g], chosen[g]));
     place_recomputation(graphs[g], out.plans[g], share, &out.program);
@@ -34,11 +34,11 @@ Result build(const StepProgram& program, const std::vector<RecomputableGraph>& g
 
 // Parameters gathered once for the chain and the backward, unless that is what
 // takes the step over the budget.
-Result build_best(const StepProgram& program, const std::vector<RecomputableGraph>& graphs,
-                  const ChosenRuns& chosen, const PassEnvironment& environment) {
-  Result shared = build(program, graphs, chosen, true, environment);
+RegionsResult build_best(const StepProgram& program, const std::vector<RecomputableGraph>& graphs,
+                         const ChosenRuns& chosen, const PassEnvironment& environment) {
+  RegionsResult shared = build(program, graphs, chosen, true, environment);
   if (!environment.memory_budget || shared.peak <= *environment.memory_budget) return shared;
-  Result apart = build(program, graphs, chosen, false, environment);
+  RegionsResult apart = build(program, graphs, chosen, false, environment);
   return apart.peak < shared.peak ? std::move(apart) : std::move(shared);
 }
 
@@ -74,20 +74,20 @@ ChosenRuns chosen_by_name(const StepProgram& program, const std::vector<Recomput
 }
 
 // Chooses against estimates, measures, and aims lower by what was missing.
-Result choose(const StepProgram& program, const std::vector<RecomputableGraph>& graphs, Bytes peak,
-              const PassEnvironment& environment) {
+RegionsResult choose(const StepProgram& program, const std::vector<RecomputableGraph>& graphs,
+                     Bytes peak, const PassEnvironment& environment) {
   const Bytes budget = *environment.memory_budget;
   const StepClock clock(program, environment.estimator);
   RecomputationChoice choice(program, graphs, memory_timeline(program), clock,
                              environment.estimator);
-  Result best{program, {}, peak};
+  RegionsResult best{program, {}, peak};
   Bytes limit = budget;
   ChosenRuns last;
-  for (int round = 0; round < kMostRounds; ++round) {
+  for (int round = 0; round < kMostRegionRounds; ++round) {
     const bool reached = choice.reach(limit);
     if (choice.chosen() == last) break;
     last = choice.chosen();
-    Result result = build_best(program, graphs, last, environment);
+    RegionsResult result = build_best(program, graphs, last, environment);
     const Bytes missing = result.peak - budget;
     if (result.peak < best.peak) best = std::move(result);
     if (!reached || missing <= Bytes{0}) break;
@@ -143,7 +143,7 @@ void Rematerialize::run(StepProgram& program, PassContext& context) const {
   if (!before) return;
   const Bytes peak = *before;
   const std::vector<RecomputableGraph> graphs = recomputable_graphs(program);
-  const Result result =
+  const RegionsResult result =
       options_.recompute
           ? build_best(program, graphs, chosen_by_name(program, graphs, *options_.recompute),
                        environment)

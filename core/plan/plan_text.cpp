@@ -88,7 +88,7 @@ std::string text_without_hash(const Plan& plan) {
 }
 
 // Reads a plan; the tables' sizes bound every index.
-class Parser {
+class PlanParser {
  public:
   Plan parse(const JsonReader& root) {
     root.only({"hash", "version", "name", "world", "accumulation", "clip", "boundary",
@@ -230,7 +230,7 @@ std::string serialize(const Plan& plan) {
 Plan parse_plan(std::string_view text) {
   const nlohmann::json document = parse_json(text, kWhere);
   const JsonReader root(document, kWhere);
-  Plan plan = Parser().parse(root);
+  Plan plan = PlanParser().parse(root);
   const std::string expected = content_hash(plan);
   if (plan.hash != expected) {
     root.at("hash").fail("is " + plan.hash + ", the content's is " + expected +

@@ -15,7 +15,7 @@ namespace {
 
 using Key = std::pair<std::string, uint32_t>;
 
-struct Sum {
+struct TimeSum {
   Nanos time;
   int64_t count = 0;
 
@@ -39,12 +39,12 @@ std::optional<double> CompareRow::ratio() const {
 
 std::vector<CompareRow> compare(const StepProgram& program, const SimResult& predicted,
                                 const PlanPrograms& plans, const std::vector<Record>& records) {
-  std::map<Key, Sum> predictions, measurements;
+  std::map<Key, TimeSum> predictions, measurements;
   std::map<Key, std::string> labels;
   const SimItem* last = nullptr;
   for (const SimItem& item : predicted.items) {
     const Section& section = program.sections.at(item.section);
-    Sum& sum = predictions[{section_name(section), item.instr}];
+    TimeSum& sum = predictions[{section_name(section), item.instr}];
     const bool timed = item.resource != Resource::kNone;
     // All that one execution did is one sample.
     // A span of compute has in it what the instruction waited for.

@@ -23,7 +23,7 @@ bool has(const std::vector<Id>& ids, const Id& id) {
 
 // Adds the id to the sorted list, or takes it out.
 template <typename Id>
-void flip(std::vector<Id>* ids, const Id& id) {
+void flip_choice(std::vector<Id>* ids, const Id& id) {
   const auto at = std::lower_bound(ids->begin(), ids->end(), id);
   if (at != ids->end() && *at == id) {
     ids->erase(at);
@@ -129,7 +129,7 @@ class Asker {
       add(kinds_[index(gap.id.param)], name(gap.id.param),
           kept ? "kept whole " + way : "released and gathered again " + way,
           kept ? "gathered again" : "kept whole",
-          [id = gap.id](AutoChoice& choice) { flip(&*choice.keep, id); });
+          [id = gap.id](AutoChoice& choice) { flip_choice(&*choice.keep, id); });
     }
   }
 
@@ -140,7 +140,7 @@ class Asker {
       add(kinds_[each.id], name(id),
           away ? "optimizer states on the host" : "optimizer states on the device",
           away ? "on the device" : "on the host",
-          [id](AutoChoice& choice) { flip(&choice.offload_states, id); });
+          [id](AutoChoice& choice) { flip_choice(&choice.offload_states, id); });
     }
   }
 
@@ -155,7 +155,7 @@ class Asker {
         add(kind_of(id), program_.region(id).name,
             again ? "run again in the backward" : "outputs kept for the backward",
             again ? "outputs kept" : "run again", [this, id](AutoChoice& choice) {
-              flip(&choice.recompute, id);
+              flip_choice(&choice.recompute, id);
               for (ValueId value : program_.region(id).outputs) {
                 std::erase(choice.offload_values, value);
               }
@@ -182,7 +182,7 @@ class Asker {
           "output of " + pretty(each.bytes) + (away ? " on the host" : " on the device") +
               " until the backward",
           away ? "on the device" : "on the host",
-          [id](AutoChoice& choice) { flip(&choice.offload_values, id); });
+          [id](AutoChoice& choice) { flip_choice(&choice.offload_values, id); });
     }
   }
 

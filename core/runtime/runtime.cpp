@@ -80,16 +80,18 @@ void Runtime::set_hyper(const std::string& member, const Hyper& hyper) {
 
 void Runtime::gather(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
-    eagerly("gather", name, [&] {
-      optimizer_.apply(store_.at(name));
-      store_.gather(store_.at(name));
+    ParamState& param = store_.at(name);
+    eagerly("gather", param, [&] {
+      on_states(param, [&] { optimizer_.apply(param); });
+      store_.gather(param);
     });
   }
 }
 
 void Runtime::wait(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
-    eagerly("wait", name, [&] { store_.wait(store_.at(name)); });
+    ParamState& param = store_.at(name);
+    eagerly("wait", param, [&] { store_.wait(param); });
   }
 }
 
@@ -137,12 +139,14 @@ void Runtime::store(const std::vector<std::string>& names) {
       throw UserError("[runtime] parameter " + name +
                       " is not whole, there is nothing to store. Gather it first.");
     }
-    param.bring_full_back();  // memory relief may have sent it to the host since
-    const bool away = states_.on_host(param);
-    states_.need(param);
-    eagerly("store", name, [&] { store_.before_change(param); });
-    param.store_from_full();
-    if (away) put_back(param);
+    eagerly("store", param, [&] {
+      param.bring_full_back();  // memory relief may have sent it to the host since
+      on_states(param, [&] {
+        states_.need(param);
+        store_.before_change(param);
+        param.store_from_full();
+      });
+    });
   }
 }
 

@@ -105,6 +105,9 @@ class Runtime {
                                 std::vector<RuntimeValue> inputs);
   StepResult step(int64_t plan, const StepOptions& options);
   void zero_grad();
+  // Drops the step's gradients, and that some parameters had their update early: for whoever
+  // overwrites weights and states next.
+  void abandon_step();
   // Before each micro batch: whether its backward completes the step's gradients.
   void set_last_micro_batch(bool last);
   // Applies deferred updates and makes parameters that are kept whole, whole
@@ -143,8 +146,11 @@ class Runtime {
   Runtime(const RuntimeOptions& options, TransportChoice chosen);
   template <typename Action>
   void eagerly(const char* what, const std::string& name, Action&& action);
-  void settle_here();                // what needs no other rank
-  void put_back(ParamState& param);  // its states, to the host
+  template <typename Action>
+  void eagerly(const char* what, ParamState& param, Action&& action);
+  template <typename Action>
+  void on_states(ParamState& param, Action&& action);
+  void settle_here();  // what needs no other rank
   // `call`: an open call keeps its plan after unload_plan; -1 for none.
   std::shared_ptr<LoadedPlan> plan_at(int64_t plan, int64_t call = -1);
   const PlanSection& section_at(const LoadedPlan& loaded, int64_t section) const;

@@ -55,4 +55,38 @@ void Runtime::eagerly(const char* what, const std::string& name, Action&& action
   }
 }
 
+// The same on P, again with more room if it found no memory: it must do no harm twice.
+template <typename Action>
+void Runtime::eagerly(const char* what, ParamState& param, Action&& action) {
+  eagerly(what, param.name, [&] {
+    for (int attempt = 0;; ++attempt) {
+      std::string why;
+      try {
+        return action();
+      } catch (const c10::OutOfMemoryError& error) {
+        why = error.what_without_backtrace();
+      }
+      Frame none;
+      if (replays_.drop() || relief_.relieve(attempt, &none, {&param, {&param}, {}})) continue;
+      throw OutOfMemory("[runtime] rank " + std::to_string(options_.rank) + ": " + what + " " +
+                        param.name +
+                        " (outside a plan) found no memory on the device, and nothing is left "
+                        "that could go to the host: " +
+                        why +
+                        ". Use more ranks, or let the plan keep less "
+                        "(compile.memory_budget).");
+    }
+  });
+}
+
+// Runs `action`, which uses P's states; where they were on the host they are there again after it.
+template <typename Action>
+void Runtime::on_states(ParamState& param, Action&& action) {
+  const bool away = states_.on_host(param);
+  action();
+  if (!away) return;
+  states_.offload(param);
+  states_.evict(param);
+}
+
 }  // namespace deepcompile

@@ -53,9 +53,14 @@ void Runtime::set_last_micro_batch(bool last) {
   executor_.set_last_micro_batch(last);
 }
 
+void Runtime::abandon_step() {
+  const Scope scope(*this);
+  optimizer_.abandon();
+}
+
 void Runtime::settle_here() {
   for (const auto& param : store_.params()) {
-    eagerly("update", param->name, [&] { optimizer_.apply(*param); });
+    eagerly("update", *param, [&] { on_states(*param, [&] { optimizer_.apply(*param); }); });
   }
 }
 
@@ -63,28 +68,29 @@ void Runtime::settle() {
   settle_here();
   for (const auto& param : store_.params()) {
     if (param->placement == Placement::kSharded || param->presence == Presence::kWhole) continue;
-    eagerly("gather", param->name, [&] {
+    eagerly("gather", *param, [&] {
       store_.gather(*param);
       store_.wait(*param);
     });
   }
 }
 
-void Runtime::put_back(ParamState& param) {
-  states_.offload(param);
-  states_.evict(param);
-}
-
 std::vector<Piece> Runtime::pieces() {
   const Scope scope(*this);
   settle_here();
+  relief_.look(replays_.bytes());
   std::vector<Piece> pieces;
   for (const auto& param : store_.params()) {
     // The caller may write to them.
     eagerly("pieces", param->name, [&] { store_.before_change(*param); });
     const Range owned = param->owned_range();
     std::array<at::Tensor, 3> states;
-    if (param->trainable) states = states_.at_rest(*param);
+    if (param->trainable) {
+      // Moments that nobody made yet are made where there is room for them.
+      const int64_t more = states_.missing_bytes(*param);
+      if (more > 0 && relief_.is_short_of(more)) states_.make_on_host(*param);
+      states = states_.at_rest(*param);
+    }
     for (const Member& member : param->members) {
       const Range range = param->owned_range(member);
       if (range.size() == 0) continue;
@@ -112,12 +118,12 @@ std::vector<Piece> Runtime::pieces() {
 void Runtime::masters_changed() {
   settle_here();
   for (const auto& param : store_.params()) {
-    eagerly("gather", param->name, [&] {
-      const bool away = states_.on_host(*param);
-      states_.need(*param);
-      store_.before_change(*param);
-      param->store_from_master();
-      if (away) put_back(*param);
+    eagerly("gather", *param, [&] {
+      on_states(*param, [&] {
+        states_.need(*param);
+        store_.before_change(*param);
+        param->store_from_master();
+      });
       store_.owned_changed(*param);
       if (param->placement != Placement::kWhole) return;
       store_.gather(*param);

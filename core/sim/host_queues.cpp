@@ -10,7 +10,7 @@ namespace deepcompile {
 namespace {
 
 constexpr Nanos kForever{std::numeric_limits<int64_t>::max()};
-constexpr int kNone = -1;
+constexpr int kNothing = -1;
 
 Nanos rounded(double time) {
   return {static_cast<int64_t>(time + 0.5)};
@@ -27,15 +27,15 @@ HostQueues::HostQueues(const HostBeside& beside) : beside_{beside.to_host, besid
 // there is none, on to the limit. With nothing under way it stays.
 int HostQueues::pass(State& state, Nanos limit) const {
   const std::array<bool, 2> busy{is_busy(state, 0), is_busy(state, 1)};
-  if (!busy[0] && !busy[1]) return kNone;
+  if (!busy[0] && !busy[1]) return kNothing;
   std::array<double, 2> rate{1, 1};
   if (busy[0] && busy[1]) rate = beside_;
-  int first = kNone;
+  int first = kNothing;
   Nanos to = limit;
   for (int i = 0; i < 2; ++i) {
     if (!busy[i]) continue;
     const Nanos end = state.time + rounded(state.left[i] / rate[i]);
-    if (end > to || (first != kNone && end == to)) continue;
+    if (end > to || (first != kNothing && end == to)) continue;
     first = i;
     to = end;
   }
@@ -44,7 +44,7 @@ int HostQueues::pass(State& state, Nanos limit) const {
   for (int i = 0; i < 2; ++i) {
     if (busy[i]) state.left[i] = std::max(0.0, state.left[i] - passed * rate[i]);
   }
-  if (first == kNone) return kNone;
+  if (first == kNothing) return kNothing;
   const auto& queue = queues_[first];
   const uint32_t next = ++state.next[first];
   if (next < queue.size()) state.left[first] = static_cast<double>(queue[next].duration.value);
@@ -60,7 +60,7 @@ void HostQueues::set_spans(const State& state, size_t ended) {
 }
 
 uint32_t HostQueues::issue(Resource queue, Nanos now, Nanos duration) {
-  for (int ended; (ended = pass(state_, now)) != kNone;) set_spans(state_, ended);
+  for (int ended; (ended = pass(state_, now)) != kNothing;) set_spans(state_, ended);
   state_.time = now;
   const size_t i = way(queue);
   if (!is_busy(state_, i)) state_.left[i] = static_cast<double>(duration.value);
@@ -77,13 +77,13 @@ Nanos HostQueues::finish(Resource queue, uint32_t copy) {
 std::array<Nanos, 2> HostQueues::idle() const {
   State ahead = state_;
   std::array<Nanos, 2> at{ahead.time, ahead.time};
-  for (int ended; (ended = pass(ahead, kForever)) != kNone;) at[ended] = ahead.time;
+  for (int ended; (ended = pass(ahead, kForever)) != kNothing;) at[ended] = ahead.time;
   return at;
 }
 
 void HostQueues::foresee() {
   State ahead = state_;
-  for (int ended; (ended = pass(ahead, kForever)) != kNone;) set_spans(ahead, ended);
+  for (int ended; (ended = pass(ahead, kForever)) != kNothing;) set_spans(ahead, ended);
 }
 
 }  // namespace deepcompile

@@ -15,7 +15,7 @@ namespace deepcompile {
 namespace {
 
 // A step that still differs from the one before it after this many is reported.
-constexpr int kMostSteps = 4;
+constexpr int kMostStepsRun = 4;
 
 // Undisturbed durations, each asked for once.
 class Durations {
@@ -100,7 +100,7 @@ class Simulation final : public StepEvents {
 
   // Steps until one starts and ends alike.
   SimResult run() {
-    for (int step = 0; step < kMostSteps; ++step) {
+    for (int step = 0; step < kMostStepsRun; ++step) {
       const Clock::Backlog before = clock_.backlog();
       const Nanos idle = clock_.end();
       begin_step();

@@ -150,6 +150,8 @@ def load(
                 group["lr"] = rate
     engine.global_steps, engine.micro_steps = meta["global_steps"], _micro_steps(engine, meta)
     engine.skipped_steps = meta["skipped_steps"]
+    if load_optimizer:
+        engine.runtime.abandon_step()  # of a backward that failed: what it had updated is replaced
     engine.zero_grad()
     engine._backward_done = False
     checkpoint.load_rng(folder, engine.ranks)

@@ -75,13 +75,15 @@ class Relief:
         least, room = int(before * (1 - SMALLEST_CUT)), planner.room()
         if room is None:
             room = before - moved if moved < before else least
+        elif planner.agreed is None:
+            least = before  # no plan has tried it: the stage's heeds no budget
         planner.budget_limit = min(least, room)
         self.lowered += 1
         if self._ranks.rank == 0:
             warnings.warn(
                 f"[planning] step {step}: a rank's memory ran out, and {moved:,} bytes were moved "
-                f"to the host to go on. The budget for plans is lowered from {before:,} to "
-                f"{planner.budget_limit:,} bytes.",
+                f"to the host to go on. The budget for plans, {before:,} bytes, is now "
+                f"{planner.budget_limit:,}.",
                 stacklevel=2,
             )
         if planner.measured_entry() is None:

@@ -5,7 +5,7 @@
 #include "ir/text.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::analysis_critical_path_test {
 namespace {
 
 std::string show(const StepProgram& program, const CriticalPath& path) {
@@ -70,4 +70,4 @@ TEST(CriticalPath, OfNothingIsEmpty) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::analysis_critical_path_test

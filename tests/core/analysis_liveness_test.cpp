@@ -7,7 +7,7 @@
 #include "ir/text.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::analysis_liveness_test {
 namespace {
 
 std::string names(const StepProgram& program, std::span<const ValueId> ids) {
@@ -99,4 +99,4 @@ backward 0: run b: frees h t
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::analysis_liveness_test

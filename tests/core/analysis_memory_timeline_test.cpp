@@ -6,7 +6,7 @@
 #include "ir/text.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::analysis_memory_timeline_test {
 namespace {
 
 std::string show(const StepProgram& program, const MemoryTimeline& timeline) {
@@ -128,4 +128,4 @@ TEST(MemoryTimeline, WhatIsNeverReleasedIsThereInTheNextStep) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::analysis_memory_timeline_test

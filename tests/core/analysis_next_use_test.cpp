@@ -4,7 +4,7 @@
 #include "analysis/next_use.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::analysis_next_use_test {
 namespace {
 
 TEST(NextUse, CountsInstructionsAndComputeTime) {
@@ -28,4 +28,4 @@ TEST(NextUse, CountsInstructionsAndComputeTime) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::analysis_next_use_test

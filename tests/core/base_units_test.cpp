@@ -5,7 +5,7 @@
 #include "base/units.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::base_units_test {
 namespace {
 
 TEST(Units, PrintsTheLargestUnitThatDivides) {
@@ -87,4 +87,4 @@ TEST(Error, AFailedCheckNamesItsPlace) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::base_units_test

@@ -6,7 +6,7 @@
 #include "ir/text.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::cost_measured_test {
 namespace {
 
 // 1 GB/s is 1 byte a ns; memory moves 2 bytes a ns, a launch takes 5.
@@ -223,4 +223,4 @@ TEST(MeasuredCosts, AreOfOneWorld) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::cost_measured_test

@@ -8,7 +8,7 @@
 #include "cost/cost_model.h"
 #include "ir/text.h"
 
-namespace deepcompile {
+namespace deepcompile::cost_test {
 namespace {
 
 constexpr const char* kMachine = R"({
@@ -230,4 +230,4 @@ TEST(MachineCosts, FillKeepsMeasuredTimes) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::cost_test

@@ -6,7 +6,7 @@
 #include "ir/verifier.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::ir_merge_steps_test {
 namespace {
 
 const char kUpdate[] = R"(step up world=2 accumulation=1 reduce=f32
@@ -146,4 +146,4 @@ TEST(MergeSteps, NamesTheDisagreement) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::ir_merge_steps_test

@@ -4,7 +4,7 @@
 #include "ir/program.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::ir_program_test {
 namespace {
 
 Param param(std::string name, int64_t numel = 128) {
@@ -109,4 +109,4 @@ TEST(Program, RejectsWhatCannotBe) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::ir_program_test

@@ -7,7 +7,7 @@
 #include "plan/plan.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::ir_residency_test {
 namespace {
 
 // One layer; s is saved for the backward, r is too if `f2` is not run again.
@@ -150,4 +150,4 @@ TEST(Residency, EarlyUpdatesComeLast) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::ir_residency_test

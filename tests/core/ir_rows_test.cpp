@@ -17,7 +17,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::ir_rows_test {
 namespace {
 
 constexpr const char* kRows = R"(step rows world=2 accumulation=1 reduce=f32
@@ -205,4 +205,4 @@ TEST(Rows, ArePartOfThePlan) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::ir_rows_test

@@ -5,7 +5,7 @@
 #include "ir/verifier.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::ir_text_test {
 namespace {
 
 const char kEverything[] = R"(step llama world=2 accumulation=4 clip reduce=bf16
@@ -222,4 +222,4 @@ TEST(Text, PrintsPieces) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::ir_text_test

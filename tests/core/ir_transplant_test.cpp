@@ -10,7 +10,7 @@
 #include "plan/plan.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::ir_transplant_test {
 namespace {
 
 // A chain x -> a -> y: forward f, backward b with the saved value s.
@@ -124,4 +124,4 @@ TEST(Transplant, CarriesAnUpdate) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::ir_transplant_test

@@ -5,7 +5,7 @@
 #include "ir/verifier.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::ir_verifier_test {
 namespace {
 
 std::string verify_text(const std::string& text) {
@@ -262,4 +262,4 @@ TEST(Verifier, ComparesTheOrderOfCollectives) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::ir_verifier_test

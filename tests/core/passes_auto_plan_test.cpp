@@ -16,7 +16,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_auto_plan_test {
 namespace {
 
 // Kernels beside transfers take a tenth longer; copies to and from the host are
@@ -341,4 +341,4 @@ TEST(AutoChoice, LevelsRoundTrip) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_auto_plan_test

@@ -13,7 +13,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_coalesce_test {
 namespace {
 
 // The instructions of a section of `params` parameters a, b, ..., one a line.
@@ -103,4 +103,4 @@ TEST(Coalesce, RandomProgramsKeepTheirTransfersOrderAndPeak) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_coalesce_test

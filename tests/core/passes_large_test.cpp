@@ -12,7 +12,7 @@
 #include "planned_for.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_large_test {
 namespace {
 
 constexpr int kLayers = 80;
@@ -137,4 +137,4 @@ TEST(LargeStep, IsPlannedByAutoAtOnce) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_large_test

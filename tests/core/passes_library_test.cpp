@@ -15,7 +15,7 @@
 #include "sim/simulator.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_library_test {
 namespace {
 
 constexpr const char* kStep = R"(step s world=2 reduce=f32
@@ -123,4 +123,4 @@ TEST(PassLibrary, WhatIsNoLibraryIsRefused) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_library_test

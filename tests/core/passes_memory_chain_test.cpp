@@ -12,7 +12,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_memory_chain_test {
 namespace {
 
 const std::vector<std::string> kChain = {"rematerialize", "offload_activation",
@@ -72,4 +72,4 @@ TEST(MemoryChain, UpdatesMayStandInForwards) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_memory_chain_test

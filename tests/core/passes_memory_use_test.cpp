@@ -12,7 +12,7 @@
 #include "random_program.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_memory_use_test {
 namespace {
 
 TEST(MemoryUse, AgreesWithAPlainRow) {
@@ -82,4 +82,4 @@ TEST(RegionBlocks, MarkedRegionsStandTogether) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_memory_use_test

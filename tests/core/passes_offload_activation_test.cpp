@@ -15,7 +15,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_offload_activation_test {
 namespace {
 
 UnitCost host_cost(int64_t rate = 1) {
@@ -230,4 +230,4 @@ TEST(OffloadActivation, EightyLayersTakeMilliseconds) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_offload_activation_test

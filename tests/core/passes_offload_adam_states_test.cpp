@@ -17,7 +17,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_offload_adam_states_test {
 namespace {
 
 StepProgram moved(StepProgram program, const std::vector<std::string>& params, bool synchronous,
@@ -233,4 +233,4 @@ TEST(OffloadAdamStates, EightyLayersTakeMilliseconds) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_offload_adam_states_test

@@ -13,7 +13,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_order_link_test {
 namespace {
 
 // b's reduction (512 ns) stands before the gather of a (512 ns), which the next
@@ -125,4 +125,4 @@ TEST(OrderLink, RandomProgramsKeepTheirCollectives) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_order_link_test

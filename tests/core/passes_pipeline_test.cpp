@@ -5,7 +5,7 @@
 #include "passes/pipeline.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_pipeline_test {
 namespace {
 
 TEST(Pipeline, LogsEachPass) {
@@ -129,4 +129,4 @@ TEST(Facts, AreReadOffTheProgram) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_pipeline_test

@@ -10,7 +10,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_place_optimizer_test {
 namespace {
 
 StepProgram placed(StepProgram program, PlaceOptimizerOptions pass,
@@ -142,4 +142,4 @@ TEST(PlaceOptimizer, RandomProgramsStayValid) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_place_optimizer_test

@@ -13,7 +13,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_prefetch_test {
 namespace {
 
 constexpr const char* kSerial = R"(
@@ -360,4 +360,4 @@ TEST(RandomPrefetch, KeepsTheOrderWhateverTimesSizesAndBudgets) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_prefetch_test

@@ -15,7 +15,7 @@
 #include "random_program.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_random_test {
 namespace {
 
 constexpr uint32_t kSeeds = 400;
@@ -269,4 +269,4 @@ TEST(RandomPrograms, DamagedTextsNeverCrash) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_random_test

@@ -15,7 +15,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_rematerialize_test {
 namespace {
 
 StepProgram compiled(const std::string& text, const std::string& stage = "zero3_compile") {
@@ -232,4 +232,4 @@ TEST(Rematerialize, EightyLayersTakeMilliseconds) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_rematerialize_test

@@ -14,7 +14,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_selective_gather_test {
 namespace {
 
 StepProgram kept(StepProgram program, const PipelineOptions& options,
@@ -260,4 +260,4 @@ TEST(RandomSelectiveGather, IsValidWithinTheBudgetAndNotSlower) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_selective_gather_test

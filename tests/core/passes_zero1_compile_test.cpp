@@ -8,7 +8,7 @@
 #include "random_program.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_zero1_compile_test {
 namespace {
 
 StepProgram two_layers_whole(const std::string& header = "") {
@@ -85,4 +85,4 @@ TEST(Zero1Compile, MakesValidProgramsOfRandomOnes) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_zero1_compile_test

@@ -7,7 +7,7 @@
 #include "passes/zero3_compile.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::passes_zero3_compile_test {
 namespace {
 
 StepProgram run(const std::string& text, const std::string& pass = "zero3_compile") {
@@ -201,4 +201,4 @@ TEST(Zero0Compile, RefusesParametersThatAreNotReplicated) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::passes_zero3_compile_test

@@ -8,7 +8,7 @@
 #include "base/error.h"
 #include "ir/text.h"
 
-namespace deepcompile {
+namespace deepcompile::plan_test {
 namespace {
 
 constexpr const char* kProgram = R"(
@@ -156,4 +156,4 @@ TEST(Plan, ParserNamesTheDefect) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::plan_test

@@ -10,7 +10,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::report_next_best_test {
 namespace {
 
 const Alternative* about(const std::vector<Alternative>& all, const std::string& object,
@@ -126,4 +126,4 @@ TEST(NextBest, SaysWhatItLacks) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::report_next_best_test

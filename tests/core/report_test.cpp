@@ -12,7 +12,7 @@
 #include "report/trace.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::report_test {
 namespace {
 
 StepProgram program() {
@@ -131,4 +131,4 @@ TEST(Table, AlignsColumns) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::report_test

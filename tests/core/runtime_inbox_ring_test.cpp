@@ -8,7 +8,7 @@
 #include "base/error.h"
 #include "runtime/comm/inbox_ring.h"
 
-namespace deepcompile {
+namespace deepcompile::runtime_inbox_ring_test {
 namespace {
 
 TEST(InboxRing, PlacesFollowEachOtherAndGoRound) {
@@ -47,4 +47,4 @@ TEST(InboxRing, WaitsForTheLastOfThoseWhosePlaceItTakes) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::runtime_inbox_ring_test

@@ -8,7 +8,7 @@
 #include "runtime/cuda/library.h"
 #include "test_support.h"
 
-namespace deepcompile {
+namespace deepcompile::runtime_kernel_library_test {
 namespace {
 
 std::string fake(const char* name) {
@@ -58,4 +58,4 @@ TEST(KernelLibrary, ThatCannotBeLoadedIsAnError) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::runtime_kernel_library_test

@@ -10,7 +10,7 @@
 
 #include "sim/clock.h"
 
-namespace deepcompile {
+namespace deepcompile::sim_clock_test {
 namespace {
 
 constexpr HostBeside kBeside{.to_device = 0.5, .to_host = 0.8};
@@ -103,4 +103,4 @@ TEST(Clock, UndisturbedQueuesAreAsIfAlone) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::sim_clock_test

@@ -18,7 +18,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::sim_random_test {
 namespace {
 
 constexpr uint32_t kSeeds = 300;
@@ -275,4 +275,4 @@ TEST(RandomPlans, DamagedTextIsAnError) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::sim_random_test

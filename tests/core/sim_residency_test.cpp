@@ -16,7 +16,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::sim_residency_test {
 namespace {
 
 // Shard 256 B, moments 512, gathered 512, s 1000.
@@ -205,4 +205,4 @@ TEST(Reports, CompareAddsUpWhatOneInstructionDid) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::sim_residency_test

@@ -12,7 +12,7 @@
 #include "test_support.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::sim_steady_test {
 namespace {
 
 // One parameter of 128 f32 elements on two ranks: 512 B whole, a shard 256,
@@ -227,4 +227,4 @@ TEST(Recompute, PaysTimeForMemory) {
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::sim_steady_test

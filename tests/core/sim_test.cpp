@@ -9,7 +9,7 @@
 #include "sim/simulator.h"
 #include "unit_cost.h"
 
-namespace deepcompile {
+namespace deepcompile::sim_test {
 namespace {
 
 // Two frozen parameters and two regions of 600 ns; `body` is the section.
@@ -347,4 +347,4 @@ end
 }
 
 }  // namespace
-}  // namespace deepcompile
+}  // namespace deepcompile::sim_test

@@ -93,17 +93,23 @@ def test_nothing_happens_while_nothing_is_moved():
 )
 def test_the_budget_is_lowered_one_step_later_and_planned_again(moved, expected):
     planner = FakePlanner()
-    with pytest.warns(UserWarning, match=f"{moved:,} bytes were moved.*from 1,000 to {expected:,}"):
+    with pytest.warns(
+        UserWarning, match=f"{moved:,} bytes were moved.* 1,000 bytes, is now {expected:,}"
+    ):
         relief = run(planner, {4: moved}, 8)
     assert planner.calls == [("plan", 5, expected, True)]
     assert planner.profile == "guess" and relief.lowered == relief.times == 1
 
 
-@pytest.mark.parametrize(("now", "expected"), [(640, 640), (3000, 900)])
-def test_where_the_device_says_what_is_left_that_is_the_budget(now, expected):
+@pytest.mark.parametrize(
+    ("now", "agreed", "expected"),
+    [(640, "made for the budget", 640), (3000, "made for the budget", 900), (640, None, 640),
+     (3000, None, 1000)],
+)  # fmt: skip
+def test_where_the_device_says_what_is_left_that_is_the_budget(now, agreed, expected):
     planner = FakePlanner()
-    planner.now = now
-    with pytest.warns(UserWarning, match=f"from 1,000 to {expected}"):
+    planner.now, planner.agreed = now, agreed and FakePlan(agreed)
+    with pytest.warns(UserWarning, match=f"1,000 bytes, is now {expected:,}"):
         run(planner, {4: 990}, 8)
     assert planner.calls == [("plan", 5, expected, True)]
 

@@ -55,8 +55,8 @@ def test_relief_keeps_the_bits(plan, accumulation):
 
 
 def last_of_two_steps(toy, memory=None, where="", after=0, dtype=torch.float32):
-    """The losses of two whole steps; in the last micro batch's forward or backward, or in the step,
-    an allocation fails when `after` have succeeded. Whether it did."""
+    """The losses of two whole steps; in the last micro batch's forward or backward, in the step or
+    in what settles its updates, an allocation fails when `after` have succeeded. Whether it did."""
     losses, failed = toy.train(1, dtype=dtype), False
     toy.runtime.limit_bytes(1 << 40)  # arms the relief
 
@@ -76,6 +76,7 @@ def last_of_two_steps(toy, memory=None, where="", after=0, dtype=torch.float32):
         losses += runs("forward", toy.runtime.run, toy.graph, 0, call, inputs)
         runs("backward", toy.runtime.run, toy.graph, 1, call, [one])
     runs("step", toy.step)
+    runs("settle", toy.runtime.settle)
     return losses, failed
 
 
@@ -96,7 +97,7 @@ def test_any_allocation_of_an_instruction_may_fail_once(failing_allocator, plan,
     twin = Toy(plan=plan, **options)
     losses, _ = last_of_two_steps(twin, **kind)
     theirs, count = twin.everything(), 0
-    for where in ("forward", "backward", "step"):
+    for where in ("forward", "backward", "step", "settle"):
         for after in range(1000):
             toy = Toy(plan=plan, **options)
             found, failed = last_of_two_steps(toy, memory, where, after, **kind)
@@ -107,6 +108,47 @@ def test_any_allocation_of_an_instruction_may_fail_once(failing_allocator, plan,
             ours = toy.everything()
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), (where, after)
     assert count > 20, count
+
+
+def states_bytes(toy):
+    report = toy.runtime.buffer_report()
+    return report["masters"] + report["states"]
+
+
+def test_states_on_the_host_stay_there_when_deferred_updates_are_settled():
+    twin = Toy(plan="deferred", dtype=torch.bfloat16)
+    twin.train(2, dtype=torch.bfloat16)
+    toy, _ = Toy(plan="deferred", dtype=torch.bfloat16), twin.runtime.settle()
+    toy.runtime.limit_bytes(device_bytes(twin) * 6 // 5)
+    toy.train(2, dtype=torch.bfloat16)
+    toy.runtime.limit_bytes(0)
+    before = states_bytes(toy)
+    assert before < states_bytes(twin)
+    toy.runtime.settle()
+    assert states_bytes(toy) == before
+    ours, theirs = toy.everything(), twin.everything()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_states_that_have_no_room_are_loaded_on_the_host(dtype):
+    twin, toy = Toy(dtype=dtype), Toy(dtype=dtype)
+    twin.train(2, dtype=dtype)
+    before = device_bytes(toy)
+    toy.runtime.limit_bytes(before + 1000)
+    for ours, theirs in zip(toy.runtime.pieces(), twin.runtime.pieces(), strict=True):
+        assert not ours["exp_avg"].any() and not ours["exp_avg_sq"].any()
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            ours[kind].copy_(theirs[kind])
+        toy.runtime.set_member_step(ours["member"], theirs["step"])
+    assert toy.runtime.buffer_report()["host_states"] > 0
+    assert device_bytes(toy) <= before + 1000 < device_bytes(twin)
+    toy.runtime.masters_changed()
+    toy.runtime.limit_bytes(0)
+    for each in (twin, toy):
+        each.train(2, dtype=dtype)
+    ours, theirs = toy.everything(), twin.everything()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_values_of_open_calls_make_room_and_come_back():

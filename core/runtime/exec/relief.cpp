@@ -34,10 +34,14 @@ void Relief::look(int64_t kept) {
 }
 
 bool Relief::armed() const {
-  if (limit_ > 0) return true;
+  return limit_ > 0 || is_short_of(0);
+}
+
+bool Relief::is_short_of(int64_t more) const {
+  if (limit_ > 0) return held_bytes({}) + more > limit_;
   if (device_.is_cpu()) return false;
   const auto stats = c10::getDeviceAllocator(device_.type())->getDeviceStats(device_.index());
-  return room_ - (stats.allocated_bytes[kAll].current - allocated_) < scarce_;
+  return room_ - (stats.allocated_bytes[kAll].current - allocated_) - more < scarce_;
 }
 
 int64_t Relief::held_bytes(const Frame& frame) const {

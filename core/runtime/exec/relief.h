@@ -49,6 +49,8 @@ class Relief {
   // Whether memory is short, so that a region may have to be tried again and
   // its inputs must be kept until it has run.
   bool armed() const;
+  // Whether memory would be short with `more` bytes allocated.
+  bool is_short_of(int64_t more) const;
 
   // Throws c10::OutOfMemoryError if what is held and `more` bytes pass the limit.
   void check(const Frame& frame, int64_t more) const;

@@ -15,12 +15,12 @@ using torch::profiler::impl::ActiveProfilerType;
 using torch::profiler::impl::ProfilerConfig;
 using torch::profiler::impl::ProfilerState;
 
-constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+constexpr auto kAllPools = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
 
 c10::CachingAllocator::Stat allocated(c10::Device device) {
   return c10::getDeviceAllocator(device.type())
       ->getDeviceStats(device.index())
-      .allocated_bytes[kAll];
+      .allocated_bytes[kAllPools];
 }
 
 const void* storage_of(const RuntimeValue& value) {

@@ -104,6 +104,25 @@ bool StateMover::on_host(const ParamState& param) const {
   return states != nullptr && states->at == At::kHost;
 }
 
+void StateMover::make_on_host(ParamState& param) {
+  const int64_t numel = param.owned_range().size();
+  if (on_host(param) || numel == 0) return;
+  need(param);
+  offload(param);
+  evict(param);
+  States& states = states_[&param];
+  states.dtype = param.dtype() == c10::kDouble ? c10::kDouble : c10::kFloat;
+  for (size_t i = 1; i < states.host.size(); ++i) {
+    if (states.numel[i] > 0) continue;
+    states.numel[i] = numel;
+    if (!states.host[i].defined()) {
+      states.host[i] = pool_->take(numel * static_cast<int64_t>(c10::elementSize(states.dtype)));
+    }
+    states.host[i].flat(numel, states.dtype).zero_();
+  }
+  states.at = At::kHost;
+}
+
 std::array<at::Tensor, 3> StateMover::at_rest(ParamState& param) {
   const States* moved = find(param);
   if (!on_host(param) || moved->numel[1] == 0 || moved->numel[2] == 0) {

@@ -35,6 +35,8 @@ class StateMover {
   void need(ParamState& param);
 
   bool on_host(const ParamState& param) const;
+  // Brings them to the host, all of them: moments that were never made are made there, as zeros.
+  void make_on_host(ParamState& param);
   // For checkpoints: master, exp_avg, exp_avg_sq over the owned range, where
   // they are: on the host after an eviction, else on the device.
   std::array<at::Tensor, 3> at_rest(ParamState& param);
