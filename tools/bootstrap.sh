@@ -3,6 +3,7 @@
 # Makes a virtual environment with torch, builds deepcompile and installs it there.
 #
 #   tools/bootstrap.sh VENV TORCH     e.g. .venv 'torch==2.11.*'   or   .venv-newest torch
+#   tools/bootstrap.sh VENV TORCH packages    without building deepcompile
 #
 # Each phase is skipped when nothing it depends on has changed, so running this
 # again costs seconds. PYTHON names the Python to start from (default python3).
@@ -11,6 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?name of the virtual environment}
 torch=${2:?torch requirement}
+until=${3:-build}
 python=${PYTHON:-python3}
 started=$SECONDS
 
@@ -145,6 +147,7 @@ ssh_server
 create_venv
 phase packages "$( (cat pyproject.toml; echo "$torch") | digest)" \
   "installing $torch and what else is needed from PyPI (some minutes the first time)" install_packages
+[ "$until" != packages ] || exit 0
 phase build "$( (cat "$venv/.stamps/packages"; sources) | digest)" \
   "building the C++ core and the extension" build
 say "ready: $("$venv/bin/python" -c 'import sys, torch, deepcompile

@@ -12,7 +12,7 @@ LEFT_OUT = (
     "test_compiled_training_equals_pytorch[1-",  # two ranks train the same models
     "test_compiled_training_equals_pytorch[4-",
     "test_stages_give_the_same_bits",  # the runtime's doing, whatever torch compiles
-    "test_other_ranks_stages_and_modes_go_on[1-",  # from two ranks to two, at another stage, is kept
+    "test_other_ranks_stages_and_modes_go_on[1-",  # two to two is kept
     "test_other_ranks_stages_and_modes_go_on[4-",
 )
 """How the names of those begin that the end-to-end ones on another torch do without."""

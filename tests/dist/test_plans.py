@@ -4,7 +4,7 @@
 Each model runs 200 random plans: 160 on 2 ranks (with and without clipping, 120 with accumulation
 1 and 40 with 4) and 40 on 4 ranks (30 and 10). Every run is of 10 steps and starts from the same
 state; its losses, norms, weights, masters, moments and random numbers are compared bit by bit with
-the stage's plan. One plan in five has a run of its own. The others share one, five to a run and two
+the stage's plan. One plan in ten has a run of its own. The others share one, five to a run and two
 steps each, which also shows that a plan takes over what another has left gathered, deferred or
 on the host; if such a run differs, its plans run alone to find the one to blame. With
 RANDOM_PLANS=alone in the environment, every plan runs its 10 steps alone (11 minutes on 2 cores).
@@ -52,7 +52,7 @@ def compared(world: int, jobs: list[Job], folder, timeout: float = 800) -> list[
 
 def shared(plans: int) -> dict[str, int]:
     """How many of a job's plans run alone, and how many in turns."""
-    return {"alone": plans} if ALONE else {"alone": plans // 5, "chained": plans - plans // 5}
+    return {"alone": plans} if ALONE else {"alone": plans // 10, "chained": plans - plans // 10}
 
 
 @pytest.mark.parametrize("model", MODELS)
