@@ -77,13 +77,14 @@ class Relief:
             room = before - moved if moved < before else least
         elif planner.agreed is None:
             least = before  # no plan has tried it: the stage's heeds no budget
-        planner.budget_limit = min(least, room)
-        self.lowered += 1
+        limit = planner.budget_limit = min(least, room)
+        self.lowered += limit < before
         if self._ranks.rank == 0:
+            lowered = f"is lowered from {before:,} to {limit:,}"
             warnings.warn(
                 f"[planning] step {step}: a rank's memory ran out, and {moved:,} bytes were moved "
-                f"to the host to go on. The budget for plans, {before:,} bytes, is now "
-                f"{planner.budget_limit:,}.",
+                f"to the host to go on. The budget for plans "
+                f"{lowered if limit < before else f'stays at {limit:,}'} bytes.",
                 stacklevel=2,
             )
         if planner.measured_entry() is None:
