@@ -82,7 +82,7 @@ void Runtime::gather(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
     ParamState& param = store_.at(name);
     eagerly("gather", param, [&] {
-      on_states(param, [&] { optimizer_.apply(param); });
+      optimizer_.apply(param);
       store_.gather(param);
     });
   }
@@ -103,8 +103,8 @@ void Runtime::release(const std::vector<std::string>& names) {
 
 void Runtime::reduce(const std::string& name,
                      const std::vector<std::pair<std::string, at::Tensor>>& grads) {
-  eagerly("reduce", name, [&] {
-    ParamState& param = store_.at(name);
+  ParamState& param = store_.at(name);
+  eagerly("reduce", param, [&] {
     MemberGrads by_index;
     for (const auto& [member, grad] : grads) {
       const auto found = std::find_if(param.members.begin(), param.members.end(),
@@ -122,7 +122,8 @@ void Runtime::reduce(const std::string& name,
 }
 
 void Runtime::accumulate(const std::string& name) {
-  eagerly("accumulate", name, [&] { store_.accumulate(store_.at(name)); });
+  ParamState& param = store_.at(name);
+  eagerly("accumulate", param, [&] { store_.accumulate(param); });
 }
 
 bool Runtime::is_whole(const std::string& name) {
@@ -141,11 +142,9 @@ void Runtime::store(const std::vector<std::string>& names) {
     }
     eagerly("store", param, [&] {
       param.bring_full_back();  // memory relief may have sent it to the host since
-      on_states(param, [&] {
-        states_.need(param);
-        store_.before_change(param);
-        param.store_from_full();
-      });
+      states_.need(param);
+      store_.before_change(param);
+      param.store_from_full();
     });
   }
 }

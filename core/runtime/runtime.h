@@ -148,8 +148,6 @@ class Runtime {
   void eagerly(const char* what, const std::string& name, Action&& action);
   template <typename Action>
   void eagerly(const char* what, ParamState& param, Action&& action);
-  template <typename Action>
-  void on_states(ParamState& param, Action&& action);
   void settle_here();  // what needs no other rank
   // `call`: an open call keeps its plan after unload_plan; -1 for none.
   std::shared_ptr<LoadedPlan> plan_at(int64_t plan, int64_t call = -1);

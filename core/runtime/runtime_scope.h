@@ -55,14 +55,17 @@ void Runtime::eagerly(const char* what, const std::string& name, Action&& action
   }
 }
 
-// The same on P, again with more room if it found no memory: it must do no harm twice.
+// The same on P, whose states stay where they are; again with more room if it found no memory, so
+// it must do no harm twice.
 template <typename Action>
 void Runtime::eagerly(const char* what, ParamState& param, Action&& action) {
   eagerly(what, param.name, [&] {
+    const bool away = states_.on_host(param);
     for (int attempt = 0;; ++attempt) {
       std::string why;
       try {
-        return action();
+        action();
+        break;
       } catch (const c10::OutOfMemoryError& error) {
         why = error.what_without_backtrace();
       }
@@ -76,17 +79,10 @@ void Runtime::eagerly(const char* what, ParamState& param, Action&& action) {
                         ". Use more ranks, or let the plan keep less "
                         "(compile.memory_budget).");
     }
+    if (!away) return;
+    states_.offload(param);
+    states_.evict(param);
   });
-}
-
-// Runs `action`, which uses P's states; where they were on the host they are there again after it.
-template <typename Action>
-void Runtime::on_states(ParamState& param, Action&& action) {
-  const bool away = states_.on_host(param);
-  action();
-  if (!away) return;
-  states_.offload(param);
-  states_.evict(param);
 }
 
 }  // namespace deepcompile

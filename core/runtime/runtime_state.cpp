@@ -60,7 +60,7 @@ void Runtime::abandon_step() {
 
 void Runtime::settle_here() {
   for (const auto& param : store_.params()) {
-    eagerly("update", *param, [&] { on_states(*param, [&] { optimizer_.apply(*param); }); });
+    eagerly("update", *param, [&] { optimizer_.apply(*param); });
   }
 }
 
@@ -119,11 +119,9 @@ void Runtime::masters_changed() {
   settle_here();
   for (const auto& param : store_.params()) {
     eagerly("gather", *param, [&] {
-      on_states(*param, [&] {
-        states_.need(*param);
-        store_.before_change(*param);
-        param->store_from_master();
-      });
+      states_.need(*param);
+      store_.before_change(*param);
+      param->store_from_master();
       store_.owned_changed(*param);
       if (param->placement != Placement::kWhole) return;
       store_.gather(*param);

@@ -162,6 +162,7 @@ def train(engine, dataset, arguments, micro: int, progress: Progress) -> dict:
             state = {"step": step, "batches": batches.state_dict(), "history": history}
             engine.save_checkpoint(checkpoints, tag=f"step{step}", client_state=state)
     progress.stop()
+    progress.say(f"writing a sample of {arguments.sample_bytes} bytes")
     after = write_sample(engine, micro, arguments.sequence, arguments.sample_bytes)
     history["samples"].append({"when": f"After {arguments.steps} steps", "text": after})
     return history

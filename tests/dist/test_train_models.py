@@ -24,7 +24,10 @@ def trained(world: int, runs: list[dict]) -> list[dict]:
     return run_ranks(cases.train_all, world, runs, timeout=500)[0]
 
 
-@pytest.mark.parametrize(("world", "names"), [(1, COMPILED), (2, COMPILED), (4, COMPILED[:4])])
+@pytest.mark.parametrize(
+    ("world", "names"),
+    [(1, ("llama", "gpt2", "sequential")), (2, COMPILED), (4, ("mixtral", "sequential"))],
+)
 def test_compiled_training_equals_pytorch(world, names):
     results = trained(world, [{"name": name} for name in names])
     worst = {
@@ -58,7 +61,7 @@ def test_frames_that_dynamo_skips_find_their_parameters():
 
 
 def test_stages_give_the_same_bits():
-    names = ("llama", "mixtral", "gpt2", "sequential")
+    names = ("mixtral", "gpt2")  # test_plans.py has Llama at all stages
     runs = [
         {"name": n, "stage": stage, "gradient_clipping": 0.5} for n in names for stage in (0, 3)
     ]

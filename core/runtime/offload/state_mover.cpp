@@ -106,10 +106,12 @@ bool StateMover::on_host(const ParamState& param) const {
 
 void StateMover::make_on_host(ParamState& param) {
   const int64_t numel = param.owned_range().size();
-  if (on_host(param) || numel == 0) return;
-  need(param);
-  offload(param);
-  evict(param);
+  if (numel == 0) return;
+  if (!on_host(param)) {
+    need(param);
+    offload(param);
+    evict(param);
+  }
   States& states = states_[&param];
   states.dtype = param.dtype() == c10::kDouble ? c10::kDouble : c10::kFloat;
   for (size_t i = 1; i < states.host.size(); ++i) {
