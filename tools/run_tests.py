@@ -129,11 +129,12 @@ def download_newest() -> subprocess.Popen:
 
 def newest() -> Result:
     """The end-to-end tests on the newest torch that PyPI has."""
-    venv = VENV_NEWEST
-    code = run(["tools/bootstrap.sh", venv, "torch"])
+    code = run(["tools/bootstrap.sh", VENV_NEWEST, "torch"])
     if code != 0:
         return finish(Result("newest"), code, "newest: bootstrap")
-    return pytest("newest", *SIDE_BY_SIDE, "-m", "e2e", "tests/dist", python=f"{venv}/bin/python")
+    return pytest(
+        "newest", *SIDE_BY_SIDE, "-m", "e2e", "tests/dist", python=f"{VENV_NEWEST}/bin/python"
+    )
 
 
 RUNNERS = {

@@ -5,15 +5,10 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/lists.h"
 
 namespace deepcompile {
-namespace {
-
-bool contains(const std::vector<ValueId>& ids, ValueId id) {
-  return std::find(ids.begin(), ids.end(), id) != ids.end();
-}
-
-}  // namespace
+namespace {}  // namespace
 
 StepMachine::StepMachine(const StepProgram& program)
     : program_(program),

@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "base/json_reader.h"
 #include "cost/host_beside.h"
+#include "cost/machine.h"
 
 namespace deepcompile {
 namespace {
@@ -14,7 +15,6 @@ namespace {
 constexpr std::string_view kNames[kCurveKindCount] = {
     "gather", "reduce", "to_host", "to_device", "update", "accumulate", "norm", "staging"};
 constexpr double kMostSlowdown = 100;  // as in machine descriptions
-constexpr int64_t kMostRanks = 1 << 20;
 
 Curve read_curve(const JsonReader& reader, const std::string& what) {
   std::vector<Curve::Point> points;

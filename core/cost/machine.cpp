@@ -11,7 +11,6 @@ namespace deepcompile {
 namespace {
 
 constexpr int64_t kMostNanos = 1'000'000'000;  // an overhead above a second is a slip of units
-constexpr int64_t kMostDescribed = 1 << 20;
 
 double fraction(const JsonReader& reader, const std::string& of = "the peak") {
   const double value = reader.positive();
@@ -81,8 +80,8 @@ Machine parse_machine(std::string_view json, const std::string& where) {
   root.only({"name", "nodes", "ranks_per_node", "device", "links", "host", "notes"});
   Machine machine;
   machine.name = root.at("name").string();
-  machine.nodes = root.at("nodes").integer(1, kMostDescribed);
-  machine.ranks_per_node = root.at("ranks_per_node").integer(1, kMostDescribed);
+  machine.nodes = root.at("nodes").integer(1, kMostRanks);
+  machine.ranks_per_node = root.at("ranks_per_node").integer(1, kMostRanks);
   machine.device = read_device(root.at("device"));
 
   const JsonReader links = root.at("links");

@@ -19,6 +19,8 @@
 
 namespace deepcompile {
 
+inline constexpr int64_t kMostRanks = 1 << 20;  // that a file may speak of
+
 struct Device {
   std::string name;
   std::map<DType, double> flops;  // peak floating-point operations a second, by element type

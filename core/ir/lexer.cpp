@@ -6,21 +6,6 @@
 namespace deepcompile {
 namespace {
 
-bool is_word_start(char c) {
-  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
-}
-
-// Length of the word at the front of `text`. A '-' that begins an arrow ends it.
-size_t word_length(std::string_view text) {
-  size_t n = 1;
-  for (; n < text.size(); ++n) {
-    const char c = text[n];
-    if (c == '-' && n + 1 < text.size() && text[n + 1] == '>') break;
-    if (!is_word_start(c) && c != '.' && c != ':' && c != '/' && c != '-') break;
-  }
-  return n;
-}
-
 // Length of the string at the front of `text` with its quotes, 0 if unclosed.
 size_t string_length(std::string_view text) {
   for (size_t n = 1; n < text.size(); ++n) {
@@ -60,6 +45,20 @@ std::string show_char(char c) {
 }
 
 }  // namespace
+
+bool is_word_start(char c) {
+  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+}
+
+size_t word_length(std::string_view text) {
+  size_t n = 1;
+  for (; n < text.size(); ++n) {
+    const char c = text[n];
+    if (c == '-' && n + 1 < text.size() && text[n + 1] == '>') break;
+    if (!is_word_start(c) && c != '.' && c != ':' && c != '/' && c != '-') break;
+  }
+  return n;
+}
 
 void fail_at(const TextPlace& place, const std::string& message) {
   throw UserError("[ir] " + std::string(place.source) + ":" + std::to_string(place.line) + ":" +

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Tokens of one line of a program's text. Used by the parser only.
+// Tokens of one line of a program's text. Used by the parser, and for what a name is.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <string_view>
@@ -35,6 +36,11 @@ struct TextPlace {
   int column = 1;
 };
 [[noreturn]] void fail_at(const TextPlace& place, const std::string& message);
+
+bool is_word_start(char c);
+// Length of the word at the front of `text`, whose first character begins one. A '-' that begins an
+// arrow ends it.
+size_t word_length(std::string_view text);
 
 // Replaces *tokens by the tokens of `line`, closed by one kEnd token. Throws
 // UserError at a character that begins no token and at an unclosed string.

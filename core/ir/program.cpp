@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "ir/lexer.h"
 
 namespace deepcompile {
 namespace {
@@ -27,18 +28,10 @@ void check_not_negative(std::string_view what, const std::string& name, std::str
                   ". Give a number that is not negative.");
 }
 
-bool is_name_start(char c) {
-  return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
-}
-
 }  // namespace
 
 bool is_name(std::string_view text) {
-  if (text.empty() || !is_name_start(text.front())) return false;
-  for (char c : text) {
-    if (!is_name_start(c) && c != '.' && c != ':' && c != '/' && c != '-') return false;
-  }
-  return true;
+  return !text.empty() && is_word_start(text.front()) && word_length(text) == text.size();
 }
 
 std::string_view to_string(Placement placement) {

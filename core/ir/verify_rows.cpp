@@ -3,15 +3,12 @@
 // they are good.
 #include <algorithm>
 
+#include "base/lists.h"
 #include "ir/verifier.h"
 #include "ir/verifier_error.h"
 
 namespace deepcompile {
 namespace {
-
-bool has(const std::vector<ValueId>& ids, ValueId id) {
-  return std::find(ids.begin(), ids.end(), id) != ids.end();
-}
 
 // One forward takes the value from its caller, and no other value numbers rows
 // of the same parameter there.
@@ -20,7 +17,7 @@ void check_numbers(const StepProgram& program, ValueId id) {
   const std::string& param = program.param(value.rows_of->param).name;
   int forwards = 0;
   for (const Section& section : program.sections) {
-    if (section.kind != SectionKind::kForward || !has(section.inputs, id)) continue;
+    if (section.kind != SectionKind::kForward || !contains(section.inputs, id)) continue;
     ++forwards;
     for (ValueId other : section.inputs) {
       const auto& rows = program.value(other).rows_of;

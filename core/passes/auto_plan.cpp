@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "passes/auto_search.h"
 #include "passes/placement.h"
+#include "passes/section_edit.h"
 
 namespace deepcompile {
 namespace {
@@ -25,12 +26,6 @@ constexpr int64_t kWorth = 1000;
 // What instructions that start together spare the host and the kernels is not
 // simulated; it is taken to be worth one part in so many of a step.
 constexpr int64_t kTogether = 500;
-
-size_t count_instrs(const StepProgram& program) {
-  size_t count = 0;
-  for (const Section& section : program.sections) count += section.instrs.size();
-  return count;
-}
 
 size_t count_forward_runs(const StepProgram& plain) {
   size_t count = 0;

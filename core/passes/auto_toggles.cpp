@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "analysis/footprint.h"
+#include "base/lists.h"
 #include "passes/auto_search.h"
 
 namespace deepcompile {
@@ -18,17 +19,6 @@ using Toggle = std::function<void(AutoChoice&)>;
 
 constexpr int kRunsAheadTried[] = {1, 2, 4};
 constexpr Bytes kEverything{int64_t{1} << 40};  // a limit above all gathers of a small program
-
-// Adds the id to the sorted list, or takes it out.
-template <typename Id>
-void flip(std::vector<Id>* ids, Id id) {
-  const auto at = std::lower_bound(ids->begin(), ids->end(), id);
-  if (at != ids->end() && *at == id) {
-    ids->erase(at);
-  } else {
-    ids->insert(at, id);
-  }
-}
 
 template <typename Id>
 void print_ids(const std::vector<Id>& ids, std::string* out) {

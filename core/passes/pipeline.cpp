@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "ir/verifier.h"
+#include "passes/section_edit.h"
 
 namespace deepcompile {
 namespace {
@@ -45,12 +46,6 @@ void check_contracts(const StepProgram& program, const std::vector<const Pass*>&
   }
 }
 
-size_t number_of_instrs(const StepProgram& program) {
-  size_t count = 0;
-  for (const Section& section : program.sections) count += section.instrs.size();
-  return count;
-}
-
 std::vector<std::vector<Instr>> all_instrs(const StepProgram& program) {
   std::vector<std::vector<Instr>> out;
   for (const Section& section : program.sections) out.push_back(section.instrs);
@@ -70,7 +65,7 @@ void verify_after(const Pass& pass, const StepProgram& program) {
 PassRecord run_one(StepProgram& program, const Pass& pass, const PipelineOptions& options) {
   PassRecord record;
   record.pass = pass.name();
-  record.instrs_before = number_of_instrs(program);
+  record.instrs_before = count_instrs(program);
   const std::vector<std::vector<Instr>> instrs = all_instrs(program);
   const size_t reasons = program.reasons.size();
   PassContext context(program, record.pass, options.environment);
@@ -80,7 +75,7 @@ PassRecord run_one(StepProgram& program, const Pass& pass, const PipelineOptions
   if (start) record.time = options.clock() - *start;
   verify_after(pass, program);
   record.changed = instrs != all_instrs(program);
-  record.instrs_after = number_of_instrs(program);
+  record.instrs_after = count_instrs(program);
   record.reasons = program.reasons.size() - std::min(program.reasons.size(), reasons);
   return record;
 }

@@ -18,6 +18,12 @@ inline Instr on_param(Op op, ParamId param) {
   return {op, param, std::nullopt, {}};
 }
 
+inline size_t count_instrs(const StepProgram& program) {
+  size_t count = 0;
+  for (const Section& section : program.sections) count += section.instrs.size();
+  return count;
+}
+
 class SectionEdit {
  public:
   explicit SectionEdit(const std::vector<Instr>& instrs)

@@ -5,13 +5,10 @@
 #include <utility>
 
 #include "passes/placement.h"
+#include "passes/section_edit.h"
 
 namespace deepcompile {
 namespace {
-
-Instr instr_on(Op op, ParamId param) {
-  return {op, param, std::nullopt, {}};
-}
 
 // Rebuilds one forward, backward or inference section.
 class SectionBuilder {
@@ -38,14 +35,14 @@ class SectionBuilder {
         if (!whole_[index(param)]) missing.push_back(param);
       }
       for (ParamId param : missing) {
-        out.push_back(instr_on(Op::kGather, param));
+        out.push_back(on_param(Op::kGather, param));
         whole_[index(param)] = true;
         ++(*gathers)[index(param)];
       }
-      for (ParamId param : missing) out.push_back(instr_on(Op::kWait, param));
+      for (ParamId param : missing) out.push_back(on_param(Op::kWait, param));
       out.push_back(section_.instrs[i]);
       for (ParamId param : used) {
-        if (last_use_[index(param)] == i) out.push_back(instr_on(Op::kRelease, param));
+        if (last_use_[index(param)] == i) out.push_back(on_param(Op::kRelease, param));
       }
       reductions_.after_run(section_.instrs[i], &out);
     }
@@ -78,7 +75,7 @@ void build_update(const StepProgram& program, Section& section) {
     for (size_t i = 0; i < program.params.size(); ++i) {
       const Param& param = program.params[i];
       if (!param.trainable || param.placement != Placement::kWhole) continue;
-      section.instrs.push_back(instr_on(op, ParamId{static_cast<uint32_t>(i)}));
+      section.instrs.push_back(on_param(op, ParamId{static_cast<uint32_t>(i)}));
     }
   }
 }

@@ -9,28 +9,13 @@
 #include <variant>
 
 #include "base/error.h"
+#include "base/lists.h"
 #include "ir/text.h"
 #include "passes/memory_menu.h"
 #include "passes/read_choice.h"
 
 namespace deepcompile {
 namespace {
-
-template <typename Id>
-bool has(const std::vector<Id>& ids, const Id& id) {
-  return std::find(ids.begin(), ids.end(), id) != ids.end();
-}
-
-// Adds the id to the sorted list, or takes it out.
-template <typename Id>
-void flip_choice(std::vector<Id>* ids, const Id& id) {
-  const auto at = std::lower_bound(ids->begin(), ids->end(), id);
-  if (at != ids->end() && *at == id) {
-    ids->erase(at);
-  } else {
-    ids->insert(at, id);
-  }
-}
 
 std::string signed_text(Nanos time) {
   return time < Nanos{0} ? "-" + pretty(Nanos{-time.value}) : "+" + pretty(time);
@@ -91,7 +76,8 @@ class Asker {
       at->second = {{}, std::move(chosen), std::move(instead), std::move(edit)};
       order_.push_back(key);
     }
-    if (!object.empty() && !has(at->second.objects, object)) at->second.objects.push_back(object);
+    if (!object.empty() && !contains(at->second.objects, object))
+      at->second.objects.push_back(object);
   }
 
   // Parameters are alike if their sizes are and equal regions use them.
@@ -125,22 +111,22 @@ class Asker {
       const std::string way =
           (gap.wraps || from != to ? "from " + from + " to " + to : "in " + from) +
           (gap.wraps ? " of the next round" : "");
-      const bool kept = has(*choice_.keep, gap.id);
+      const bool kept = contains(*choice_.keep, gap.id);
       add(kinds_[index(gap.id.param)], name(gap.id.param),
           kept ? "kept whole " + way : "released and gathered again " + way,
           kept ? "gathered again" : "kept whole",
-          [id = gap.id](AutoChoice& choice) { flip_choice(&*choice.keep, id); });
+          [id = gap.id](AutoChoice& choice) { flip(&*choice.keep, id); });
     }
   }
 
   void ask_states() {
     for (const Movable& each : menu_.states()) {
       const ParamId id{each.id};
-      const bool away = has(choice_.offload_states, id);
+      const bool away = contains(choice_.offload_states, id);
       add(kinds_[each.id], name(id),
           away ? "optimizer states on the host" : "optimizer states on the device",
           away ? "on the device" : "on the host",
-          [id](AutoChoice& choice) { flip_choice(&choice.offload_states, id); });
+          [id](AutoChoice& choice) { flip(&choice.offload_states, id); });
     }
   }
 
@@ -151,11 +137,11 @@ class Asker {
   void ask_regions() {
     for (const RecomputeUnit& unit : menu_.recompute()) {
       for (RegionId id : unit.regions) {
-        const bool again = has(choice_.recompute, id);
+        const bool again = contains(choice_.recompute, id);
         add(kind_of(id), program_.region(id).name,
             again ? "run again in the backward" : "outputs kept for the backward",
             again ? "outputs kept" : "run again", [this, id](AutoChoice& choice) {
-              flip_choice(&choice.recompute, id);
+              flip(&choice.recompute, id);
               for (ValueId value : program_.region(id).outputs) {
                 std::erase(choice.offload_values, value);
               }
@@ -176,13 +162,13 @@ class Asker {
     }
     for (const Movable& each : menu_.values(choice_.recompute)) {
       const ValueId id{each.id};
-      const bool away = has(choice_.offload_values, id);
+      const bool away = contains(choice_.offload_values, id);
       const auto& [kind, region] = maker[each.id];
       add(kind, region,
           "output of " + pretty(each.bytes) + (away ? " on the host" : " on the device") +
               " until the backward",
           away ? "on the device" : "on the host",
-          [id](AutoChoice& choice) { flip_choice(&choice.offload_values, id); });
+          [id](AutoChoice& choice) { flip(&choice.offload_values, id); });
     }
   }
 

@@ -80,11 +80,14 @@ class Relief:
         limit = planner.budget_limit = min(least, room)
         self.lowered += limit < before
         if self._ranks.rank == 0:
-            lowered = f"is lowered from {before:,} to {limit:,}"
+            now = (
+                f"is lowered from {before:,} to {limit:,}"
+                if limit < before
+                else f"stays at {limit:,}"
+            )
             warnings.warn(
                 f"[planning] step {step}: a rank's memory ran out, and {moved:,} bytes were moved "
-                f"to the host to go on. The budget for plans "
-                f"{lowered if limit < before else f'stays at {limit:,}'} bytes.",
+                f"to the host to go on. The budget for plans {now} bytes.",
                 stacklevel=2,
             )
         if planner.measured_entry() is None:

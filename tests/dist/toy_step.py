@@ -316,6 +316,14 @@ class Toy:
             found[f"step.{piece['member']}"] = torch.tensor(piece["step"])
         return found | {n: v.cpu() for n, v in self.full_values().items()}
 
+    def load(self, twin: Toy) -> None:
+        """What load_checkpoint does: this toy gets the weights and states of `twin`."""
+        for ours, theirs in zip(self.runtime.pieces(), twin.runtime.pieces(), strict=True):
+            for kind in ("master", "exp_avg", "exp_avg_sq"):
+                ours[kind].copy_(theirs[kind])
+            self.runtime.set_member_step(ours["member"], theirs["step"])
+        self.runtime.masters_changed()
+
     def full_values(self) -> dict[str, torch.Tensor]:
         names = ["w1", "w2", PACK]
         self.runtime.gather(names)

@@ -233,20 +233,11 @@ def test_early_updates_forbid_what_would_change_them():
         toy.micro_step(*batch(1))
 
 
-def overwrite(toy, twin):
-    """What load_checkpoint does: `toy` gets the weights and states of `twin`."""
-    for ours, theirs in zip(toy.runtime.pieces(), twin.runtime.pieces(), strict=True):
-        for kind in ("master", "exp_avg", "exp_avg_sq"):
-            ours[kind].copy_(theirs[kind])
-        toy.runtime.set_member_step(ours["member"], theirs["step"])
-    toy.runtime.masters_changed()
-
-
 def test_who_overwrites_everything_may_abandon_a_step_with_early_updates():
     twin, toy = Toy(plan="early"), Toy(plan="early")
     twin.train(1)
     toy.micro_step(*batch(7))
-    overwrite(toy, twin)
+    toy.load(twin)
     toy.runtime.abandon_step()
     toy.runtime.zero_grad()
     for each in (twin, toy):
