@@ -9,7 +9,9 @@ the time of a reduction by copy engine has its sum in it.
 
     torchrun --standalone --nproc-per-node 4 benchmarks/micro/transfers.py --mb 32,128,512,1712
 
-`overlap` is copy_engine with copies that prefer to run beside compute (a hint to the driver).
+`in_turn` and `together` are copy_engine with copies from or to several peers one after another, or
+given to the driver together; `copy_engine` itself tries which is better when it starts. The more
+transfers are under way at once (--at-once), the further ranks drift apart.
 `nccl_zero_cta`, gathers only, is what NCCL has of the kind: an all-gather into symmetric memory on
 a communicator whose policy is to use no SM (NCCL >= 2.28). NCCL may still choose a kernel:
 NCCL_DEBUG=INFO says "[Copy Engine]" where it did not. NCCL_NVLS_ENABLE=0 keeps it off NVLink's
@@ -40,13 +42,12 @@ from deepcompile import _runtime
 WAYS = {
     "nccl": ("nccl", {}),
     "copy_engine": ("copy_engine", {}),
-    "overlap": ("copy_engine", {"overlap": True}),
+    "in_turn": ("copy_engine", {"copies": "in_turn"}),
+    "together": ("copy_engine", {"copies": "together"}),
 }
 ZERO_CTA = "nccl_zero_cta"
 MATMUL = {"cuda": (1024, 8192, 28672), "cpu": (64, 128, 128)}
 """Rows, inner and columns of the matmuls beside."""
-PER_ROUND = 2
-"""Transfers under way at once."""
 
 
 def parse() -> argparse.Namespace:
@@ -56,7 +57,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--mb", default="32,128,512,1712", help="whole sizes in MB")
     parser.add_argument("--kinds", default="gather,reduce", help="gather, reduce")
     ways = ", ".join([*WAYS, ZERO_CTA])
-    parser.add_argument("--ways", default="nccl,copy_engine,overlap", help=ways)
+    parser.add_argument("--ways", default="nccl,copy_engine", help=ways)
+    parser.add_argument("--at-once", type=int, default=2, help="transfers under way (2)")
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--library", help="in libcuda's place")
     parser.add_argument("--json", type=Path, help="also write the rows here")
@@ -97,7 +99,7 @@ class Clock:
 
 
 class Transfers:
-    """PER_ROUND transfers of one size, under way at once, and compute beside them."""
+    """Some transfers of one size, under way at once, and compute beside them."""
 
     def start(self) -> None:
         """Issue all of them."""
@@ -125,7 +127,9 @@ class Transfers:
 class ThroughRuntime(Transfers):
     """Sharded parameters, gathered or reduced as a plan would."""
 
-    def __init__(self, kind: str, way: str, numel: int, device: torch.device, library: str | None):
+    def __init__(
+        self, kind: str, way: str, numel: int, device: torch.device, library: str | None, count: int
+    ):
         transport, options = WAYS[way]
         ways = (transport, "nccl") if kind == "gather" else ("nccl", transport)
         options = dict(options, least_bytes=1) | ({"library": library} if library else {})
@@ -133,7 +137,7 @@ class ThroughRuntime(Transfers):
         self.runtime = _runtime.Runtime(
             dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 120.0, *ways, options
         )
-        self.names = [f"p{i}" for i in range(PER_ROUND)]
+        self.names = [f"p{i}" for i in range(count)]
         for name in self.names:
             values = torch.nn.Parameter(torch.randn(numel, device=device).bfloat16())
             self.runtime.add_param(name, [(name, values, 0)], numel, "sharded", kind == "reduce")
@@ -165,13 +169,13 @@ class ThroughRuntime(Transfers):
 class ZeroCtaGathers(Transfers):
     """torch's all-gather, on a communicator that is to leave the SMs alone."""
 
-    def __init__(self, numel: int, device: torch.device):
+    def __init__(self, numel: int, device: torch.device, count: int):
         rank, world = dist.get_rank(), dist.get_world_size()
         self.group, pool = zero_cta_group(device)
         with torch.cuda.use_mem_pool(pool):
             self.whole = [
                 torch.empty(numel // world * world, device=device, dtype=torch.bfloat16)
-                for _ in range(PER_ROUND)
+                for _ in range(count)
             ]
         for each in self.whole:
             symmetric_memory.rendezvous(each, self.group)
@@ -202,17 +206,17 @@ def zero_cta_group(device: torch.device) -> tuple[dist.ProcessGroup, Any]:
 
 
 def transfers_of(
-    kind: str, way: str, numel: int, device: torch.device, library: str | None
+    kind: str, way: str, numel: int, device: torch.device, a: argparse.Namespace
 ) -> Transfers:
     if way == ZERO_CTA:
-        return ZeroCtaGathers(numel, device)
-    return ThroughRuntime(kind, way, numel, device, library)
+        return ZeroCtaGathers(numel, device, a.at_once)
+    return ThroughRuntime(kind, way, numel, device, a.library, a.at_once)
 
 
 def measure(
     kind: str, way: str, numel: int, device: torch.device, a: argparse.Namespace, clock: Clock
 ) -> dict[str, Any]:
-    transfers = transfers_of(kind, way, numel, device, a.library)
+    transfers = transfers_of(kind, way, numel, device, a)
     rows, inner, columns = MATMUL[device.type]
     left = torch.randn(rows, inner, device=device).bfloat16()
     right = torch.randn(inner, columns, device=device).bfloat16()
@@ -242,14 +246,14 @@ def measure(
     base = clock.slowest([timed(count) for _ in range(3)])
     computed, beside = repeated(lambda: matmuls(count))
     world = dist.get_world_size()
-    arrived = PER_ROUND * numel * 2 * (world - 1) / world
+    arrived = a.at_once * numel * 2 * (world - 1) / world
     return {
         "kind": kind,
         "way": way,
         "mb": numel * 2 / 1e6,
-        "alone_ms": alone / PER_ROUND,
+        "alone_ms": alone / a.at_once,
         "alone_gb_s": arrived / alone / 1e6,
-        "beside_ms": beside / PER_ROUND,
+        "beside_ms": beside / a.at_once,
         "beside_gb_s": arrived / beside / 1e6,
         "matmul_slowdown": computed / base,
     }
@@ -293,7 +297,7 @@ def main() -> int:
         name = torch.cuda.get_device_name(device) if cuda else "cpu"
         facts = {"device": name, "ranks": dist.get_world_size(), "torch": torch.__version__}
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if cuda else None
-        facts |= {"nccl": nccl, "repeats": a.repeats, "at_once": PER_ROUND}
+        facts |= {"nccl": nccl, "repeats": a.repeats, "at_once": a.at_once}
         a.json.write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
     dist.barrier()
     dist.destroy_process_group()

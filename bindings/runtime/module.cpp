@@ -30,11 +30,11 @@ CopyEngineOptions copy_engine_options(const std::string& gather, const std::stri
       options.host = value.cast<std::string>();
     } else if (name == "least_bytes") {
       options.least_bytes = value.cast<int64_t>();
-    } else if (name == "overlap") {
-      options.copies = value.cast<bool>() ? CopyKind::kOverlap : CopyKind::kPlain;
+    } else if (name == "copies") {
+      options.copies = value.cast<std::string>();
     } else {
       throw UserError("[runtime] copy_engine_options has no \"" + name +
-                      "\". Use library, host, least_bytes or overlap.");
+                      "\". Use library, host, least_bytes or copies.");
     }
   }
   return options;

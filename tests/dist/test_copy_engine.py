@@ -35,9 +35,9 @@ def test_the_drivers_declarations_are_those_of_cuda_h():
     subprocess.run([*command, str(FAKE / "declarations.cpp")], check=True)
 
 
-def pulling(rank: int, world: int, library: str, stage: int = 3, overlap=False, **options) -> Toy:
+def pulling(rank: int, world: int, library: str, stage: int = 3, copies="auto", **options) -> Toy:
     """A toy whose gathers are pulls, the smallest shards' too."""
-    more = {"library": library, "least_bytes": 1, "overlap": overlap}
+    more = {"library": library, "least_bytes": 1, "copies": copies}
     return Toy(
         rank, world, stage, group=dist.group.WORLD, gather="copy_engine", copy_engine_options=more,
         **options,
@@ -92,7 +92,7 @@ JOBS = [
         ("", "deferred, updated in the forward", "states"),
     ),
     (dict(stage=1, accumulation=2, boundary=True), ("", "deferred")),
-    (dict(overlap=True), ("remade",)),
+    (dict(copies="together"), ("remade",)),
 ]
 
 
@@ -102,7 +102,7 @@ def compare(rank, world, library, jobs):
     fake.set(pull_ms=int(rank == 1))  # it drifts behind
     wrong = []
     for job, plans in jobs:
-        plain = {key: value for key, value in job.items() if key != "overlap"}
+        plain = {key: value for key, value in job.items() if key != "copies"}
         for plan in plans:
             one = grouped(rank, world, plan=plan, **plain)
             two = pulling(rank, world, library, plan=plan, **job)
@@ -111,15 +111,15 @@ def compare(rank, world, library, jobs):
             if not all(torch.equal(a, b) for a, b in pairs):
                 wrong.append((job, plan))
             assert two.runtime.gathers["transport"] == "copy_engine"
-    return wrong, fake.count("pulls"), fake.count("overlapping"), two.runtime.outside_bytes()
+    return wrong, fake.count("pulls"), fake.count("together"), two.runtime.outside_bytes()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_same_bits_as_over_the_process_group(world, driver):
-    jobs = JOBS if world == 2 else [(job, plans[-1:]) for job, plans in JOBS[:3]]
-    for wrong, pulls, overlapping, bytes_outside in run_ranks(compare, world, driver, jobs):
-        assert wrong == [] and pulls > 50 * (world - 1)
-        assert (overlapping > 0) == (world == 2)
+    few = [*JOBS[:2], JOBS[-1]]
+    jobs = JOBS if world == 2 else [(job, plans[-1:]) for job, plans in few]
+    for wrong, pulls, together, bytes_outside in run_ranks(compare, world, driver, jobs):
+        assert wrong == [] and pulls > 50 * (world - 1) and together > 0
         assert bytes_outside == 64 << 20  # one block for small shards
 
 
@@ -217,6 +217,8 @@ def chosen(rank, world, library):
         "hosts": ask("copy_engine", library=library, host=f"host{rank}"),
         "missing": ask("auto", library="libc.so.6"),
         "nonsense": ask("symmetric"),
+        "in turn": ask("auto", library=library, copies="in_turn"),
+        "at random": ask("nccl", copies="at_random"),
     }
     for hook in ("no_access", "no_memory", "no_handle", "no_mapping", "deaf"):
         fake.set(**{hook: one})
@@ -270,6 +272,8 @@ def test_it_is_taken_where_it_works_and_refused_by_name(ends):
         assert "rank 1: it is on another host than rank 0" in said["hosts"]
         assert said["missing"][0] == "nccl" and "no function cuInit" in said["missing"][1]
         assert "Use nccl, copy_engine or auto" in said["nonsense"]
+        assert said["in turn"][1].endswith("; copies run in turn, as asked")
+        assert "Use in_turn, together or auto" in said["at random"]
         assert "rank 1: GPU fake:01.0 cannot access" in said["no_access"][1]
         assert "rank 1: it has no memory for a block" in said["no_memory"][1]
         assert "rank 1: cuIpcGetMemHandle: CUDA_ERROR_INVALID_VALUE" in said["no_handle"][1]

@@ -23,9 +23,9 @@ from deepcompile import _runtime
 from deepcompile.errors import UserError
 
 
-def pushing(rank, world, library, stage=3, overlap=False, gather="nccl", least_bytes=1, **options):
+def pushing(rank, world, library, stage=3, copies="auto", gather="nccl", least_bytes=1, **options):
     """A toy whose reductions are pushes, the smallest too."""
-    more = {"library": library, "least_bytes": least_bytes, "overlap": overlap}
+    more = {"library": library, "least_bytes": least_bytes, "copies": copies}
     return Toy(
         rank, world, stage, group=dist.group.WORLD, gather=gather, reduce_over="copy_engine",
         copy_engine_options=more, **options,
@@ -41,7 +41,7 @@ def compare(rank, world, library):
     fake.set(push_ms=int(rank == 1))  # it drifts behind
     wrong = []
     for number, (job, plans) in enumerate(JOBS):
-        plain = {key: value for key, value in job.items() if key != "overlap"}
+        plain = {key: value for key, value in job.items() if key != "copies"}
         gather = "copy_engine" if number % 2 else "nccl"
         for plan in plans:
             one = Toy(rank, world, group=dist.group.WORLD, plan=plan, **plain)
@@ -52,12 +52,12 @@ def compare(rank, world, library):
                 wrong.append((job, plan))
             assert two.runtime.reductions["transport"] == "copy_engine"
             assert two.runtime.gathers["transport"] == gather
-    return wrong, fake.count("pushes"), fake.count("overlapping")
+    return wrong, fake.count("pushes"), fake.count("together")
 
 
 def test_two_ranks_get_the_bits_of_the_process_group(driver):
-    for wrong, pushes, overlapping in run_ranks(compare, 2, driver):
-        assert wrong == [] and pushes > 100 and overlapping > 0
+    for wrong, pushes, together in run_ranks(compare, 2, driver):
+        assert wrong == [] and pushes > 100 and together > 0
 
 
 def summed(rank, world, library, dtype, sizes):

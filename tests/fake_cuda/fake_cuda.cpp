@@ -124,8 +124,8 @@ void fake_cuda_set(const char* what, int value) {
 }
 
 // Counts: pulls, pushes, allocations and mappings (those there are), writes, batches (of writes and
-// waits), overlapping (copies), threads (that leave captures alone), bare_threads (those of them
-// without a context).
+// waits), together (batches of copies), threads (that leave captures alone), bare_threads (those of
+// them without a context).
 int fake_cuda_count(const char* what) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (std::strcmp(what, "allocations") == 0) return static_cast<int>(own.size());
@@ -274,8 +274,8 @@ struct CopyAttributes {
 int cuMemcpyBatchAsync_v2(Address* to, Address* from, size_t* bytes, size_t copies,
                           CopyAttributes* attributes, size_t* first, size_t kinds, void*) {
   if (kinds != 1 || *first != 0 || attributes->order != 1) return kInvalidValue;
-  for (size_t i = 0; i < copies; ++i) copy(to[i], from[i], bytes[i]);
-  if (attributes->flags == 1) count("overlapping");
+  for (size_t i = copies; i-- > 0;) copy(to[i], from[i], bytes[i]);  // in any order
+  if (attributes->flags == 1) count("together");
   return kSuccess;
 }
 

@@ -6,6 +6,7 @@ Skipped where there are fewer than two GPUs."""
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -76,11 +77,11 @@ def test_plans_give_the_same_bits_as_over_nccl(world, way):
 NUMEL, ROUNDS = (1 << 24) + 12345, 40
 
 
-def racing(rank, world, overlap):
+def racing(rank, world, copies):
     """Every rank writes its shards and gathers them, round after round, while others still read:
     nothing but the transport orders them, and ranks drift by matmuls of their own."""
     device = torch.device("cuda", rank)
-    options = SMALL | {"overlap": overlap}
+    options = SMALL | {"copies": copies}
     runtime = _runtime.Runtime(
         dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 60.0, "copy_engine", "nccl", options
     )
@@ -105,20 +106,41 @@ def racing(rank, world, overlap):
     return wrong.item()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("copies", ["in_turn", "together"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_writers_and_readers_keep_apart(world, overlap):
-    assert run_ranks(racing, world, overlap, backend="nccl", timeout=120) == [0] * world
+def test_writers_and_readers_keep_apart(world, copies):
+    assert run_ranks(racing, world, copies, backend="nccl", timeout=120) == [0] * world
+
+
+def ways(rank, world):
+    device = torch.device("cuda", rank)
+    both = ("copy_engine", "copy_engine")
+    runtime = _runtime.Runtime(
+        dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 60.0, *both, SMALL
+    )
+    return runtime.gathers["why"], runtime.reductions["why"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_how_copies_run_is_tried_and_agreed(world):
+    found = run_ranks(ways, world, backend="nccl", timeout=120)
+    print(found[0])
+    gathers, reductions = found[0]
+    assert found == [found[0]] * world and gathers.split(";")[1] == reductions.split(";")[1]
+    if world == 2:
+        assert gathers.endswith("copies run in turn")
+    else:
+        assert re.search(r"run (together|in turn): .* take \d+\.\d\d times as long", gathers)
 
 
 SIZES = [(1 << 24) + 12345, 1 << 24, 3_000_001, 777]
 
 
-def racing_sums(rank, world, overlap):
+def racing_sums(rank, world, copies):
     """Reductions of several sizes, two and more under way, while ranks drift: each element has a
     sum that bf16 holds exactly."""
     device = torch.device("cuda", rank)
-    options = SMALL | {"overlap": overlap}
+    options = SMALL | {"copies": copies}
     runtime = _runtime.Runtime(
         dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 60.0, "nccl", "copy_engine", options
     )
@@ -155,10 +177,10 @@ def racing_sums(rank, world, overlap):
     return wrong.item(), runtime.outside_bytes() > 0
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("copies", ["in_turn", "together"])
 @pytest.mark.parametrize("world", WORLDS)
-def test_sums_are_of_what_was_pushed(world, overlap):
-    found = run_ranks(racing_sums, world, overlap, backend="nccl", timeout=120)
+def test_sums_are_of_what_was_pushed(world, copies):
+    found = run_ranks(racing_sums, world, copies, backend="nccl", timeout=120)
     assert found == [(0, True)] * world
 
 

@@ -32,20 +32,21 @@ class CopyEngineTransport final : public Transport {
  public:
   // pulls, pushes: whether gathers and reductions go by copy engine.
   CopyEngineTransport(const CopyEngineOptions& options, bool pulls, bool pushes,
-                      std::unique_ptr<Transport> base, std::shared_ptr<const Driver> driver,
-                      int64_t rank, int64_t world, c10::Device device, milliseconds timeout,
+                      std::unique_ptr<Transport> base, const PeerConnection& peers, int64_t rank,
+                      int64_t world, c10::Device device, milliseconds timeout,
                       const Streams& streams)
       : options_(options),
         pulls_(pulls),
+        together_(peers.together),
         base_(std::move(base)),
         streams_(streams),
         rank_(rank),
         world_(world),
-        signals_(driver, rank, world, timeout, streams),
-        memory_(driver, rank, world, device) {
+        signals_(peers.driver, rank, world, timeout, streams),
+        memory_(peers.driver, rank, world, device) {
     memory_.used_on(PeerSignals::handle(signals_.comm()));
     if (!pushes) return;
-    reductions_.emplace(signals_, rank, world, device, options.least_bytes, options.copies,
+    reductions_.emplace(signals_, rank, world, device, options.least_bytes, together_,
                         [this] { give_transfers(); });
     sums_allocate_ = PieceSum(device).allocates(world);
   }
@@ -129,12 +130,15 @@ class CopyEngineTransport final : public Transport {
   void give_waits();
   void give_transfers();
   void pull(const Gathers& gathers);
-  void copy(const Gather& gather) const;
+  static DeviceCopy copy_of(const Gather& gather, int64_t owner);
+  void copy_from_peers(const Gather& gather) const;
+  Mark copy_own(const Gathers& gathers) const;
   void await_readers(PeerShard* shard);
   void await_readers(const std::vector<PeerShard*>& shards);
 
   const CopyEngineOptions options_;
   const bool pulls_;
+  const bool together_;  // copies from or to all peers
   const std::unique_ptr<Transport> base_;
   const Streams streams_;  // null on a CPU
   const int64_t rank_;
@@ -252,10 +256,13 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
   }
   if (gathers.front()->span) gathers.front()->span->start(comm);
   signals_.watched({"the gather of", true}, awaits, comm, [&] {
+    Mark own = copy_own(gathers);
     driver.run(std::move(before), PeerSignals::handle(comm));
     for (const auto& gather : gathers) {
       if (gather->span && gather != gathers.front()) gather->span->start(comm);
-      copy(*gather);
+      copy_from_peers(*gather);
+      // Order: this rank's shards (beside) -> full buffers, and "I have read yours" (comm).
+      if (const Mark copied = std::exchange(own, nullptr)) copied->block(*comm);
       if (gather->span) gather->span->stop(comm);
       if (!streams_) continue;
       gather->on_stream = std::make_unique<StreamTransfer>(
@@ -269,15 +276,34 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
   }
 }
 
-void CopyEngineTransport::copy(const Gather& gather) const {
-  const Driver::Stream stream = PeerSignals::handle(signals_.comm());
+DeviceCopy CopyEngineTransport::copy_of(const Gather& gather, int64_t owner) {
   const auto bytes = static_cast<int64_t>(gather.piece.nbytes());
-  for (int64_t d = 1; d <= world_; ++d) {
-    const int64_t owner = (rank_ + d) % world_;
-    const DeviceAddress to = address_of(gather.full) + static_cast<DeviceAddress>(owner * bytes);
-    const DeviceAddress from = gather.shard->source(owner);
-    if (to != from) signals_.driver()->copy(to, from, bytes, stream, options_.copies);
+  return {address_of(gather.full) + static_cast<DeviceAddress>(owner * bytes),
+          gather.shard->source(owner), bytes};
+}
+
+void CopyEngineTransport::copy_from_peers(const Gather& gather) const {
+  std::vector<DeviceCopy> copies;
+  for (int64_t d = 1; d < world_; ++d) copies.push_back(copy_of(gather, (rank_ + d) % world_));
+  signals_.driver()->copy(copies, PeerSignals::handle(signals_.comm()), together_);
+}
+
+// This rank's own shards, which need no link. What follows the copies; null if there were none,
+// or on a CPU.
+Mark CopyEngineTransport::copy_own(const Gathers& gathers) const {
+  std::vector<DeviceCopy> copies;
+  for (const auto& gather : gathers) {
+    const DeviceCopy copy = copy_of(*gather, rank_);
+    if (copy.to != copy.from) copies.push_back(copy);
   }
+  if (copies.empty()) return nullptr;
+  Driver::Stream stream = nullptr;
+  if (streams_) {
+    streams_->beside_follows_comm();
+    stream = streams_->beside().native_handle();
+  }
+  signals_.driver()->copy(copies, stream);
+  return streams_ ? streams_->mark(streams_->beside()) : nullptr;
 }
 
 void CopyEngineTransport::await_readers(PeerShard* shard) {
@@ -332,6 +358,10 @@ TransportChoice choose_transport(const CopyEngineOptions& options, std::unique_p
     throw UserError(std::string("[runtime] the transport of ") + what + " is \"" + setting +
                     "\". Use nccl, copy_engine or auto.");
   }
+  if (options.copies != "auto" && options.copies != "in_turn" && options.copies != "together") {
+    throw UserError("[runtime] copies of gathers and reductions are \"" + options.copies +
+                    "\". Use in_turn, together or auto.");
+  }
   const bool pulls = options.gather != "nccl", pushes = options.reduce != "nccl";
   const auto over_base = [&](const std::string& why_not) {
     return TransportChoice{std::move(base), route(options.gather, kGatherKey, why_not),
@@ -344,12 +374,15 @@ TransportChoice choose_transport(const CopyEngineOptions& options, std::unique_p
   }
   if (!pulls && !pushes) return over_base("");
   try {
-    auto driver = connect_peers(options, *base, rank, world, device, streams);
-    auto transport = std::make_unique<CopyEngineTransport>(options, pulls, pushes, std::move(base),
-                                                           std::move(driver), rank, world, device,
-                                                           timeout, streams);
-    return {std::move(transport), route(options.gather, kGatherKey, ""),
-            route(options.reduce, kReduceKey, "")};
+    const PeerConnection peers = connect_peers(options, *base, rank, world, device, streams);
+    auto transport = std::make_unique<CopyEngineTransport>(
+        options, pulls, pushes, std::move(base), peers, rank, world, device, timeout, streams);
+    TransportChoice choice{std::move(transport), route(options.gather, kGatherKey, ""),
+                           route(options.reduce, kReduceKey, "")};
+    for (Route* const route : {&choice.gathers, &choice.reductions}) {
+      if (route->transport == kCopyEngine) route->why += "; " + peers.why;
+    }
+    return choice;
   } catch (const TransportError& error) {
     for (const auto& [setting, key] :
          {std::pair(options.gather, kGatherKey), std::pair(options.reduce, kReduceKey)}) {

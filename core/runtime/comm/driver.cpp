@@ -135,8 +135,8 @@ std::string Driver::why_no_access(const std::string& peer_bus_id) const {
   return can != 0 ? "" : "GPU " + bus_id() + " cannot access the memory of GPU " + peer_bus_id;
 }
 
-bool Driver::copies(CopyKind kind) const {
-  return kind == CopyKind::kPlain || functions_->batch_copy != nullptr;
+bool Driver::copies_together() const {
+  return functions_->batch_copy != nullptr;
 }
 
 DeviceAddress Driver::allocate(int64_t bytes) const {
@@ -170,20 +170,28 @@ void Driver::close(DeviceAddress address) const {
   check(functions_->ipc_close(address), "cuIpcCloseMemHandle");
 }
 
-void Driver::copy(DeviceAddress to, DeviceAddress from, int64_t bytes, Stream stream,
-                  CopyKind kind) const {
+void Driver::copy(const std::vector<DeviceCopy>& copies, Stream stream, bool together) const {
   const Current current(*this);
-  auto size = static_cast<size_t>(bytes);
-  if (kind == CopyKind::kPlain) {
-    return check(functions_->copy(to, from, size, stream), "cuMemcpyDtoDAsync");
+  std::vector<DeviceAddress> to, from;
+  std::vector<size_t> sizes;
+  for (const DeviceCopy& copy : copies) {
+    const auto bytes = static_cast<size_t>(copy.bytes);
+    if (!together) {
+      check(functions_->copy(copy.to, copy.from, bytes, stream), "cuMemcpyDtoDAsync");
+      continue;
+    }
+    to.push_back(copy.to);
+    from.push_back(copy.from);
+    sizes.push_back(bytes);
   }
-  // A batch of one: copies of one batch run in any order, batches in the stream's.
+  if (to.empty()) return;
   CopyAttributes attributes{.source_order = kStreamOrder,
                             .source_location = {},
                             .target_location = {},
                             .flags = kPreferOverlap};
-  size_t first = 0;
-  check(functions_->batch_copy(&to, &from, &size, 1, &attributes, &first, 1, stream),
+  size_t first = 0;  // with these attributes
+  check(functions_->batch_copy(to.data(), from.data(), sizes.data(), sizes.size(), &attributes,
+                               &first, 1, stream),
         "cuMemcpyBatchAsync");
 }
 

@@ -31,9 +31,10 @@ struct MemoryOp {
   uint32_t value = 0;
 };
 
-enum class CopyKind {
-  kPlain,    // as the driver thinks best
-  kOverlap,  // preferably beside compute; needs CUDA 12.8
+struct DeviceCopy {
+  DeviceAddress to = 0;
+  DeviceAddress from = 0;
+  int64_t bytes = 0;
 };
 
 class Driver {
@@ -51,7 +52,7 @@ class Driver {
   std::string bus_id() const;
   // Why this device cannot read the memory of that one; empty if it can.
   std::string why_no_access(const std::string& peer_bus_id) const;
-  bool copies(CopyKind kind) const;
+  bool copies_together() const;  // since CUDA 13
 
   DeviceAddress allocate(int64_t bytes) const;
   void free(DeviceAddress address) const;
@@ -60,8 +61,8 @@ class Driver {
   void close(DeviceAddress address) const;
 
   // In the stream's order; the host goes on.
-  void copy(DeviceAddress to, DeviceAddress from, int64_t bytes, Stream stream,
-            CopyKind kind) const;
+  // `together`: in any order or at once, and preferably beside compute.
+  void copy(const std::vector<DeviceCopy>& copies, Stream stream, bool together = false) const;
   void run(std::vector<MemoryOp> ops, Stream stream) const;
   bool idle(Stream stream) const;  // all that was started on it is over
 

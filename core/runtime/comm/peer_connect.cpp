@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "runtime/comm/copy_trial.h"
 #include "runtime/comm/peer_memory.h"
 
 namespace deepcompile {
@@ -48,8 +49,8 @@ std::shared_ptr<const Driver> load_driver(const CopyEngineOptions& options, c10:
     const int number = device.is_cpu() ? static_cast<int>(rank) : device.index();
     auto driver = std::make_shared<const Driver>(options.library, number);
     put(&me->bus_id, driver->bus_id());
-    if (!driver->copies(options.copies)) {
-      throw TransportError("copies that prefer to overlap need a driver of CUDA 13 or newer");
+    if (options.copies == "together" && !driver->copies_together()) {
+      throw TransportError("copies that run together need a driver of CUDA 13 or newer");
     }
     return driver;
   } catch (const TransportError& error) {
@@ -100,7 +101,7 @@ void try_peers(RankMessages& messages, const std::shared_ptr<const Driver>& driv
     for (int64_t peer = 0; peer < world; ++peer) {
       const auto to = static_cast<DeviceAddress>(peer * shard.bytes) +
                       reinterpret_cast<DeviceAddress>(received.const_data_ptr());
-      driver->copy(to, shard.source(peer), shard.bytes, stream, CopyKind::kPlain);
+      driver->copy({{to, shard.source(peer), shard.bytes}}, stream);
       driver->write(shard.word(peer, rank), static_cast<uint32_t>(rank + 1));
     }
     if (streams) streams->mark(streams->comm())->block(streams->compute());
@@ -123,9 +124,9 @@ void try_peers(RankMessages& messages, const std::shared_ptr<const Driver>& driv
 
 }  // namespace
 
-std::shared_ptr<const Driver> connect_peers(const CopyEngineOptions& options, Transport& base,
-                                            int64_t rank, int64_t world, c10::Device device,
-                                            const std::shared_ptr<const StreamPair>& streams) {
+PeerConnection connect_peers(const CopyEngineOptions& options, Transport& base, int64_t rank,
+                             int64_t world, c10::Device device,
+                             const std::shared_ptr<const StreamPair>& streams) {
   Introduction me;
   auto driver = load_driver(options, device, rank, &me);
   std::string error;
@@ -141,7 +142,14 @@ std::shared_ptr<const Driver> connect_peers(const CopyEngineOptions& options, Tr
   }
   throw_first(messages.errors(error));
   try_peers(messages, driver, rank, world, device, streams);
-  return driver;
+  if (options.copies != "auto") {
+    const bool together = options.copies == "together";
+    return {driver, together,
+            std::string("copies run ") + (together ? "together" : "in turn") + ", as asked"};
+  }
+  if (!streams || world == 2) return {driver, false, "copies run in turn"};
+  const CopyTrial trial = try_copies(messages, base, driver, rank, world, *streams);
+  return {driver, trial.together, trial.why};
 }
 
 }  // namespace deepcompile

@@ -47,14 +47,14 @@ class PushReductions::Push final : public Transfer {
 };
 
 PushReductions::PushReductions(PeerSignals& signals, int64_t rank, int64_t world,
-                               c10::Device device, int64_t least_bytes, CopyKind copies,
+                               c10::Device device, int64_t least_bytes, bool together,
                                std::function<void()> give)
     : signals_(signals),
       rank_(rank),
       world_(world),
       device_(device),
       least_bytes_(least_bytes),
-      copies_(copies),
+      together_(together),
       give_(std::move(give)),
       piece_sum_(device) {}
 
@@ -163,12 +163,13 @@ void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) 
     const int64_t bytes = reduction.bytes;
     const auto from = reinterpret_cast<DeviceAddress>(reduction.full.const_data_ptr());
     if (reduction.span) reduction.span->start(comm);
+    std::vector<DeviceCopy> copies;
     for (int64_t d = 1; d < world_; ++d) {
       const int64_t owner = (rank_ + d) % world_;
-      signals_.driver()->copy(slot(owner, rank_, reduction),
-                              from + static_cast<DeviceAddress>(owner * bytes), bytes, stream,
-                              copies_);
+      copies.push_back(
+          {slot(owner, rank_, reduction), from + static_cast<DeviceAddress>(owner * bytes), bytes});
     }
+    signals_.driver()->copy(copies, stream, together_);
     reduction.given = given++;
   }
   std::vector<MemoryOp> ops;

@@ -11,7 +11,8 @@
 //
 //   1. wait until every rank's word "freed" is at least k, the last reduction
 //      whose place one of these takes;
-//   2. copy the pieces of rank+1, rank+2, ... into that rank's inbox, for each;
+//   2. copy the pieces of rank+1, rank+2, ... into that rank's inbox, for each (at once or
+//      one after another, as gathers do);
 //   3. write n to every rank's word "arrived".
 //
 // and on the compute stream, when some are waited for: wait until every word
@@ -57,9 +58,10 @@ namespace deepcompile {
 
 class PushReductions {
  public:
-  // `least_bytes`: of a piece; smaller ones are not taken. `give`: starts what is held back.
+  // `least_bytes`: of a piece; smaller ones are not taken. `together`: pieces for all owners
+  // are copied at once. `give`: starts what is held back.
   PushReductions(PeerSignals& signals, int64_t rank, int64_t world, c10::Device device,
-                 int64_t least_bytes, CopyKind copies, std::function<void()> give);
+                 int64_t least_bytes, bool together, std::function<void()> give);
   ~PushReductions();
 
   // A reduction will have pieces of so many bytes: the inbox will hold two such.
@@ -115,7 +117,7 @@ class PushReductions {
   const int64_t world_;
   const c10::Device device_;
   const int64_t least_bytes_;
-  const CopyKind copies_;
+  const bool together_;
   const std::function<void()> give_;
   PieceSum piece_sum_;
   int64_t largest_ = 0;  // expected piece, in bytes

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // StreamPair: the stream that transfers run on, and how it meets the compute
-// stream, which is always the current stream of the calling thread.
+// stream, which is always the current stream of the calling thread. One more, beside, is for
+// copies within the device that are part of transfers and need no link.
 //
 // All transports of a runtime share one, so that transfers of any kind run one
 // after another in the order they were started.
@@ -81,17 +82,20 @@ class StreamPair {
   explicit StreamPair(c10::Device device)
       : device_(device),
         guard_(device.type()),
-        comm_(guard_.getStreamFromGlobalPool(device, /*isHighPriority=*/true)) {}
+        comm_(guard_.getStreamFromGlobalPool(device, /*isHighPriority=*/true)),
+        beside_(guard_.getStreamFromGlobalPool(device, /*isHighPriority=*/true)) {}
 
   c10::Device device() const { return device_; }
   c10::Stream compute() const { return guard_.getStream(device_); }
   const c10::Stream& comm() const { return comm_; }
+  const c10::Stream& beside() const { return beside_; }
 
   Mark mark(const c10::Stream& stream) const {
     return events_->record(stream, stream == comm_ ? ++marks_ : 0);
   }
   // What compute was given so far comes before the transfers' next work.
   void comm_follows_compute() const { mark(compute())->block(comm_); }
+  void beside_follows_comm() const { mark(comm_)->block(beside_); }
   // What the transfers' stream did until the mark comes before compute's next work.
   // Nothing where compute waits for a later mark already.
   void compute_follows(const Mark& mark) const {
@@ -106,6 +110,7 @@ class StreamPair {
   c10::Device device_;
   c10::impl::VirtualGuardImpl guard_;
   c10::Stream comm_;
+  c10::Stream beside_;
   std::shared_ptr<EventPool> events_ = std::make_shared<EventPool>();
   mutable uint64_t marks_ = 0;                 // made on comm
   mutable uint64_t met_ = 0;                   // the last of them that compute waits for

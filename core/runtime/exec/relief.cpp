@@ -8,14 +8,14 @@
 #include <unordered_set>
 #include <utility>
 
+#include "runtime/memory/device_memory.h"
+
 namespace deepcompile {
 namespace {
 
 constexpr int64_t kFirstWish = int64_t{256} << 20;  // bytes; doubled with every attempt
 // Room below this part of the device is short. A region's scratch is less.
 constexpr int64_t kScarcePart = 8;
-
-constexpr auto kAll = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
 
 }  // namespace
 
@@ -25,11 +25,11 @@ Relief::Relief(ParamStore& store, StateMover& states, ValueMover& values, CallTa
 
 void Relief::look(int64_t kept) {
   if (device_.is_cpu()) return;
-  auto* const allocator = c10::getDeviceAllocator(device_.type());
-  const auto [free, total] = allocator->getMemoryInfo(device_.index());
-  const auto stats = allocator->getDeviceStats(device_.index());
-  allocated_ = stats.allocated_bytes[kAll].current;
-  room_ = static_cast<int64_t>(free) + stats.reserved_bytes[kAll].current - allocated_ - kept;
+  const auto [free, total] =
+      c10::getDeviceAllocator(device_.type())->getMemoryInfo(device_.index());
+  const DeviceMemory now = device_memory(device_);
+  allocated_ = now.allocated.current;
+  room_ = static_cast<int64_t>(free) + now.reserved.current - allocated_ - kept;
   scarce_ = static_cast<int64_t>(total) / kScarcePart;
 }
 
@@ -40,8 +40,7 @@ bool Relief::armed() const {
 bool Relief::is_short_of(int64_t more) const {
   if (limit_ > 0) return held_bytes({}) + more > limit_;
   if (device_.is_cpu()) return false;
-  const auto stats = c10::getDeviceAllocator(device_.type())->getDeviceStats(device_.index());
-  return room_ - (stats.allocated_bytes[kAll].current - allocated_) - more < scarce_;
+  return room_ - (device_memory(device_).allocated.current - allocated_) - more < scarce_;
 }
 
 int64_t Relief::held_bytes(const Frame& frame) const {

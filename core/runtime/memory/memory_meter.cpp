@@ -8,20 +8,14 @@
 #include <algorithm>
 #include <atomic>
 
+#include "runtime/memory/device_memory.h"
+
 namespace deepcompile {
 namespace {
 
 using torch::profiler::impl::ActiveProfilerType;
 using torch::profiler::impl::ProfilerConfig;
 using torch::profiler::impl::ProfilerState;
-
-constexpr auto kAllPools = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
-
-c10::CachingAllocator::Stat allocated(c10::Device device) {
-  return c10::getDeviceAllocator(device.type())
-      ->getDeviceStats(device.index())
-      .allocated_bytes[kAllPools];
-}
 
 const void* storage_of(const RuntimeValue& value) {
   if (!value.isTensor() || !value.toTensor().defined()) return nullptr;
@@ -81,12 +75,12 @@ void MemoryMeter::begin_run(const std::vector<RuntimeValue>& inputs) {
     counter_->run_peak_ = before_;
   } else if (!device_.is_cpu()) {
     fold_peak();
-    before_ = allocated(device_).current;
+    before_ = device_memory(device_).allocated.current;
   }
 }
 
 void MemoryMeter::fold_peak() {
-  const int64_t peak = allocated(device_).peak;
+  const int64_t peak = device_memory(device_).allocated.peak;
   peak_ = std::max(peak_, peak);
   step_peak_ = std::max(step_peak_, peak);
   c10::getDeviceAllocator(device_.type())->resetPeakStats(device_.index());
@@ -104,7 +98,8 @@ int64_t MemoryMeter::end_step() {
 
 int64_t MemoryMeter::end_run(const std::vector<RuntimeValue>& outputs) {
   if (device_.is_cpu() && !counting_) return -1;
-  int64_t bytes = (counting_ ? counter_->run_peak_.load() : allocated(device_).peak) - before_;
+  int64_t bytes =
+      (counting_ ? counter_->run_peak_.load() : device_memory(device_).allocated.peak) - before_;
   for (const RuntimeValue& value : outputs) {
     const void* storage = storage_of(value);
     if (storage == nullptr || !inputs_.insert(storage).second) continue;
@@ -133,7 +128,7 @@ void MemoryMeter::reset_peak() {
 int64_t MemoryMeter::peak_bytes() const {
   if (counting_) return counter_->peak_;
   if (device_.is_cpu()) return 0;
-  return std::max(peak_, allocated(device_).peak);
+  return std::max(peak_, device_memory(device_).allocated.peak);
 }
 
 }  // namespace deepcompile

@@ -117,6 +117,7 @@ class ParamState {
   int64_t shard_numel() const { return shard_numel_; }
   int64_t padded_numel() const { return world * shard_numel_; }
   c10::ScalarType dtype() const { return dtype_; }
+  c10::ScalarType master_dtype() const;  // of all optimizer states
   c10::TensorOptions options() const;
   Range shard_range() const { return {rank * shard_numel_, (rank + 1) * shard_numel_}; }
   Range owned_range() const;
@@ -179,7 +180,6 @@ class ParamState {
  private:
   void check(const ParamSpec& spec) const;
   void copy_values(const ParamSpec& spec, const at::Tensor& to, Range range) const;
-  c10::ScalarType master_dtype() const;
 
   c10::ScalarType dtype_;
   c10::Device device_;

@@ -113,7 +113,7 @@ void StateMover::make_on_host(ParamState& param) {
     evict(param);
   }
   States& states = states_[&param];
-  states.dtype = param.dtype() == c10::kDouble ? c10::kDouble : c10::kFloat;
+  states.dtype = param.master_dtype();
   for (size_t i = 1; i < states.host.size(); ++i) {
     if (states.numel[i] > 0) continue;
     states.numel[i] = numel;
@@ -153,7 +153,7 @@ int64_t StateMover::device_bytes(ParamState& param) const {
 }
 
 int64_t StateMover::missing_bytes(ParamState& param) const {
-  const auto item = static_cast<int64_t>(param.dtype() == c10::kDouble ? 8 : 4);
+  const auto item = static_cast<int64_t>(c10::elementSize(param.master_dtype()));
   const int64_t moment = param.owned_range().size() * item;
   const States* states = find(param);
   const bool away = states != nullptr && states->at == At::kHost;
