@@ -23,6 +23,8 @@ constexpr const char* kCopyEngine = "copy_engine";
 // and with more bytes from or to each peer, who needs the first would wait for the last.
 constexpr size_t kMostHeld = 16;
 constexpr int64_t kMostHeldBytes = 128 << 20;
+// From each peer, of copies that run together.
+constexpr int64_t kLeastStepBytes = 8 << 20;
 
 DeviceAddress address_of(const at::Tensor& tensor) {
   return reinterpret_cast<DeviceAddress>(tensor.const_data_ptr());
@@ -131,7 +133,8 @@ class CopyEngineTransport final : public Transport {
   void give_transfers();
   void pull(const Gathers& gathers);
   static DeviceCopy copy_of(const Gather& gather, int64_t owner);
-  void copy_from_peers(const Gather& gather) const;
+  Gathers group_from(const Gathers& gathers, size_t first) const;
+  void copy_from_peers(const Gathers& group) const;
   Mark copy_own(const Gathers& gathers) const;
   void await_readers(PeerShard* shard);
   void await_readers(const std::vector<PeerShard*>& shards);
@@ -258,15 +261,21 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
   signals_.watched({"the gather of", true}, awaits, comm, [&] {
     Mark own = copy_own(gathers);
     driver.run(std::move(before), PeerSignals::handle(comm));
-    for (const auto& gather : gathers) {
-      if (gather->span && gather != gathers.front()) gather->span->start(comm);
-      copy_from_peers(*gather);
+    for (size_t i = 0; i < gathers.size();) {
+      const Gathers group = group_from(gathers, i);
+      i += group.size();
+      const std::shared_ptr<Span>& span = group.front()->span;
+      if (span && group.front() != gathers.front()) span->start(comm);
+      copy_from_peers(group);
       // Order: this rank's shards (beside) -> full buffers, and "I have read yours" (comm).
       if (const Mark copied = std::exchange(own, nullptr)) copied->block(*comm);
-      if (gather->span) gather->span->stop(comm);
+      if (span) span->stop(comm);
       if (!streams_) continue;
-      gather->on_stream = std::make_unique<StreamTransfer>(
-          streams_, std::vector<at::Tensor>{gather->full, gather->piece}, streams_->mark(*comm));
+      const Mark done = streams_->mark(*comm);
+      for (const auto& gather : group) {
+        gather->on_stream = std::make_unique<StreamTransfer>(
+            streams_, std::vector<at::Tensor>{gather->full, gather->piece}, done);
+      }
     }
     driver.run(std::move(after), PeerSignals::handle(comm));
   });
@@ -282,9 +291,25 @@ DeviceCopy CopyEngineTransport::copy_of(const Gather& gather, int64_t owner) {
           gather.shard->source(owner), bytes};
 }
 
-void CopyEngineTransport::copy_from_peers(const Gather& gather) const {
+// The gathers whose copies are one step of the stream: those that can run together and are small,
+// as each step costs the host and a pause. Where they are timed, each by itself.
+CopyEngineTransport::Gathers CopyEngineTransport::group_from(const Gathers& gathers,
+                                                             size_t first) const {
+  Gathers group;
+  int64_t bytes = 0;
+  for (size_t i = first; i < gathers.size(); ++i) {
+    if (!group.empty() && (!together_ || gathers[i]->span || bytes >= kLeastStepBytes)) break;
+    bytes += static_cast<int64_t>(gathers[i]->piece.nbytes());
+    group.push_back(gathers[i]);
+  }
+  return group;
+}
+
+void CopyEngineTransport::copy_from_peers(const Gathers& group) const {
   std::vector<DeviceCopy> copies;
-  for (int64_t d = 1; d < world_; ++d) copies.push_back(copy_of(gather, (rank_ + d) % world_));
+  for (int64_t d = 1; d < world_; ++d) {
+    for (const auto& gather : group) copies.push_back(copy_of(*gather, (rank_ + d) % world_));
+  }
   signals_.driver()->copy(copies, PeerSignals::handle(signals_.comm()), together_);
 }
 

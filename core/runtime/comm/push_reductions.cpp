@@ -158,20 +158,22 @@ void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) 
   uint64_t after = 0;
   for (const uint64_t number : numbers) after = std::max(after, under_way_.at(number).after);
   await_room(after);
+  std::vector<DeviceCopy> copies;
   for (const uint64_t number : numbers) {
     UnderWay& reduction = under_way_.at(number);
     const int64_t bytes = reduction.bytes;
     const auto from = reinterpret_cast<DeviceAddress>(reduction.full.const_data_ptr());
     if (reduction.span) reduction.span->start(comm);
-    std::vector<DeviceCopy> copies;
     for (int64_t d = 1; d < world_; ++d) {
       const int64_t owner = (rank_ + d) % world_;
       copies.push_back(
           {slot(owner, rank_, reduction), from + static_cast<DeviceAddress>(owner * bytes), bytes});
     }
-    signals_.driver()->copy(copies, stream, together_);
     reduction.given = given++;
+    if (together_ && !reduction.span) continue;  // all end together, with the word below
+    signals_.driver()->copy(std::exchange(copies, {}), stream, together_);
   }
+  signals_.driver()->copy(copies, stream, together_);
   std::vector<MemoryOp> ops;
   signals_.tell(&ops, *inbox_, static_cast<uint32_t>(numbers.back()));
   signals_.driver()->run(std::move(ops), stream);
