@@ -32,9 +32,11 @@ CopyEngineOptions copy_engine_options(const std::string& gather, const std::stri
       options.least_bytes = value.cast<int64_t>();
     } else if (name == "copies") {
       options.copies = value.cast<std::string>();
+    } else if (name == "signals") {
+      options.signals = value.cast<std::string>();
     } else {
       throw UserError("[runtime] copy_engine_options has no \"" + name +
-                      "\". Use library, host, least_bytes or copies.");
+                      "\". Use library, host, least_bytes, copies or signals.");
     }
   }
   return options;

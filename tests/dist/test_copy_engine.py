@@ -35,9 +35,9 @@ def test_the_drivers_declarations_are_those_of_cuda_h():
     subprocess.run([*command, str(FAKE / "declarations.cpp")], check=True)
 
 
-def pulling(rank: int, world: int, library: str, stage: int = 3, copies="auto", **options) -> Toy:
+def pulling(rank: int, world: int, library: str, stage: int = 3, engine=(), **options) -> Toy:
     """A toy whose gathers are pulls, the smallest shards' too."""
-    more = {"library": library, "least_bytes": 1, "copies": copies}
+    more = {"library": library, "least_bytes": 1, **dict(engine)}
     return Toy(
         rank, world, stage, group=dist.group.WORLD, gather="copy_engine", copy_engine_options=more,
         **options,
@@ -92,7 +92,7 @@ JOBS = [
         ("", "deferred, updated in the forward", "states"),
     ),
     (dict(stage=1, accumulation=2, boundary=True), ("", "deferred")),
-    (dict(copies="together"), ("remade",)),
+    (dict(engine={"copies": "together", "signals": "copies"}), ("remade",)),
 ]
 
 
@@ -102,7 +102,7 @@ def compare(rank, world, library, jobs):
     fake.set(pull_ms=int(rank == 1))  # it drifts behind
     wrong = []
     for job, plans in jobs:
-        plain = {key: value for key, value in job.items() if key != "copies"}
+        plain = {key: value for key, value in job.items() if key != "engine"}
         for plan in plans:
             one = grouped(rank, world, plan=plan, **plain)
             two = pulling(rank, world, library, plan=plan, **job)
@@ -111,15 +111,16 @@ def compare(rank, world, library, jobs):
             if not all(torch.equal(a, b) for a, b in pairs):
                 wrong.append((job, plan))
             assert two.runtime.gathers["transport"] == "copy_engine"
-    return wrong, fake.count("pulls"), fake.count("together"), two.runtime.outside_bytes()
+    counts = [fake.count(what) for what in ("pulls", "together", "copied_words")]
+    return wrong, counts, two.runtime.outside_bytes()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_same_bits_as_over_the_process_group(world, driver):
     few = [*JOBS[:2], JOBS[-1]]
     jobs = JOBS if world == 2 else [(job, plans[-1:]) for job, plans in few]
-    for wrong, pulls, together, bytes_outside in run_ranks(compare, world, driver, jobs):
-        assert wrong == [] and pulls > 50 * (world - 1) and together > 0
+    for wrong, (pulls, *others), bytes_outside in run_ranks(compare, world, driver, jobs):
+        assert wrong == [] and pulls > 50 * (world - 1) and min(others) > 0
         assert bytes_outside == 64 << 20  # one block for small shards
 
 
@@ -224,6 +225,10 @@ def chosen(rank, world, library):
         fake.set(**{hook: one})
         said[hook] = ask("auto", library=library)
         fake.set(**{hook: 0})
+    for hook, value in (("no_remote_writes", one), ("newer", 10)):
+        fake.set(**{hook: value})
+        said[hook] = ask("auto", library=library)
+        fake.set(**{hook: 0})
     said["threads"] = fake.count("threads"), fake.count("bare_threads")
     return said
 
@@ -274,6 +279,8 @@ def test_it_is_taken_where_it_works_and_refused_by_name(ends):
         assert "Use nccl, copy_engine or auto" in said["nonsense"]
         assert said["in turn"][1].endswith("; copies run in turn, as asked")
         assert "Use in_turn, together or auto" in said["at random"]
+        for hook in ("no_remote_writes", "newer"):
+            assert said[hook][0] == "copy_engine" and said[hook][1].endswith("signals are copied")
         assert "rank 1: GPU fake:01.0 cannot access" in said["no_access"][1]
         assert "rank 1: it has no memory for a block" in said["no_memory"][1]
         assert "rank 1: cuIpcGetMemHandle: CUDA_ERROR_INVALID_VALUE" in said["no_handle"][1]

@@ -23,9 +23,9 @@ from deepcompile import _runtime
 from deepcompile.errors import UserError
 
 
-def pushing(rank, world, library, stage=3, copies="auto", gather="nccl", least_bytes=1, **options):
+def pushing(rank, world, library, stage=3, engine=(), gather="nccl", least_bytes=1, **options):
     """A toy whose reductions are pushes, the smallest too."""
-    more = {"library": library, "least_bytes": least_bytes, "copies": copies}
+    more = {"library": library, "least_bytes": least_bytes, **dict(engine)}
     return Toy(
         rank, world, stage, group=dist.group.WORLD, gather=gather, reduce_over="copy_engine",
         copy_engine_options=more, **options,
@@ -41,7 +41,7 @@ def compare(rank, world, library):
     fake.set(push_ms=int(rank == 1))  # it drifts behind
     wrong = []
     for number, (job, plans) in enumerate(JOBS):
-        plain = {key: value for key, value in job.items() if key != "copies"}
+        plain = {key: value for key, value in job.items() if key != "engine"}
         gather = "copy_engine" if number % 2 else "nccl"
         for plan in plans:
             one = Toy(rank, world, group=dist.group.WORLD, plan=plan, **plain)

@@ -59,6 +59,8 @@ CHECK(cuIpcOpenMemHandle, ipc_open);
 CHECK(cuIpcCloseMemHandle, ipc_close);
 CHECK(cuMemcpyDtoDAsync, copy);
 CHECK(cuMemcpyDtoHAsync, copy_to_host);
+CHECK(cuMemcpyHtoDAsync, copy_to_device);
+CHECK(cuDriverGetVersion, version);
 #if CUDA_VERSION >= 13000
 CHECK(cuMemcpyBatchAsync, batch_copy);
 static_assert(sizeof(CUmemcpyAttributes) == sizeof(ours::CopyAttributes));

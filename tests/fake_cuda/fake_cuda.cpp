@@ -80,7 +80,20 @@ bool of_a_peer(Address address) {
   return address < found->first + found->second;
 }
 
+int copy_word(Address to, const void* from) {
+  count("copied_words");
+  if (hook("deaf") != 0 && of_a_peer(to)) return kSuccess;
+  uint32_t value = 0;
+  std::memcpy(&value, from, sizeof(value));
+  __atomic_store_n(reinterpret_cast<uint32_t*>(to), value, __ATOMIC_RELEASE);
+  return kSuccess;
+}
+
 void copy(Address to, Address from, size_t bytes) {
+  if (bytes == sizeof(uint32_t)) {
+    copy_word(to, reinterpret_cast<const void*>(from));
+    return;
+  }
   if (of_a_peer(from)) {
     count("pulls");
     std::this_thread::sleep_for(std::chrono::milliseconds(hook("pull_ms")));
@@ -117,15 +130,16 @@ extern "C" {
 // Hooks: pull_ms and push_ms (each copy from or to a peer's memory takes so long), ignore_waits,
 // ignore_odd_waits and ignore_even_waits (all waits, or those for such values, are over at once),
 // no_memory (to allocate), no_handle (of own memory), no_access (between devices), no_mapping (of a
-// peer's memory), deaf (peers' words are not written).
+// peer's memory), deaf (peers' words are not written), no_remote_writes (of words, by streams),
+// newer (this much than CUDA 13.0).
 void fake_cuda_set(const char* what, int value) {
   const std::lock_guard<std::mutex> lock(mutex);
   hooks[what] = value;
 }
 
-// Counts: pulls, pushes, allocations and mappings (those there are), writes, batches (of writes and
-// waits), together (batches of copies), threads (that leave captures alone), bare_threads (those of
-// them without a context).
+// Counts: pulls, pushes, allocations and mappings (those there are), writes, copied_words, batches
+// (of writes and waits), together (batches of copies), threads (that leave captures alone),
+// bare_threads (those of them without a context).
 int fake_cuda_count(const char* what) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (std::strcmp(what, "allocations") == 0) return static_cast<int>(own.size());
@@ -134,6 +148,11 @@ int fake_cuda_count(const char* what) {
 }
 
 int cuInit(unsigned) {
+  return kSuccess;
+}
+
+int cuDriverGetVersion(int* version) {
+  *version = 13000 + hook("newer");
   return kSuccess;
 }
 
@@ -260,6 +279,12 @@ int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void*) {
   return kSuccess;
 }
 
+int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void*) {
+  if (bytes == sizeof(uint32_t)) return copy_word(to, from);
+  std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+  return kSuccess;
+}
+
 int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void*) {
   std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
   return kSuccess;
@@ -289,6 +314,7 @@ int cuStreamBatchMemOp_v2(void*, unsigned ops, BatchOp* op, unsigned flags) {
       if (const int result = wait(op[i]); result != kSuccess) return result;
     } else if (op[i].operation == 2) {
       count("writes");
+      if (hook("no_remote_writes") != 0 && of_a_peer(op[i].address)) return kInvalidValue;
       if (hook("deaf") != 0 && of_a_peer(op[i].address)) continue;
       __atomic_store_n(reinterpret_cast<uint32_t*>(op[i].address),
                        static_cast<uint32_t>(op[i].value), __ATOMIC_RELEASE);

@@ -74,14 +74,20 @@ def test_plans_give_the_same_bits_as_over_nccl(world, way):
     assert run_ranks(toy_plans, world, way, backend="nccl", timeout=240) == [[]] * world
 
 
+HOW = [
+    {"copies": "in_turn"},
+    {"copies": "together"},
+    {"copies": "in_turn", "signals": "copies"},
+    {"copies": "together", "signals": "copies"},
+]
 NUMEL, ROUNDS = (1 << 24) + 12345, 40
 
 
-def racing(rank, world, copies):
+def racing(rank, world, how):
     """Every rank writes its shards and gathers them, round after round, while others still read:
     nothing but the transport orders them, and ranks drift by matmuls of their own."""
     device = torch.device("cuda", rank)
-    options = SMALL | {"copies": copies}
+    options = SMALL | how
     runtime = _runtime.Runtime(
         dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 60.0, "copy_engine", "nccl", options
     )
@@ -106,10 +112,10 @@ def racing(rank, world, copies):
     return wrong.item()
 
 
-@pytest.mark.parametrize("copies", ["in_turn", "together"])
+@pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(how.values()))
 @pytest.mark.parametrize("world", WORLDS)
-def test_writers_and_readers_keep_apart(world, copies):
-    assert run_ranks(racing, world, copies, backend="nccl", timeout=120) == [0] * world
+def test_writers_and_readers_keep_apart(world, how):
+    assert run_ranks(racing, world, how, backend="nccl", timeout=120) == [0] * world
 
 
 def ways(rank, world):
@@ -136,11 +142,11 @@ def test_how_copies_run_is_tried_and_agreed(world):
 SIZES = [(1 << 24) + 12345, 1 << 24, 3_000_001, 777]
 
 
-def racing_sums(rank, world, copies):
+def racing_sums(rank, world, how):
     """Reductions of several sizes, two and more under way, while ranks drift: each element has a
     sum that bf16 holds exactly."""
     device = torch.device("cuda", rank)
-    options = SMALL | {"copies": copies}
+    options = SMALL | how
     runtime = _runtime.Runtime(
         dist.group.WORLD, rank, world, device, "bf16", 0.0, 1, 60.0, "nccl", "copy_engine", options
     )
@@ -177,10 +183,10 @@ def racing_sums(rank, world, copies):
     return wrong.item(), runtime.outside_bytes() > 0
 
 
-@pytest.mark.parametrize("copies", ["in_turn", "together"])
+@pytest.mark.parametrize("how", HOW, ids=lambda how: "-".join(how.values()))
 @pytest.mark.parametrize("world", WORLDS)
-def test_sums_are_of_what_was_pushed(world, copies):
-    found = run_ranks(racing_sums, world, copies, backend="nccl", timeout=120)
+def test_sums_are_of_what_was_pushed(world, how):
+    found = run_ranks(racing_sums, world, how, backend="nccl", timeout=120)
     assert found == [(0, True)] * world
 
 

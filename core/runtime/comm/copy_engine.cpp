@@ -245,9 +245,8 @@ void CopyEngineTransport::give_transfers() {
 }
 
 void CopyEngineTransport::pull(const Gathers& gathers) {
-  const Driver& driver = *signals_.driver();
   const std::optional<c10::Stream> comm = signals_.comm();
-  std::vector<MemoryOp> before, after;
+  PeerSignals::Steps before, after;
   std::vector<PeerSignals::Await> awaits;
   for (const auto& gather : gathers) signals_.tell(&before, *gather->shard, gather->ready);
   for (const auto& gather : gathers) {
@@ -260,7 +259,7 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
   if (gathers.front()->span) gathers.front()->span->start(comm);
   signals_.watched({"the gather of", true}, awaits, comm, [&] {
     Mark own = copy_own(gathers);
-    driver.run(std::move(before), PeerSignals::handle(comm));
+    signals_.run(std::move(before), comm);
     for (size_t i = 0; i < gathers.size();) {
       const Gathers group = group_from(gathers, i);
       i += group.size();
@@ -277,7 +276,7 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
             streams_, std::vector<at::Tensor>{gather->full, gather->piece}, done);
       }
     }
-    driver.run(std::move(after), PeerSignals::handle(comm));
+    signals_.run(std::move(after), comm);
   });
   for (const auto& gather : gathers) {
     gather->full.reset();
@@ -386,6 +385,10 @@ TransportChoice choose_transport(const CopyEngineOptions& options, std::unique_p
   if (options.copies != "auto" && options.copies != "in_turn" && options.copies != "together") {
     throw UserError("[runtime] copies of gathers and reductions are \"" + options.copies +
                     "\". Use in_turn, together or auto.");
+  }
+  if (options.signals != "auto" && options.signals != "writes" && options.signals != "copies") {
+    throw UserError("[runtime] signals between ranks are \"" + options.signals +
+                    "\". Use writes, copies or auto.");
   }
   const bool pulls = options.gather != "nccl", pushes = options.reduce != "nccl";
   const auto over_base = [&](const std::string& why_not) {

@@ -72,6 +72,8 @@ struct CopyEngineOptions {
   int64_t least_bytes = kLeastPeerBytes;
   // Copies from or to several peers: "in_turn", "together" or "auto", which tries them.
   std::string copies = "auto";
+  // How words get to peers: "writes", "copies" or "auto", which tries writes first.
+  std::string signals = "auto";
   std::string host;  // what this host is called; empty: by what it calls itself
 };
 

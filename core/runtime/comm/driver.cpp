@@ -38,6 +38,7 @@ Driver::Functions::Functions(const std::string& library) {
     *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(symbol);
   };
   find("cuInit", &init);
+  find("cuDriverGetVersion", &version);
   find("cuGetErrorName", &error_name);
   find("cuDeviceGet", &device_get);
   find("cuDeviceGetPCIBusId", &device_bus_id);
@@ -55,6 +56,7 @@ Driver::Functions::Functions(const std::string& library) {
   find("cuIpcCloseMemHandle", &ipc_close);
   find("cuMemcpyDtoDAsync_v2", &copy);
   find("cuMemcpyDtoHAsync_v2", &copy_to_host);
+  find("cuMemcpyHtoDAsync_v2", &copy_to_device);
   find("cuMemcpyBatchAsync_v2", &batch_copy, /*needed=*/false);
   find("cuStreamBatchMemOp_v2", &batch_ops);
   find("cuStreamCreate", &stream_create);
@@ -133,6 +135,12 @@ std::string Driver::why_no_access(const std::string& peer_bus_id) const {
   int can = 0;
   check(functions_->can_access(&can, device_, peer), "cuDeviceCanAccessPeer");
   return can != 0 ? "" : "GPU " + bus_id() + " cannot access the memory of GPU " + peer_bus_id;
+}
+
+int Driver::version() const {
+  int version = 0;
+  check(functions_->version(&version), "cuDriverGetVersion");
+  return version;
 }
 
 bool Driver::copies_together() const {
@@ -246,8 +254,11 @@ std::vector<uint32_t> Driver::read(DeviceAddress address, int64_t words) const {
 
 void Driver::write(DeviceAddress address, uint32_t value) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  run({{MemoryOp::Kind::kWrite, address, value}}, side_);
+  if (!copies_words_) run({{MemoryOp::Kind::kWrite, address, value}}, side_);
   const Current current(*this);
+  if (copies_words_) {
+    check(functions_->copy_to_device(address, &value, sizeof(value), side_), "cuMemcpyHtoDAsync");
+  }
   finish_side();
 }
 

@@ -23,7 +23,8 @@ namespace deepcompile {
 using DeviceAddress = cuda_driver::Address;
 using IpcHandle = cuda_driver::IpcHandle;
 
-// One step of a stream that writes, or waits for, a 32-bit word of device memory.
+// One step of a stream that writes, or waits for, a 32-bit word of this device's memory, or
+// writes one of a peer's.
 struct MemoryOp {
   enum class Kind { kWrite, kWaitAtLeast };  // at least: as differences of 32 bits go round
   Kind kind = Kind::kWrite;
@@ -48,11 +49,16 @@ class Driver {
   Driver(const Driver&) = delete;
   Driver& operator=(const Driver&) = delete;
 
+  int version() const;  // of CUDA: 13010 is 13.1
   // The device's PCI address: the same in every process of the host.
   std::string bus_id() const;
   // Why this device cannot read the memory of that one; empty if it can.
   std::string why_no_access(const std::string& peer_bus_id) const;
   bool copies_together() const;  // since CUDA 13
+  // Whether a stream's write of a word cannot reach a peer's memory, so that it is copied there.
+  // Found out by who connects the peers.
+  bool copies_words() const { return copies_words_; }
+  void set_copies_words(bool copies) { copies_words_ = copies; }
 
   DeviceAddress allocate(int64_t bytes) const;
   void free(DeviceAddress address) const;
@@ -83,9 +89,10 @@ class Driver {
   void finish_side() const;
 
   std::unique_ptr<Functions> functions_;
-  int device_ = 0;            // CUdevice
-  void* context_ = nullptr;   // CUcontext, retained
-  Stream side_ = nullptr;     // the driver's own
+  int device_ = 0;           // CUdevice
+  void* context_ = nullptr;  // CUcontext, retained
+  Stream side_ = nullptr;    // the driver's own
+  bool copies_words_ = false;
   mutable std::mutex mutex_;  // of `side_`
 };
 

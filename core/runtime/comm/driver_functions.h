@@ -51,6 +51,7 @@ static_assert(sizeof(CopyAttributes) == 24);
 // Names are those of libcuda's symbols, enums are int and handles void*.
 struct Functions {
   int (*init)(unsigned) = nullptr;
+  int (*version)(int*) = nullptr;
   int (*error_name)(int, const char**) = nullptr;
   int (*device_get)(int*, int) = nullptr;
   int (*device_bus_id)(char*, int, int) = nullptr;
@@ -68,6 +69,7 @@ struct Functions {
   int (*ipc_close)(Address) = nullptr;
   int (*copy)(Address, Address, size_t, Stream) = nullptr;
   int (*copy_to_host)(void*, Address, size_t, Stream) = nullptr;
+  int (*copy_to_device)(Address, const void*, size_t, Stream) = nullptr;
   int (*batch_copy)(Address*, Address*, size_t*, size_t, CopyAttributes*, size_t*, size_t,
                     Stream) = nullptr;  // may be missing
   int (*batch_ops)(Stream, unsigned, BatchOp*, unsigned) = nullptr;

@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <fstream>
@@ -16,6 +17,10 @@
 
 namespace deepcompile {
 namespace {
+
+// The first driver whose streams write no words of peers' memory, as NCCL's authors say
+// (its issue 2052).
+constexpr int kNoRemoteWrites = 13010;
 
 // What a rank says of itself before anyone touches another's memory.
 struct Introduction {
@@ -39,15 +44,15 @@ std::string this_host() {
 }
 
 // This rank's driver, or why it has none.
-std::shared_ptr<const Driver> load_driver(const CopyEngineOptions& options, c10::Device device,
-                                          int64_t rank, Introduction* me) {
+std::shared_ptr<Driver> load_driver(const CopyEngineOptions& options, c10::Device device,
+                                    int64_t rank, Introduction* me) {
   put(&me->host, options.host.empty() ? this_host() : options.host);
   try {
     if (device.is_cpu() && options.library == kCudaLibrary) {
       throw TransportError("parameters are on the CPU, which has no copy engines");
     }
     const int number = device.is_cpu() ? static_cast<int>(rank) : device.index();
-    auto driver = std::make_shared<const Driver>(options.library, number);
+    auto driver = std::make_shared<Driver>(options.library, number);
     put(&me->bus_id, driver->bus_id());
     if (options.copies == "together" && !driver->copies_together()) {
       throw TransportError("copies that run together need a driver of CUDA 13 or newer");
@@ -74,52 +79,130 @@ std::vector<Introduction> introduce(RankMessages& messages, const Introduction& 
   return all;
 }
 
-// Writes a word and reads a shard of every peer, with waits of the host only: a
-// stream that waited for what does not arrive could not be stopped.
-void try_peers(RankMessages& messages, const std::shared_ptr<const Driver>& driver, int64_t rank,
-               int64_t world, c10::Device device,
-               const std::shared_ptr<const StreamPair>& streams) {
-  constexpr int64_t kNumel = 1024;
-  const auto options = c10::TensorOptions().dtype(c10::kInt).device(device);
-  PeerMemory memory(driver, rank, world, device);
-  const Driver::Stream stream = streams ? streams->comm().native_handle() : nullptr;
-  memory.used_on(stream);
-  at::Tensor mine;
-  std::string error;
-  try {
-    mine = memory.allocate("trial", kNumel, /*in_place=*/false, options);
-  } catch (const UserError&) {
-    error = "it has no memory for a block that peers can read";
-  }
-  throw_first(messages.errors(error));
-  mine.fill_(rank + 1);
-  memory.map(messages);
-  const PeerShard& shard = *memory.find(mine.const_data_ptr());
-  const at::Tensor received = at::empty({world, kNumel}, options);
-  try {
-    if (streams) streams->comm_follows_compute();
-    for (int64_t peer = 0; peer < world; ++peer) {
-      const auto to = static_cast<DeviceAddress>(peer * shard.bytes) +
-                      reinterpret_cast<DeviceAddress>(received.const_data_ptr());
-      driver->copy({{to, shard.source(peer), shard.bytes}}, stream);
-      driver->write(shard.word(peer, rank), static_cast<uint32_t>(rank + 1));
+// A block of each rank, to try what its peers do with it. Waits are the host's only: a stream
+// that waited for what does not arrive could not be stopped.
+class Trial {
+ public:
+  Trial(RankMessages& messages, std::shared_ptr<Driver> driver, int64_t rank, int64_t world,
+        c10::Device device, const std::shared_ptr<const StreamPair>& streams)
+      : messages_(messages),
+        driver_(std::move(driver)),
+        rank_(rank),
+        world_(world),
+        options_(c10::TensorOptions().dtype(c10::kInt).device(device)),
+        streams_(streams),
+        memory_(driver_, rank, world, device) {
+    memory_.used_on(stream());
+    std::string error;
+    try {
+      mine_ = memory_.allocate("trial", kNumel, /*in_place=*/false, options_);
+    } catch (const UserError&) {
+      error = "it has no memory for a block that peers can read";
     }
-    if (streams) streams->mark(streams->comm())->block(streams->compute());
-  } catch (const TransportError& failed) {
-    error = failed.what();
+    throw_first(messages_.errors(error));
+    mine_.fill_(rank + 1);
+    memory_.map(messages_);
   }
-  throw_first(messages.errors(error));
-  const std::vector<uint32_t> words = driver->read(shard.word(rank, 0), world);
-  const at::Tensor values = received.cpu();
-  for (int64_t peer = 0; peer < world; ++peer) {
-    const at::Tensor row = values[peer];
-    const bool read = row.eq(peer + 1).all().item<bool>();
-    const bool written = words[static_cast<size_t>(peer)] == static_cast<uint32_t>(peer + 1);
-    if (read && written) continue;
-    error = std::string(read ? "a word written by" : "memory read from") + " rank " +
-            std::to_string(peer) + " did not arrive";
+
+  void read() {
+    const at::Tensor received = at::empty({world_, kNumel}, options_);
+    throw_first(together([&] {
+      if (streams_) streams_->comm_follows_compute();
+      for (int64_t peer = 0; peer < world_; ++peer) {
+        const auto to = reinterpret_cast<DeviceAddress>(received[peer].const_data_ptr());
+        driver_->copy({{to, shard().source(peer), shard().bytes}}, stream());
+      }
+      if (streams_) streams_->mark(streams_->comm())->block(streams_->compute());
+    }));
+    const at::Tensor values = received.cpu();
+    throw_first(together([&] {
+      for (int64_t peer = 0; peer < world_; ++peer) {
+        if (values[peer].eq(peer + 1).all().item<bool>()) continue;
+        throw TransportError("memory read from rank " + std::to_string(peer) + " did not arrive");
+      }
+    }));
   }
-  throw_first(messages.errors(error));
+
+  // Words as the driver is set to send them, by the host and by a stream; errors of all ranks.
+  std::vector<std::string> send_words() {
+    const auto from_host = static_cast<uint32_t>(1 + driver_->copies_words());
+    std::vector<std::string> errors = together([&] { write_all(from_host); });
+    errors = first_of(std::move(errors), together([&] { expect(from_host); }));
+    if (!driver_->copies_words()) return errors;
+    const uint32_t from_stream = from_host + 1;
+    errors = first_of(std::move(errors), together([&] {
+                        driver_->write(word(rank_), from_stream);
+                        for (int64_t peer = 0; peer < world_; ++peer) {
+                          if (peer == rank_) continue;
+                          driver_->copy({{word(peer), word(rank_), sizeof(from_stream)}}, stream());
+                        }
+                      }));
+    return first_of(std::move(errors), together([&] { expect(from_stream); }));
+  }
+
+ private:
+  static constexpr int64_t kNumel = 1024;
+
+  Driver::Stream stream() const { return streams_ ? streams_->comm().native_handle() : nullptr; }
+  const PeerShard& shard() { return *memory_.find(mine_.const_data_ptr()); }
+  DeviceAddress word(int64_t on) { return shard().word(on, rank_); }
+
+  // Runs `action` on every rank; what went wrong on each. What it gave the transfers' stream
+  // is over on all ranks then, as messages take the same way.
+  template <typename Action>
+  std::vector<std::string> together(Action&& action) {
+    std::string error;
+    try {
+      action();
+    } catch (const TransportError& failed) {
+      error = failed.what();
+    }
+    return messages_.errors(error);
+  }
+  static std::vector<std::string> first_of(std::vector<std::string> errors,
+                                           const std::vector<std::string>& later) {
+    for (size_t i = 0; i < errors.size(); ++i) {
+      if (errors[i].empty()) errors[i] = later[i];
+    }
+    return errors;
+  }
+
+  void write_all(uint32_t value) {
+    for (int64_t peer = 0; peer < world_; ++peer) driver_->write(word(peer), value);
+  }
+  void expect(uint32_t value) {
+    const std::vector<uint32_t> words = driver_->read(shard().word(rank_, 0), world_);
+    for (int64_t peer = 0; peer < world_; ++peer) {
+      if (words[static_cast<size_t>(peer)] == value) continue;
+      throw TransportError("a word written by rank " + std::to_string(peer) + " did not arrive");
+    }
+  }
+
+  RankMessages& messages_;
+  const std::shared_ptr<Driver> driver_;
+  const int64_t rank_;
+  const int64_t world_;
+  const c10::TensorOptions options_;
+  const std::shared_ptr<const StreamPair> streams_;
+  PeerMemory memory_;
+  at::Tensor mine_;
+};
+
+// Reads a shard of every peer and sends each a word, by writes or else by copies.
+void try_peers(const CopyEngineOptions& options, RankMessages& messages,
+               const std::shared_ptr<Driver>& driver, int64_t rank, int64_t world,
+               c10::Device device, const std::shared_ptr<const StreamPair>& streams) {
+  Trial trial(messages, driver, rank, world, device, streams);
+  trial.read();
+  const bool known = options.signals == "auto" && driver->version() >= kNoRemoteWrites;
+  driver->set_copies_words(options.signals == "copies" || known);
+  std::vector<std::string> errors = trial.send_words();
+  const auto failed = [](const std::string& error) { return !error.empty(); };
+  if (options.signals == "auto" && !known && std::any_of(errors.begin(), errors.end(), failed)) {
+    driver->set_copies_words(true);
+    errors = trial.send_words();
+  }
+  throw_first(errors);
 }
 
 }  // namespace
@@ -141,15 +224,17 @@ PeerConnection connect_peers(const CopyEngineOptions& options, Transport& base, 
     }
   }
   throw_first(messages.errors(error));
-  try_peers(messages, driver, rank, world, device, streams);
+  try_peers(options, messages, driver, rank, world, device, streams);
+  CopyTrial trial{false, "copies run in turn"};
   if (options.copies != "auto") {
-    const bool together = options.copies == "together";
-    return {driver, together,
-            std::string("copies run ") + (together ? "together" : "in turn") + ", as asked"};
+    trial.together = options.copies == "together";
+    trial.why =
+        std::string("copies run ") + (trial.together ? "together" : "in turn") + ", as asked";
+  } else if (streams && world > 2) {
+    trial = try_copies(messages, base, driver, rank, world, *streams);
   }
-  if (!streams || world == 2) return {driver, false, "copies run in turn"};
-  const CopyTrial trial = try_copies(messages, base, driver, rank, world, *streams);
-  return {driver, trial.together, trial.why};
+  return {driver, trial.together,
+          trial.why + (driver->copies_words() ? "; signals are copied" : "")};
 }
 
 }  // namespace deepcompile

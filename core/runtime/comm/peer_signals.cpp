@@ -24,18 +24,34 @@ Driver::Stream PeerSignals::handle(const std::optional<c10::Stream>& stream) {
   return stream ? stream->native_handle() : nullptr;
 }
 
-void PeerSignals::tell(std::vector<MemoryOp>* ops, const PeerShard& shard, uint32_t value) const {
+void PeerSignals::tell(Steps* steps, const PeerShard& shard, uint32_t value) const {
+  const DeviceAddress mine = shard.word(rank_, rank_);
   for (int64_t d = 1; d <= world_; ++d) {
-    const int64_t rank = (rank_ + d) % world_;
-    ops->push_back({MemoryOp::Kind::kWrite, shard.word(rank, rank_), value});
+    const DeviceAddress word = shard.word((rank_ + d) % world_, rank_);
+    if (driver_->copies_words() && word != mine) {
+      steps->copies.push_back({word, mine, sizeof(value)});
+    } else {
+      steps->writes.push_back({MemoryOp::Kind::kWrite, word, value});
+    }
   }
 }
 
-void PeerSignals::await(std::vector<MemoryOp>* ops, const PeerShard& shard, uint32_t value) const {
+void PeerSignals::await(Steps* steps, const PeerShard& shard, uint32_t value) const {
   for (int64_t d = 1; d <= world_; ++d) {
     const int64_t rank = (rank_ + d) % world_;
-    ops->push_back({MemoryOp::Kind::kWaitAtLeast, shard.word(rank_, rank), value});
+    steps->waits.push_back({MemoryOp::Kind::kWaitAtLeast, shard.word(rank_, rank), value});
   }
+}
+
+void PeerSignals::run(Steps steps, const std::optional<c10::Stream>& stream) const {
+  const Driver::Stream on = handle(stream);
+  std::vector<MemoryOp> ops = std::move(steps.writes);
+  if (!steps.copies.empty()) {
+    driver_->run(std::exchange(ops, {}), on);
+    driver_->copy(steps.copies, on, driver_->copies_together());
+  }
+  ops.insert(ops.end(), steps.waits.begin(), steps.waits.end());
+  driver_->run(std::move(ops), on);
 }
 
 WatchedWait PeerSignals::wait_for(const What& what, const std::vector<Await>& awaits) const {
@@ -56,9 +72,9 @@ WatchedWait PeerSignals::wait_for(const What& what, const std::vector<Await>& aw
 void PeerSignals::watched_wait(const What& what, const std::vector<Await>& awaits,
                                const std::optional<c10::Stream>& stream) {
   watched(what, awaits, stream, [&] {
-    std::vector<MemoryOp> ops;
-    for (const auto& [shard, value] : awaits) await(&ops, *shard, value);
-    driver_->run(std::move(ops), handle(stream));
+    Steps steps;
+    for (const auto& [shard, value] : awaits) await(&steps, *shard, value);
+    run(std::move(steps), stream);
   });
 }
 

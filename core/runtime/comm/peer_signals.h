@@ -37,10 +37,16 @@ class PeerSignals {
   // Throws TransportError if some wait was in vain.
   void check() const { watch_.check(); }
 
-  // Steps of a stream: writing `value` to this rank's word on every rank, and
-  // waiting until all words here are at least `value`.
-  void tell(std::vector<MemoryOp>* ops, const PeerShard& shard, uint32_t value) const;
-  void await(std::vector<MemoryOp>* ops, const PeerShard& shard, uint32_t value) const;
+  // Steps of a stream, what tells peers something before what waits for them.
+  struct Steps {
+    std::vector<MemoryOp> writes, waits;
+    std::vector<DeviceCopy> copies;  // of words that were written here, to peers
+  };
+  // Writing `value` to this rank's word on every rank, and waiting until all words here
+  // are at least `value`.
+  void tell(Steps* steps, const PeerShard& shard, uint32_t value) const;
+  void await(Steps* steps, const PeerShard& shard, uint32_t value) const;
+  void run(Steps steps, const std::optional<c10::Stream>& stream) const;
 
   // A wait until a shard's words reach a value.
   struct Await {

@@ -137,9 +137,9 @@ std::unique_ptr<Transfer> PushReductions::transfer(uint64_t number) {
 void PushReductions::await_room(uint64_t after) {
   if (after <= settled_) return;
   if (after > told_) {
-    std::vector<MemoryOp> ops;
-    tell_freed(&ops);
-    signals_.driver()->run(std::move(ops), PeerSignals::handle(signals_.compute()));
+    PeerSignals::Steps steps;
+    tell_freed(&steps);
+    signals_.run(std::move(steps), signals_.compute());
   }
   signals_.watched_wait({"a reduction's place in its peers' inboxes"},
                         {{freed_, static_cast<uint32_t>(after)}}, signals_.comm());
@@ -174,9 +174,9 @@ void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) 
     signals_.driver()->copy(std::exchange(copies, {}), stream, together_);
   }
   signals_.driver()->copy(copies, stream, together_);
-  std::vector<MemoryOp> ops;
-  signals_.tell(&ops, *inbox_, static_cast<uint32_t>(numbers.back()));
-  signals_.driver()->run(std::move(ops), stream);
+  PeerSignals::Steps steps;
+  signals_.tell(&steps, *inbox_, static_cast<uint32_t>(numbers.back()));
+  signals_.run(std::move(steps), comm);
   for (const uint64_t number : numbers) {
     if (const auto span = std::move(under_way_.at(number).span)) span->stop(comm);
   }
@@ -207,10 +207,10 @@ uint64_t PushReductions::sum_up() {
   const std::optional<c10::Stream> compute = signals_.compute();
   const auto arrived = static_cast<uint32_t>(asked_.rbegin()->first);
   signals_.watched({"the pieces of a reduction"}, {{inbox_, arrived}}, compute, [&] {
-    std::vector<MemoryOp> ops;
-    tell_freed(&ops);
-    signals_.await(&ops, *inbox_, arrived);
-    signals_.driver()->run(std::move(ops), PeerSignals::handle(compute));
+    PeerSignals::Steps steps;
+    tell_freed(&steps);
+    signals_.await(&steps, *inbox_, arrived);
+    signals_.run(std::move(steps), compute);
   });
   memory_->used_on(PeerSignals::handle(compute));
   std::vector<PieceSum::Sum> sums;
@@ -226,9 +226,9 @@ uint64_t PushReductions::sum_up() {
   return over_;
 }
 
-void PushReductions::tell_freed(std::vector<MemoryOp>* ops) {
+void PushReductions::tell_freed(PeerSignals::Steps* steps) {
   if (summed_ <= told_) return;
-  signals_.tell(ops, *freed_, static_cast<uint32_t>(summed_));
+  signals_.tell(steps, *freed_, static_cast<uint32_t>(summed_));
   told_ = summed_;
 }
 

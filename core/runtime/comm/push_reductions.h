@@ -106,7 +106,7 @@ class PushReductions {
   void ask(uint64_t number);                             // for its sum; nothing if it was asked for
   bool add_to(uint64_t number, const RunningTotal& to);  // false: it was, or cannot be
   void finish(uint64_t number);                          // nothing if it was
-  void tell_freed(std::vector<MemoryOp>* ops);           // nothing if all know
+  void tell_freed(PeerSignals::Steps* steps);            // nothing if all know
   void drop(uint64_t number);
   std::vector<const void*> pieces_of(const UnderWay& reduction) const;  // in the order of ranks
   // Where the piece of `source` lies in the inbox of `owner`, as this rank sees it.
