@@ -7,12 +7,14 @@
 #
 # Each phase is skipped when nothing it depends on has changed, so running this
 # again costs seconds. PYTHON names the Python to start from (default python3).
-# FOR_TESTS=1 also installs what single tests need that are skipped without it.
+# FOR_TESTS=1 also installs what single tests need that are skipped without it. QUICK=1 compiles the
+# runtime in less time, to run slower.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?name of the virtual environment}
 torch=${2:?torch requirement}
 until=${3:-build}
+quick=${QUICK:-0}
 python=${PYTHON:-python3}
 started=$SECONDS
 
@@ -134,7 +136,8 @@ build() {
     export CCACHE_SLOPPINESS=pch_defines,time_macros  # or it takes no file with precompiled headers
   fi
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
-    --force-reinstall -C build-dir="build/$(basename "$venv")" -C build.verbose=false .
+    --force-reinstall -C build-dir="build/$(basename "$venv")" -C build.verbose=false \
+    -C cmake.define.DEEPCOMPILE_QUICK="$quick" .
 }
 
 sources() {
@@ -148,7 +151,7 @@ create_venv
 phase packages "$( (cat pyproject.toml; echo "$torch") | digest)" \
   "installing $torch and what else is needed from PyPI (some minutes the first time)" install_packages
 [ "$until" != packages ] || exit 0
-phase build "$( (cat "$venv/.stamps/packages"; sources) | digest)" \
+phase build "$( (cat "$venv/.stamps/packages"; echo "$quick"; sources) | digest)" \
   "building the C++ core and the extension" build
 say "ready: $("$venv/bin/python" -c 'import sys, torch, deepcompile
 from importlib.metadata import version

@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -302,28 +301,26 @@ def test_it_explains_itself(capsys):
         assert word in said
 
 
-def test_a_real_search(tmp_path):
+def test_a_real_search(tmp_path, monkeypatch, capsys):
     """Two ranks over Gloo, to --max-layers; then from its rows alone."""
     script = [sys.executable, str(ROOT / "benchmarks" / "train" / "largest_depth.py")]
     words = "--model llama-tiny --frameworks fsdp --seq-length 16 --max-layers 3 --start 3"
     words = [*words.split(), *"--bench_step 2 --warmup_step 1 --result_dir found".split()]
     package = str(Path(depth.__file__).parents[2])
-    env = {**os.environ, "NGPUS_PER_NODE": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-           "PYTHONPATH": package}  # fmt: skip
     for name in ("PROFILE_DIR", "MODEL", "LOG_BASE", "NUM_NODES", "RANK", "WORLD_SIZE"):
-        env.pop(name, None)
-
-    def run(*more: str) -> str:
-        done = subprocess.run([*script, *more], cwd=tmp_path, env=env, capture_output=True,
-                              text=True, timeout=240)  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    said = run(*words)
-    assert "FSDP: 3 layers train, and --max-layers allows no more" in said
-    assert "| llama-tiny | 16 | FSDP | 3 | 0.6" in said
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NGPUS_PER_NODE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", package)
+    monkeypatch.chdir(tmp_path)
+    done = subprocess.run([*script, *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "FSDP: 3 layers train, and --max-layers allows no more" in done.stdout
+    assert "| llama-tiny | 16 | FSDP | 3 | 0.6" in done.stdout
     (row,) = Results.load(tmp_path / "found").rows
     assert len(row.effective["host_peak_bytes_of_ranks"]) == 2
     assert row.effective["host_bytes_in_use"] > 0
-    assert "[1/" not in run(*words)
-    assert "at least this many" in run("--table", "found")
+    assert depth.main(words) == 0 and "[1/" not in capsys.readouterr().out
+    assert depth.main(["--table", "found"]) == 0
+    assert "at least this many" in capsys.readouterr().out
