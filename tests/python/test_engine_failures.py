@@ -8,6 +8,8 @@ import torch
 from test_engine import batch, config, error_of, seeded, small, start, step
 from torch import nn
 
+from deepcompile import _core
+
 
 class Failing(torch.autograd.Function):
     on = False
@@ -111,6 +113,47 @@ def test_a_failed_compiled_backward_is_what_is_said():
         step(each, 1)
     half_a_backward(engine, 2)
     engine.zero_grad()
+    for each in (engine, twin):
+        step(each, 3)
+    assert_same(engine, twin)
+
+
+class FailsInside(nn.Module):
+    """Compiled whole; the backward of the last layer succeeds before it fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 32), nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.last(through(self.first(x)))
+
+
+def update_early(program, context):
+    """Each update right behind its gradient's reduction."""
+    for section in program.sections:
+        if section.kind != "backward":
+            continue
+        instrs = []
+        for instr in (i for i in section.instrs if i.op != "accumulate"):
+            instrs.append(instr)
+            if instr.op == "reduce":
+                instrs += [_core.Instr(op, instr.operand) for op in ("accumulate", "update")]
+        section.set_instrs(instrs)
+
+
+def test_loading_is_a_way_on_after_a_failed_backward_that_updated(tmp_path):
+    early = config(compile={"early_updates": True, "region_bytes": 1})
+    engine, twin = (start(seeded(FailsInside, 0), config=early) for _ in range(2))
+    for each in (engine, twin):
+        whole_step = ["zero3_compile", update_early, "coalesce"]
+        each.compile(backend="eager", schedule=[(0, ["zero3_compile"]), (1, whole_step)])
+        for number in range(3):
+            step(each, number)
+    engine.save_checkpoint(tmp_path)
+    half_a_backward(engine, 7)
+    assert "cannot be undone" in error_of(engine.zero_grad)
+    engine.load_checkpoint(tmp_path)
     for each in (engine, twin):
         step(each, 3)
     assert_same(engine, twin)
