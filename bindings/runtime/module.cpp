@@ -204,6 +204,7 @@ py::dict replays(Runtime& runtime) {
   report["peak_bytes"] = found.peak_bytes;
   report["replayed"] = found.replayed;
   report["missed"] = found.missed;
+  report["moved"] = found.moved;
   report["why_not"] = found.why_not;
   report["refused"] = found.refused;
   return report;
@@ -373,8 +374,8 @@ void bind_resources(RuntimeClass& runtime) {
           "peak_bytes: most that tensors held while it was recorded, as in any step since;\n"
           "replayed: runs launched from recordings; missed: recorded runs that had to run as "
           "ever;\n"
-          "why_not: there is no recording; refused: the last run that could not be recorded, and\n"
-          "why}.")
+          "moved: what the first of these read elsewhere, when a step last missed one; why_not:\n"
+          "there is no recording; refused: the last run that could not be recorded, and why}.")
       .def("relieved", &relieved,
            "{times, states_bytes, values_bytes, params_bytes} moved to the host because an "
            "instruction found no\n"

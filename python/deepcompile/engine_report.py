@@ -83,7 +83,8 @@ def _facts(engine: Engine) -> dict[str, str]:
 def _graphs(found: dict[str, Any]) -> str:
     if not found["runs"]:
         return f"none: {found['why_not'] or 'no step has repeated'}"
-    return f"{found['runs']} runs of a step, launched {found['replayed']:,} times"
+    text = f"{found['runs']} runs of a step, launched {found['replayed']:,} times"
+    return text + (f", and {found['missed']:,} not: {found['moved']}" if found["missed"] else "")
 
 
 def _measured_items(view: StepView) -> list[dict[str, Any]]:

@@ -89,3 +89,66 @@ def keep_whole(rank: int, world: int) -> dict[str, Any]:
 def test_a_buffer_that_outlives_its_step_is_not_written_over():
     for found in run_ranks(keep_whole, 2):
         assert found["recordings"] >= 1 and found["replayed"] > 0, found
+
+
+KEPT = (
+    (("  run fwd.1\n  release w2\n", "  run fwd.1\n"), LASTING[0][0]),
+    (),
+)
+
+
+def evaluate_between(rank: int, world: int) -> tuple[dict[str, Any], list[int]]:
+    """w2's buffer stays from micro batch to micro batch, as selective_gather lets it; evaluations
+    between steps release it, and what is allocated then takes its memory."""
+    import torch.distributed as dist
+
+    toy_step.PLANS["kept"] = KEPT
+    options = dict(group=dist.group.WORLD, plan="kept", accumulation=2)
+    toys = [toy_step.Toy(rank, world, recorder=r, **options) for r in (None, FakeRecorder())]
+    inference = toy_step.plan_text(world, 3, toy_step.INFERENCE, accumulation=2)
+    losses, taken = [], []
+    for toy in toys:
+        evaluation = toy.runtime.load_plan(inference, toy_step.CODES)
+        losses.append(toy.train(4, rank, world))
+        for seed in (90, 91):
+            losses[-1] += toy.runtime.run(evaluation, 0, -1, list(toy_step.batch(seed)))
+            taken += [torch.ones(toy.model.w2.numel() + rank) for _ in range(50)]
+            losses[-1] += toy.train(4, rank, world)
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+    theirs, ours = (toy.everything() for toy in toys)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    found = toys[1].runtime.replays()
+    held = [toy.runtime.buffer_report()["full"] for toy in toys]
+    toys[1].runtime.unload_plan(toys[1].graph)  # the recording goes, and with it what it keeps
+    return found, [*held, toys[1].runtime.buffer_report()["full"]]
+
+
+def test_a_buffer_that_an_evaluation_released_lies_where_it_lay():
+    for found, (plain, kept, after) in run_ranks(evaluate_between, 2):
+        assert found["recordings"] == 1 and found["replayed"] == 9 * 3 * 2, found
+        assert found["missed"] == 0 and found["moved"] == "", found
+        assert kept > plain == after
+
+
+def move_between(rank: int, world: int) -> dict[str, Any]:
+    """Before each step after the recorded one the caller gathers w1, in other memory each time."""
+    import torch.distributed as dist
+
+    options = dict(group=dist.group.WORLD)
+    toys = [toy_step.Toy(rank, world, recorder=r, **options) for r in (None, FakeRecorder())]
+    losses, taken = [], []
+    for toy in toys:
+        losses.append(toy.train(3, rank, world))
+        for _ in range(3):
+            taken.append([torch.ones(toy.model.w1.numel() + world) for _ in range(50)])
+            toy.runtime.gather(["w1"])
+            losses[-1] += toy.train(1, rank, world)
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+    return toys[1].runtime.replays()
+
+
+def test_the_report_names_what_moves_from_step_to_step():
+    for found in run_ranks(move_between, 2):
+        moved = "run fwd.0 of forward 0 reads parameter w1, which lay at 3 places in 3 steps"
+        assert found["moved"] == moved, found
+        assert found["why_not"] == f"what runs read moves from step to step: {moved}"

@@ -57,6 +57,19 @@ backward 0 (g.loss) -> ()
 end
 """
 
+INFERENCE = (
+    GRAPH[: GRAPH.index("value g.loss")]
+    + """
+region fwd.0 code=0 (x, w1, small) -> (h)
+region fwd.1 code=1 (h, t, w2, small[1]) -> (loss)
+
+inference 1 (x, t) -> (loss)
+  run fwd.0
+  run fwd.1
+end
+"""
+)
+
 UPDATE = "update\nend\n"
 
 

@@ -14,6 +14,7 @@ from deepcompile import cuda_graphs
 from deepcompile.errors import UserError
 
 STEPS = 8
+OTHER_SHAPE = "which has another shape or layout"
 
 
 def test_there_are_graphs_on_gpus_alone():
@@ -92,27 +93,15 @@ def test_an_evaluation_between_steps_is_no_part_of_them():
     assert torch.equal(toy.value, twin.value) and equal(toy, twin)
 
 
-INFERENCE = (
-    toy_step.GRAPH[: toy_step.GRAPH.index("value g.loss")]
-    + """
-region fwd.0 code=0 (x, w1, small) -> (h)
-region fwd.1 code=1 (h, t, w2, small[1]) -> (loss)
-
-inference 1 (x, t) -> (loss)
-  run fwd.0
-  run fwd.1
-end
-"""
-)
-
-
 def test_a_step_with_an_evaluation_in_it_is_not_recorded(monkeypatch):
     # What a parameter that stays whole into the backward was gathered into, the evaluation frees.
     monkeypatch.setitem(PLANS, "kept", ((("  run fwd.0\n  release w1\n", "  run fwd.0\n"),), ()))
     toy, twin = recorded(plan="kept"), Toy(plan="kept")
     for each in (toy, twin):
         each.train(2)
-        inference = each.runtime.load_plan(toy_step.plan_text(1, 3, INFERENCE), toy_step.CODES)
+        inference = each.runtime.load_plan(
+            toy_step.plan_text(1, 3, toy_step.INFERENCE), toy_step.CODES
+        )
         call, token = each.runtime.new_call(each.graph)
         each.runtime.run(each.graph, 0, call, list(batch(70)))
         each.runtime.run(inference, 0, -1, list(batch(90)))
@@ -174,6 +163,8 @@ def test_another_batch_size_runs_as_ever():
     found = toy.runtime.replays()
     assert equal(toy, twin)
     assert found["missed"] > before["missed"] and found["replayed"] > before["replayed"]
+    assert found["moved"] == "run fwd.0 of forward 0 reads value x, " + OTHER_SHAPE
+    assert found["why_not"] == ""
 
 
 def test_what_moves_at_each_step_is_recorded_anew_and_then_no_more():
@@ -181,7 +172,8 @@ def test_what_moves_at_each_step_is_recorded_anew_and_then_no_more():
     for each in (toy, twin):
         for step in range(3):
             each.train(1, rows=7 + step)
-    assert "moves from step to step" in toy.runtime.replays()["why_not"]
+    moved = "run fwd.0 of forward 0 reads value x, " + OTHER_SHAPE
+    assert toy.runtime.replays()["why_not"] == f"what runs read moves from step to step: {moved}"
     for each in (toy, twin):
         each.train(12)
     assert equal(toy, twin)

@@ -404,7 +404,7 @@ int64_t Executor::coming_bytes(const Place& place, const Frame& frame) const {
   const PlanInstr& instr = place.get();
   ParamState* param = place.param();
   int64_t bytes = 0;
-  if (instr.op == Op::kGather && !param->full.defined() && param->world > 1) {
+  if (instr.op == Op::kGather && !param->has_full_memory() && param->world > 1) {
     bytes += param->padded_numel() * static_cast<int64_t>(c10::elementSize(param->dtype()));
   }
   const bool updates = instr.op == Op::kUpdate && param->gradient.defined();

@@ -107,7 +107,10 @@ void Replays::end_step() {
   if (mode_ == Mode::kRecording) finish_recording();
   if (mode_ == Mode::kReplaying) {
     bad_steps_ = missed_ > 0 ? bad_steps_ + 1 : 0;
-    if (bad_steps_ == kMostBadSteps) give_up("what runs read moves from step to step");
+    if (missed_ > 0) report_.moved = moved_.text();
+    if (bad_steps_ == kMostBadSteps) {
+      give_up("what runs read moves from step to step: " + report_.moved);
+    }
   }
   alike_ = seen_ == last_ ? alike_ + 1 : 0;
   last_ = std::exchange(seen_, {});
@@ -146,8 +149,10 @@ void Replays::finish_recording() {
     report_.why_not = "a parameter stays whole past the step's end: it is recorded anew";
     return;
   }
+  keep_places();
   recording_->made.clear();
   recording_->gathered.clear();
+  recording_->read.clear();
   recording_->known.clear();
   ++report_.recordings;
   report_.why_not.clear();
@@ -162,9 +167,21 @@ bool Replays::find_lasting() {
   return found;
 }
 
+// A buffer that was there from its first run to the step's end is there in every step, until
+// something beside the steps, an evaluation say, releases it: the next one lies where it lay.
+void Replays::keep_places() {
+  for (const auto& [param, first] : recording_->read) {
+    if (!param->full.defined() || first._unsafe_get_target() != storage_of(param->full)) continue;
+    param->full_place = param->full;
+    recording_->placed.push_back(param);
+  }
+}
+
 bool Replays::drop() {
   if (!recording_) return false;
   if (mode_ == Mode::kRecording) recorder_->end();
+  for (ParamState* param : recording_->placed) param->full_place.reset();
+  moved_ = {};
   recording_.reset();
   visit_ = nullptr;
   mode_ = Mode::kPlain;
@@ -196,12 +213,13 @@ std::optional<Replays::Values> Replays::run(size_t instr, const std::vector<Load
                                             Values* inputs, int64_t* workspace) {
   if (visit_ == nullptr) return std::nullopt;
   if (mode_ == Mode::kRecording) {
+    note_reads(wanted);
     if (!is_recordable(instr, wanted, *inputs)) return std::nullopt;
     return record(instr, wanted, inputs, workspace);
   }
   const auto found = visit_->runs.find(instr);
   if (found == visit_->runs.end()) return std::nullopt;
-  if (!fits(found->second, *inputs)) {
+  if (!fits(instr, found->second, *inputs)) {
     ++missed_;
     ++report_.missed;
     return std::nullopt;
@@ -235,6 +253,13 @@ bool Replays::is_recordable(size_t instr, const std::vector<LoadedInput>& wanted
 const PlanRegion& Replays::region_at(size_t instr) const {
   const PlanInstr& run = loaded_->plan.sections[section_].instrs[instr];
   return loaded_->plan.regions[static_cast<size_t>(run.region)];
+}
+
+void Replays::note_reads(const std::vector<LoadedInput>& wanted) {
+  for (const LoadedInput& input : wanted) {
+    if (input.param == nullptr) continue;
+    recording_->read.try_emplace(input.param, weak_storage(input.param->full));
+  }
 }
 
 bool Replays::has_its_place(const LoadedInput& wanted, const at::Tensor& tensor) const {
@@ -333,21 +358,40 @@ Replays::Output Replays::output_rule(const RuntimeValue& output,
   return rule;
 }
 
-bool Replays::fits(const Run& run, const Values& inputs) {
+std::optional<MovedInput::How> Replays::Input::differs(const RuntimeValue& from) const {
+  if (!is_tensor || !deepcompile::is_tensor(from)) {
+    const bool same = !is_tensor && same_number(number, from);
+    return same ? std::nullopt : std::optional(MovedInput::How::kNumber);
+  }
+  const at::Tensor& tensor = from.toTensor();
+  if (tensor.sizes() != at::IntArrayRef(sizes)) return MovedInput::How::kShape;
+  if (copied.defined()) return std::nullopt;
+  if (tensor.const_data_ptr() != data) return MovedInput::How::kPlace;
+  const bool same = tensor.strides() == at::IntArrayRef(strides);
+  return same ? std::nullopt : std::optional(MovedInput::How::kShape);
+}
+
+bool Replays::fits(size_t instr, const Run& run, const Values& inputs) {
+  moved_.see(&run, inputs);
   for (size_t i = 0; i < inputs.size(); ++i) {
-    const Input& rule = run.inputs[i];
-    if (rule.is_tensor != is_tensor(inputs[i])) return false;
-    if (!rule.is_tensor) {
-      if (!same_number(rule.number, inputs[i])) return false;
-      continue;
-    }
-    const at::Tensor& tensor = inputs[i].toTensor();
-    if (tensor.sizes() != at::IntArrayRef(rule.sizes)) return false;
-    if (rule.copied.defined()) continue;
-    const bool there = tensor.const_data_ptr() == rule.data;
-    if (!there || tensor.strides() != at::IntArrayRef(rule.strides)) return false;
+    const auto how = run.inputs[i].differs(inputs[i]);
+    if (!how) continue;
+    if (missed_ == 0) moved_.watch(&run, i, *how, name_of(instr, i), inputs[i]);
+    return false;
   }
   return true;
+}
+
+std::string Replays::name_of(size_t instr, size_t input) const {
+  const PlanSection& section = loaded_->plan.sections[section_];
+  const PlanOperand& operand = region_at(instr).inputs[input];
+  const auto index = static_cast<size_t>(operand.index);
+  const std::string what =
+      operand.is_param
+          ? "parameter " + loaded_->params[index]->members[static_cast<size_t>(operand.member)].name
+          : "value " + loaded_->plan.values[index];
+  return "run " + region_at(instr).name + " of " + std::string(to_string(section.kind)) + " " +
+         std::to_string(section.graph) + " reads " + what;
 }
 
 Replays::Values Replays::launch(const Run& run, Values* inputs) {

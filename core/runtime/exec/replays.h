@@ -33,6 +33,7 @@
 #include <vector>
 
 #include "runtime/exec/loaded_plan.h"
+#include "runtime/exec/moved_input.h"
 #include "runtime/exec/recorder.h"
 #include "runtime/memory/memory_meter.h"
 
@@ -46,6 +47,7 @@ struct ReplayReport {
   int64_t peak_bytes = 0;  // most that tensors held on the device while it was recorded
   int64_t replayed = 0;    // runs launched from recordings
   int64_t missed = 0;      // recorded runs that ran as ever, as something they read had moved
+  std::string moved;       // what that was, when a step last missed a run
   std::string why_not;     // there is no recording
   std::string refused;     // the last run that could not be recorded, and why
 };
@@ -77,6 +79,7 @@ class Replays {
   RuntimeValue for_caller(const RuntimeValue& output) const;
   // Where the buffer of a gather lies; undefined: anywhere. One that outlives its
   // step has memory of its own: before its turn comes again, the recording's is in use.
+  // While the recording lives it is the parameter's place: an evaluation may release it.
   at::Tensor full_buffer(size_t instr, const ParamState& param);
 
   // Memory of the recording that the allocator counts as free.
@@ -92,6 +95,7 @@ class Replays {
     std::vector<int64_t> sizes, strides;
     at::Tensor copied;    // defined: copied here first, wherever it is
     RuntimeValue number;  // what it must be, if it is no tensor
+    std::optional<MovedInput::How> differs(const RuntimeValue& from) const;
   };
   struct Output {
     int32_t alias = -1;  // of this input
@@ -126,26 +130,31 @@ class Replays {
     std::vector<std::unique_ptr<Visit>> visits;
     std::vector<WeakStorage> made;
     std::vector<std::pair<Gather, WeakStorage>> gathered;
-    std::unordered_set<const void*> known;  // storages whose places the recording fixes
-    std::unordered_set<const void*> ours;   // of those, and of what has their places, its memory
+    std::map<ParamState*, WeakStorage> read;  // whose full buffers runs read, the first ones
+    std::vector<ParamState*> placed;          // that have a place for their full buffers
+    std::unordered_set<const void*> known;    // storages whose places the recording fixes
+    std::unordered_set<const void*> ours;     // of those, and of what has their places, its memory
   };
   enum class Mode { kPlain, kRecording, kReplaying };
 
   void start_step(const Sighting& first, bool may_record);
   void finish_recording();
   bool find_lasting();
+  void keep_places();
   void give_up(const std::string& why);
 
   const PlanRegion& region_at(size_t instr) const;
   bool is_recordable(size_t instr, const std::vector<LoadedInput>& wanted,
                      const Values& inputs) const;
+  void note_reads(const std::vector<LoadedInput>& wanted);
   bool has_its_place(const LoadedInput& wanted, const at::Tensor& tensor) const;
   std::optional<Values> record(size_t instr, const std::vector<LoadedInput>& wanted, Values* inputs,
                                int64_t* workspace);
   Input input_rule(const LoadedInput& wanted, RuntimeValue* input);
   static Origin origin_of(const RuntimeValue& input);
   Output output_rule(const RuntimeValue& output, const std::vector<Origin>& inputs);
-  static bool fits(const Run& run, const Values& inputs);
+  bool fits(size_t instr, const Run& run, const Values& inputs);
+  std::string name_of(size_t instr, size_t input) const;
   static Values launch(const Run& run, Values* inputs);
   at::Tensor at_place(const at::Tensor& tensor) const;  // without its memory
   at::Tensor to_keep(const at::Tensor& tensor);         // the same, for later steps
@@ -166,6 +175,7 @@ class Replays {
   int64_t wanted_ = 1;                   // of them, before one is recorded
   int64_t missed_ = 0;                   // in this step
   int64_t bad_steps_ = 0;                // in a row in which something was missed
+  MovedInput moved_;                     // what a step missed first
   int64_t given_up_ = 0;                 // recordings
   std::set<const RegionCode*> refused_;  // cannot be recorded
   std::set<Gather> lasting_;             // whose buffers outlive a step

@@ -129,7 +129,8 @@ at::Tensor ParamState::exp_avg_sq() {
 void ParamState::allocate_full() {
   if (full.defined()) return;
   // One rank's shard is the whole buffer already.
-  full = world == 1 ? shard_ : at::empty({padded_numel()}, options());
+  full = world == 1 ? shard_ : full_place;
+  if (!full.defined()) full = at::empty({padded_numel()}, options());
 }
 
 void ParamState::bind_members() {

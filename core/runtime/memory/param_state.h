@@ -134,6 +134,7 @@ class ParamState {
   at::Tensor exp_avg_sq();
 
   void allocate_full();  // nothing if it is allocated
+  bool has_full_memory() const { return full.defined() || full_place.defined(); }
   void bind_members();
   void drop_full();  // sharded parameters only
   // In an emergency: the full buffer of a sharded parameter that is whole goes
@@ -151,7 +152,8 @@ class ParamState {
   // the gradient's own memory where it already is that, else a copy.
   at::Tensor flat_gradient(const MemberGrads& grads, c10::ScalarType reduce_dtype) const;
 
-  at::Tensor full;  // undefined while not allocated
+  at::Tensor full;        // undefined while not allocated
+  at::Tensor full_place;  // the memory of each full buffer; undefined: any
   Presence presence = Presence::kShard;
   std::unique_ptr<Transfer> gathering;
   std::optional<ComingRows> coming;  // set if that gather is by rows

@@ -380,6 +380,7 @@ void ParamStore::visit(const std::function<void(const at::Tensor&)>& visitor) co
   for (const auto& param : params_) {
     visitor(param->shard_if_copied());
     visitor(param->full);
+    visitor(param->full_place);
     visitor(param->master_if_copied());
     visitor(param->exp_avg_if_made());
     visitor(param->exp_avg_sq_if_made());
@@ -399,7 +400,8 @@ BufferReport ParamStore::buffer_report() const {
   for (const auto& param : params_) {
     report["shards"] += bytes_of(param->shard_if_copied());
     const bool is_shard = world_ == 1 && param->placement == Placement::kSharded;
-    if (!is_shard) report["full"] += bytes_of(param->full);
+    const at::Tensor& full = param->full.defined() ? param->full : param->full_place;
+    if (!is_shard) report["full"] += bytes_of(full);
     report["masters"] += bytes_of(param->master_if_copied());
     report["states"] += bytes_of(param->exp_avg_if_made()) + bytes_of(param->exp_avg_sq_if_made());
     report["gradients"] += bytes_of(param->gradient) + bytes_of(param->local_sum);
