@@ -149,7 +149,8 @@ PassEnvironment environment_of(const Estimator* costs, std::optional<int64_t> me
 
 std::vector<PassRecord> run_passes(StepProgram& program, const std::vector<py::object>& list,
                                    const Machine* machine, std::optional<int64_t> memory_budget,
-                                   const CostTable* costs, bool early_updates) {
+                                   const CostTable* costs, bool early_updates,
+                                   const StepProgram* held) {
   const PassRegistry registry = PassRegistry::with_builtins();
   std::vector<std::shared_ptr<const Pass>> owned;
   std::vector<const Pass*> passes;
@@ -164,6 +165,7 @@ std::vector<PassRecord> run_passes(StepProgram& program, const std::vector<py::o
   PipelineOptions options;
   options.environment = environment_of(estimator.get(), memory_budget);
   options.environment.early_updates = early_updates;
+  options.environment.held = held;
   options.clock = [] {
     const auto now = std::chrono::steady_clock::now().time_since_epoch();
     return Nanos{std::chrono::duration_cast<std::chrono::nanoseconds>(now).count()};
@@ -273,14 +275,15 @@ void bind_passes(py::module_& m) {
   bind_next_best(m);
   m.def("run_passes", &run_passes, py::arg("program"), py::arg("passes"),
         py::arg("machine") = nullptr, py::arg("memory_budget") = py::none(),
-        py::arg("costs") = nullptr, py::arg("early_updates") = false,
+        py::arg("costs") = nullptr, py::arg("early_updates") = false, py::arg("held") = nullptr,
         "Runs passes in order and returns their log, a list of PassRecord. Each is a built-in's\n"
         "name, an object of deepcompile.passes, a LoadedPass, or a function of (program, context)\n"
         "or a class whose objects are. Contracts are checked before the first runs;\n"
         "the program is verified after each, and is as it was if anything raises.\n"
         "`machine` (a Machine), `costs` (a CostTable: measurements that go before the machine's\n"
         "numbers) and `memory_budget` (bytes a rank) are for passes that ask what a choice costs;\n"
-        "`early_updates` says whether a backward may update.");
+        "`early_updates` says whether a backward may update; `held`, the plan of the same step\n"
+        "that holds, with its reasons, is one that `auto` does no worse than.");
   m.def(
       "pass_names", [] { return PassRegistry::with_builtins().names(); },
       "Names of the built-in passes.");

@@ -5,6 +5,7 @@
 #include <limits>
 #include <utility>
 
+#include "analysis/footprint.h"
 #include "base/error.h"
 #include "passes/coalesce.h"
 #include "passes/offload_activation.h"
@@ -76,12 +77,24 @@ PassEnvironment with_spare(const AutoChoice& choice, PassEnvironment environment
   return environment;
 }
 
+// States move later, around their updates: while values wait, most of them will be away, all but
+// the one that is updated.
+Bytes states_away(const AutoChoice& choice, const StepProgram& program) {
+  Bytes sum, most;
+  for (ParamId id : choice.offload_states) {
+    const Bytes bytes = footprint(program, id).states();
+    sum += bytes;
+    most = std::max(most, bytes);
+  }
+  return sum - most;
+}
+
 void run_offload_values(const AutoChoice& choice, StepProgram& program,
                         const PassEnvironment& environment) {
-  if (!choice.offload_values.empty()) {
-    run_pass(OffloadActivation({.values = choice.offload_values}), program,
-             with_spare(choice, environment));
-  }
+  if (choice.offload_values.empty()) return;
+  PassEnvironment later = with_spare(choice, environment);
+  *later.memory_budget += states_away(choice, program);
+  run_pass(OffloadActivation({.values = choice.offload_values}), program, later);
 }
 
 void run_place(const AutoChoice& choice, StepProgram& program, const PassEnvironment& environment) {
@@ -191,8 +204,8 @@ AutoBuilder::Stage& AutoBuilder::memory_stage(const AutoChoice& choice) {
   }
   restore(classical_instrs_);
   if (!choice.recompute.empty()) recompute_quickly(graphs_, choice.recompute, scratch_);
-  run_offload_values(choice, scratch_, trial_environment_);
   run_place(choice, scratch_, trial_environment_);
+  run_offload_values(choice, scratch_, trial_environment_);
   run_offload_states(choice, scratch_, trial_environment_);
   return remember(memory_stages_, choice);
 }
@@ -246,6 +259,13 @@ Trial AutoBuilder::measure(const AutoChoice& choice) {
   return trial;
 }
 
+Trial AutoBuilder::measure_plan(const StepProgram& plan) {
+  ++simulations_;
+  const SimSummary summary = environment_.simulate(plan);
+  const Bytes peak = std::max(summary.peak, memory_peak(plan));
+  return {summary.time, peak, peak <= budget()};
+}
+
 Bytes AutoBuilder::peak_of_memory_choices(const AutoChoice& choice) {
   try {
     return timeline_of(memory_stage(choice)).peak;
@@ -287,8 +307,8 @@ void AutoBuilder::apply(const AutoChoice& choice, StepProgram& program) const {
   environment.memory_budget = budget();
   run_classical(program, environment);
   run_recompute(choice, program, environment);
-  run_offload_values(choice, program, environment);
   run_place(choice, program, environment);
+  run_offload_values(choice, program, environment);
   run_offload_states(choice, program, environment);
   run_keep(choice, program, environment);
   run_prefetch(choice, program, environment);

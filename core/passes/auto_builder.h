@@ -29,6 +29,8 @@ class AutoBuilder {
 
   // Never throws for a choice that does not work or fit: the trial says so.
   Trial measure(const AutoChoice& choice);
+  // Of a plan that is there already, over the program's tables, as it is.
+  Trial measure_plan(const StepProgram& plan);
   // Only what recomputation and offload leave, without keeping or prefetch;
   // not simulated. For finding how much must go.
   Bytes peak_of_memory_choices(const AutoChoice& choice);

@@ -2,12 +2,15 @@
 #include "passes/auto_plan.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 
 #include "base/error.h"
 #include "passes/auto_search.h"
+#include "passes/held_plan.h"
 #include "passes/placement.h"
+#include "passes/read_choice.h"
 #include "passes/section_edit.h"
 
 namespace deepcompile {
@@ -123,14 +126,26 @@ void prefer_classical(const Found& classical, Found* best) {
   *best = classical;
 }
 
-void explain(const AutoBuilder& builder, const Found& classical, const Found& best,
-             PassContext& context) {
+// The choice of the plan that holds, made again: its copies may stand elsewhere by these costs.
+void consider_again(AutoBuilder& builder, const StepProgram& held, Found* best) {
+  AutoChoice choice = read_choice(builder, held);
+  const Trial trial = builder.measure(choice);
+  if (better(trial, best->trial)) *best = {std::move(choice), trial};
+}
+
+void explain_step(const AutoBuilder& builder, const Found& classical, const Trial& best,
+                  PassContext& context) {
   const auto& budget = context.environment().memory_budget;
-  std::string text = "step " + pretty(classical.trial.time) + " -> " + pretty(best.trial.time) +
-                     ", peak " + pretty(classical.trial.peak) + " -> " + pretty(best.trial.peak);
+  std::string text = "step " + pretty(classical.trial.time) + " -> " + pretty(best.time) +
+                     ", peak " + pretty(classical.trial.peak) + " -> " + pretty(best.peak);
   if (budget) text += " of " + pretty(*budget);
   if (!classical.trial.fits) text += "; the plain plan does not fit the budget";
   context.because(text + "; " + std::to_string(builder.simulations()) + " plans simulated");
+}
+
+void explain(const AutoBuilder& builder, const Found& classical, const Found& best,
+             PassContext& context) {
+  explain_step(builder, classical, best.trial, context);
   context.because("chosen: " + classical_pass(builder.classical()) + ", " + describe(best.choice));
   context.because(print_levels(best.choice));
 }
@@ -148,10 +163,20 @@ void AutoPlan::run(StepProgram& program, PassContext& context) const {
   AutoBuilder builder(program, context.environment());
   const int simulations =
       options_.simulations > 0 ? options_.simulations : simulations_for(builder.classical());
+  const std::optional<StepProgram> held = held_plan(builder, program);
   Found classical;
   Found best = search(builder, program, simulations, &classical);
+  if (held) consider_again(builder, *held, &best);
+  if (best.trial.fits) prefer_classical(classical, &best);
+  if (held) {
+    const Trial as_it_is = builder.measure_plan(*held);
+    if (as_it_is.fits && !better(best.trial, as_it_is)) {
+      explain_step(builder, classical, as_it_is, context);
+      stay_with(*held, context, &program);
+      return;
+    }
+  }
   if (!best.trial.fits) fail_budget(classical, best, builder.budget());
-  prefer_classical(classical, &best);
   explain(builder, classical, best, context);
   builder.apply(best.choice, program);
 }

@@ -10,7 +10,8 @@
 // keeps what helps. See auto_search.h for the order of the proposals.
 //
 // The result's simulated peak is within the budget, and it is never slower
-// than the classical plan where that is within the budget too. The number of
+// than the classical plan where that is within the budget too, nor than the
+// plan that holds (PassEnvironment::held). The number of
 // simulations depends on the program's size alone: the same program, machine
 // and budget give the same plan.
 #pragma once

@@ -19,6 +19,10 @@ constexpr int kTries = 3;
 // Of the budget, left for gathers ahead and for what only a simulation has in flight: much,
 // and little, which gives copies more time.
 constexpr double kRoom = 0.03, kTight = 0.005;
+// Parts of the budget that copies leave free as they come in, once the smallest peak fits.
+constexpr double kEarlier[] = {0.1, kRoom, kTight, 0};
+// Simulations for that, and for what is done with it then.
+constexpr int kSmallest = 16;
 // Corrections of how much must go until the peak fits.
 constexpr int kFitSteps = 5;
 // Bytes gathered ahead of use.
@@ -28,6 +32,9 @@ constexpr int kRunsAhead[] = {4, 1, 16};
 // memory choices beyond what the step needs, for keeping.
 constexpr double kReserve[] = {0.03, 0, 0.1};
 constexpr double kMore[] = {0.1, 0.03, 0.25};
+// What regions are given that run again is moved for more of a step than one in so many: it takes
+// the link where gathers and reductions would be put in order later.
+constexpr int64_t kHelps = 100;
 // Memory is short while less is free than so many times what is to be left free.
 constexpr int64_t kAmple = 2;
 
@@ -124,6 +131,10 @@ Bytes LevelSearch::add(const Part& part, Bytes need, AutoChoice* choice) const {
       choice->offload_values.clear();  // what is there is part of the rest's menu too
       move_from(menu_.values(choice->recompute), room, &need, &choice->offload_values);
       return need;
+    case Kind::kGiven:
+      leave_out_remade(menu_, false, choice);
+      move_from(menu_.given(choice->recompute), room, &need, &choice->offload_values);
+      return need;
     case Kind::kStates:
       if (part.hidden) room = {menu_.compute().value * 2 / 3};
       choice->offload_states.clear();
@@ -133,47 +144,57 @@ Bytes LevelSearch::add(const Part& part, Bytes need, AutoChoice* choice) const {
   return need;
 }
 
-AutoChoice LevelSearch::fill(const Recipe& recipe, Bytes need) const {
+void leave_out_remade(const MemoryMenu& menu, bool given, AutoChoice* choice) {
+  if (choice->recompute.empty() || choice->offload_values.empty()) return;
+  const std::vector<bool> waits = menu.waits(choice->recompute);
+  const std::vector<bool> made = menu.made_by(choice->recompute);
+  std::erase_if(choice->offload_values,
+                [&](ValueId id) { return !waits[index(id)] || (made[index(id)] && !given); });
+}
+
+AutoChoice LevelSearch::fill(const Recipe& recipe, Bytes need, bool* all) const {
   AutoChoice choice;
-  std::vector<Bytes> missing_before(3, Bytes{});
+  std::vector<Bytes> missing_before(4, Bytes{});
+  bool given = false;
   for (const Part& part : recipe) {
     if (need <= Bytes{0}) break;
     Bytes& before = missing_before[static_cast<size_t>(part.kind)];
     need += before;  // a second, unhidden part of a kind starts over
+    given = given || part.kind == Kind::kGiven;
     const Bytes left = add(part, need, &choice);
     before = need - left;
     need = left;
   }
-  // What runs again is not kept, nor moved.
-  std::vector<bool> made(builder_.classical().values.size(), false);
-  for (RegionId id : choice.recompute) {
-    for (ValueId value : builder_.classical().region(id).outputs) made[index(value)] = true;
-  }
-  std::erase_if(choice.offload_values, [&](ValueId id) { return made[index(id)]; });
+  if (all != nullptr) *all = need > Bytes{0};
+  leave_out_remade(menu_, given, &choice);
   sort_ids(&choice.recompute);
   sort_ids(&choice.offload_values);
   sort_ids(&choice.offload_states);
   return choice;
 }
 
-// The smallest choice of the recipe whose peak is `target` or less, by a few
-// corrections; the largest if none is.
+// The smallest choice of the recipe whose peak is `target` or less, by a few corrections; if none
+// is, the one with the smallest peak. That need not be the largest: what runs again needs room too.
 AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target) {
   const Bytes wanted = plain_peak_ - target;
   Bytes& bias = bias_[recipe];  // of the estimates, as found before
   Bytes need = wanted + bias;
   Bytes spare = std::max(Bytes{}, builder_.budget() - target);
-  AutoChoice smallest, choice;
+  AutoChoice best;
+  Bytes least{INT64_MAX};  // peak of `best`
   bool found = false;
   for (int i = 0; i < kFitSteps && need > Bytes{0} && (i == 0 || left_ > 0); ++i) {
-    choice = fill(recipe, need);
+    bool all = false;
+    AutoChoice choice = fill(recipe, need, &all);
     choice.place = best_.choice.place;
     choice.ahead = best_.choice.ahead;
     choice.spare = spare;
     --left_;
-    const Bytes over = builder_.peak_of_memory_choices(choice) - target;
+    const Bytes peak = builder_.peak_of_memory_choices(choice);
+    const Bytes over = peak - target;
+    if (!found && peak < least) least = peak, best = choice;
     if (over <= Bytes{0}) {
-      smallest = choice;
+      best = std::move(choice);
       found = true;
       bias = need - wanted;
       if (-over.value * 100 < target.value) break;  // within 1%
@@ -181,11 +202,13 @@ AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target) {
     } else {
       if (found) break;
       // A little is what copies take that come in early: leave them less room.
-      if (over.value * 50 < target.value) spare += over + over;
+      const bool little = over.value * 50 < target.value;
+      if (all && !little) break;
+      if (little) spare += over + over;
       need += over;
     }
   }
-  return found ? smallest : choice;
+  return best;
 }
 
 std::vector<LevelSearch::Recipe> LevelSearch::recipes() const {
@@ -199,6 +222,17 @@ std::vector<LevelSearch::Recipe> LevelSearch::recipes() const {
       {values, recompute, all_values, all_states},
       {all_states, recompute, all_values},
       {all_values, all_states, recompute},
+  };
+}
+
+// For when none of these fits, or simulations are plenty.
+std::vector<LevelSearch::Recipe> LevelSearch::tight_recipes() {
+  const Part states{Kind::kStates, true}, all_states{Kind::kStates, false};
+  const Part recompute{Kind::kRecompute, false}, all_values{Kind::kValues, false};
+  const Part given{Kind::kGiven, false};
+  return {
+      {recompute, all_values, all_states, given},
+      {recompute, all_values, states, given, all_states},
   };
 }
 
@@ -275,17 +309,50 @@ void LevelSearch::try_recipes() {
     try_recipe(order[i], kRoom);
     if (i == 0) try_forward();
   }
+  for (const Recipe& recipe : tight_recipes()) {
+    if (left_ <= kPlenty && best_.trial.fits) break;
+    const Found before = best_;
+    const Recipe by = recipe_;
+    try_recipe(recipe, kRoom);
+    if (!before.trial.fits) continue;
+    const int64_t less = before.trial.time.value - best_.trial.time.value;
+    if (less * kHelps < before.trial.time.value) best_ = before, recipe_ = by;
+  }
   if (best_.trial.fits) {
     try_recipe(Recipe(recipe_), kTight);
     try_forward();
     return;
   }
-  // Everything that helps, copied in as late as can be.
-  AutoChoice all = fill({{Kind::kStates, false}, {Kind::kRecompute, false}, {Kind::kValues, false}},
-                        Bytes{INT64_MAX / 2});
-  all.spare = part_of(builder_.budget(), 0.9);
-  left_ = std::max(left_, 1);
-  attempt(all);
+  try_smallest();
+}
+
+// The smallest peak, however long the step: everything that can wait on the host does, and comes in
+// no earlier than it is needed. Nothing runs again, which needs room for all that a region makes
+// where its activations come in one by one. The budget has no part in it: what is found here is
+// found under any other.
+void LevelSearch::try_smallest() {
+  left_ = std::max(left_, kSmallest);
+  AutoChoice all;
+  for (const Movable& each : menu_.values({}, true)) all.offload_values.push_back(ValueId{each.id});
+  for (const Movable& each : menu_.states()) all.offload_states.push_back(ParamId{each.id});
+  sort_ids(&all.offload_values);
+  sort_ids(&all.offload_states);
+  all.spare = builder_.budget();
+  for (const Place place : {Place::kStep, Place::kNextForward, Place::kBackward}) {
+    if (place == Place::kBackward && !builder_.early_updates()) continue;
+    all.place = place;
+    attempt(all);
+  }
+  if (!best_.trial.fits) return;
+  AutoChoice choice = best_.choice;
+  choice.prefetch = kAhead;
+  attempt(choice);
+  // Now copies may come in earlier, as far as there is room.
+  for (const double part : kEarlier) {
+    choice = best_.choice;
+    choice.spare = part_of(builder_.budget(), part);
+    attempt(choice);
+  }
 }
 
 void LevelSearch::try_places() {

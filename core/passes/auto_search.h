@@ -5,7 +5,7 @@
 // gaps and limits.
 //
 // The number of simulations, and of programs built to see their peak, depends on
-// the program's size alone.
+// the program's size, and on whether anything fits.
 #pragma once
 
 #include <compare>
@@ -30,6 +30,9 @@ inline Bytes part_of(Bytes bytes, double part) {
 // How many of these a search of this program may make.
 int simulations_for(const StepProgram& classical);
 
+// What runs again does not wait on the host too, unless `given` (MemoryMenu::given).
+void leave_out_remade(const MemoryMenu& menu, bool given, AutoChoice* choice);
+
 class LevelSearch {
  public:
   LevelSearch(AutoBuilder& builder, const MemoryMenu& menu, int simulations)
@@ -43,7 +46,8 @@ class LevelSearch {
   const std::optional<AutoChoice>& all_again() const { return all_again_; }
 
  private:
-  enum class Kind : uint8_t { kRecompute, kValues, kStates };
+  // kGiven: activations that are there for regions that run again, though their own does too.
+  enum class Kind : uint8_t { kRecompute, kValues, kStates, kGiven };
   struct Part {
     Kind kind;
     bool hidden;  // no more than the link moves beside compute
@@ -55,15 +59,18 @@ class LevelSearch {
   Trial measure(const AutoChoice& choice);
   bool attempt(const AutoChoice& choice);
   bool attempt_keeping(const AutoChoice& choice);
-  AutoChoice fill(const Recipe& recipe, Bytes need) const;
+  // `all`: whether that is all the recipe has, and less than is needed.
+  AutoChoice fill(const Recipe& recipe, Bytes need, bool* all = nullptr) const;
   Bytes add(const Part& part, Bytes need, AutoChoice* choice) const;
   AutoChoice fit(const Recipe& recipe, Bytes target);
   std::vector<Recipe> recipes() const;
+  static std::vector<Recipe> tight_recipes();
   std::vector<Recipe> by_cost(Bytes need) const;
   Nanos cost_of(const AutoChoice& choice) const;
   void try_recipe(const Recipe& recipe, double room);
   void try_forward();
   void try_recipes();
+  void try_smallest();
   void try_places();
   void try_ahead();
   void try_reserve();

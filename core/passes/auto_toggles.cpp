@@ -44,14 +44,8 @@ class ToggleSearch {
  public:
   ToggleSearch(AutoBuilder& builder, const MemoryMenu& menu, int simulations)
       : builder_(builder), menu_(menu), left_(simulations) {
-    const StepProgram& program = builder.classical();
-    made_by_.assign(program.values.size(), RegionId{UINT32_MAX});
-    for (size_t r = 0; r < program.regions.size(); ++r) {
-      for (ValueId id : program.regions[r].outputs) {
-        made_by_[index(id)] = RegionId{static_cast<uint32_t>(r)};
-      }
-    }
-    for (const Section& section : program.sections) limits_.push_back(limits_of(section));
+    for (const Section& section : builder.classical().sections)
+      limits_.push_back(limits_of(section));
   }
 
   Found climb(const AutoChoice& start) {
@@ -166,14 +160,6 @@ class ToggleSearch {
     if (builder_.early_updates()) add(Place::kBackward, 1);
   }
 
-  // What runs again does not wait on the host too.
-  void settle(AutoChoice* choice) const {
-    std::erase_if(choice->offload_values, [&](ValueId id) {
-      return std::binary_search(choice->recompute.begin(), choice->recompute.end(),
-                                made_by_[index(id)]);
-    });
-  }
-
   // The best single toggle, if it helps.
   bool one(Found* best) {
     const AutoChoice from = best->choice;
@@ -200,7 +186,7 @@ class ToggleSearch {
   bool consider(const AutoChoice& from, const std::vector<const Toggle*>& toggles, Found* best) {
     AutoChoice choice = from;
     for (const Toggle* toggle : toggles) (*toggle)(choice);
-    settle(&choice);
+    leave_out_remade(menu_, true, &choice);
     const Trial trial = measure(choice);
     if (!better(trial, best->trial)) return false;
     *best = {std::move(choice), trial};
@@ -210,7 +196,6 @@ class ToggleSearch {
   AutoBuilder& builder_;
   const MemoryMenu& menu_;
   int left_;
-  std::vector<RegionId> made_by_;           // by value
   std::vector<std::vector<Bytes>> limits_;  // by section
   std::map<std::string, Trial> known_;      // by key
 };

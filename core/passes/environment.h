@@ -28,6 +28,9 @@ struct PassEnvironment {
   // Whether a backward may update: nothing reads the gradients after it, and no
   // step is skipped once its last backward has begun.
   bool early_updates = false;
+  // The plan that holds while this one is made, with its reasons, for passes that choose all at
+  // once: they do no worse than it. Not owned; outlives the run.
+  const StepProgram* held = nullptr;
   bool reasons = true;  // off for trials whose reasons nobody will read
 };
 

@@ -16,6 +16,8 @@ namespace {
 constexpr size_t kSmall = 16;
 // Up to this many groups, pairs are weighed too.
 constexpr size_t kPairs = 16;
+// Less than one part in so many of all that waits is a crumb.
+constexpr int64_t kCrumb = 2000;
 // Hints count this much more.
 constexpr double kHint = 1.1;
 // Times the mean size of the others, each weighed by its size.
@@ -207,7 +209,13 @@ void MemoryMenu::put_unusual_last() {
   });
 }
 
-std::vector<Movable> MemoryMenu::values(const std::vector<RegionId>& recompute) const {
+Movable MemoryMenu::movable(ValueId id) const {
+  const Instr move{Op::kReload, std::nullopt, std::nullopt, {id}};
+  return {static_cast<uint32_t>(index(id)), program_.value(id).bytes,
+          estimator_.duration(program_, move) * program_.accumulation};
+}
+
+std::vector<Movable> MemoryMenu::values(const std::vector<RegionId>& recompute, bool all) const {
   std::vector<bool> named(program_.regions.size(), false);
   for (RegionId id : recompute) named[index(id)] = true;
   ByRun again = none();
@@ -215,15 +223,51 @@ std::vector<Movable> MemoryMenu::values(const std::vector<RegionId>& recompute) 
   std::vector<Movable> out;
   Bytes total;
   for_each_waiting(again, [&](ValueId id) {
-    const Bytes bytes = program_.value(id).bytes;
-    if (bytes == Bytes{0}) return;
-    const Instr move{Op::kReload, std::nullopt, std::nullopt, {id}};
-    total += bytes;
-    out.push_back({static_cast<uint32_t>(index(id)), bytes,
-                   estimator_.duration(program_, move) * program_.accumulation});
+    if (program_.value(id).bytes == Bytes{0}) return;
+    out.push_back(movable(id));
+    total += out.back().bytes;
   });
-  // Crumbs are not worth an instruction each.
-  std::erase_if(out, [&](const Movable& each) { return each.bytes.value * 2000 < total.value; });
+  if (all) return out;
+  std::erase_if(out, [&](const Movable& each) { return each.bytes.value * kCrumb < total.value; });
+  return out;
+}
+
+std::vector<bool> MemoryMenu::waits(const std::vector<RegionId>& recompute) const {
+  std::vector<bool> named(program_.regions.size(), false), out(program_.values.size(), false);
+  for (RegionId id : recompute) named[index(id)] = true;
+  for (const RecomputableGraph& graph : graphs_) {
+    std::vector<bool> chosen;
+    for (size_t r = 0; r < graph.runs.size(); ++r) {
+      chosen.push_back(graph.allowed[r] && named[index(graph.runs[r])]);
+    }
+    const Recomputation plan = plan_recomputation(program_, graph, chosen);
+    for (size_t r = 0; r < graph.runs.size(); ++r) {
+      for (ValueId id : program_.region(graph.runs[r]).outputs) {
+        const ValueUse& use = graph.values[index(id)];
+        size_t needed = use.first_backward;
+        for (size_t user : use.users) needed = std::min(needed, plan.place[user]);
+        out[index(id)] = !use.output && needed < plan.place[r];
+      }
+    }
+  }
+  return out;
+}
+
+std::vector<bool> MemoryMenu::made_by(const std::vector<RegionId>& regions) const {
+  std::vector<bool> out(program_.values.size(), false);
+  for (RegionId region : regions) {
+    for (ValueId id : program_.region(region).outputs) out[index(id)] = true;
+  }
+  return out;
+}
+
+std::vector<Movable> MemoryMenu::given(const std::vector<RegionId>& recompute) const {
+  const std::vector<bool> waiting = waits(recompute), made = made_by(recompute);
+  std::vector<Movable> out;
+  for (size_t v = 0; v < waiting.size(); ++v) {
+    const ValueId id{static_cast<uint32_t>(v)};
+    if (waiting[v] && made[v] && program_.value(id).bytes > Bytes{0}) out.push_back(movable(id));
+  }
   return out;
 }
 

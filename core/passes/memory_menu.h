@@ -35,8 +35,15 @@ class MemoryMenu {
   // activations wait longest.
   const std::vector<RecomputeUnit>& recompute() const { return recompute_; }
   // Activations that wait for the backward if these regions run again, those
-  // that wait longest first.
-  std::vector<Movable> values(const std::vector<RegionId>& recompute) const;
+  // that wait longest first. Without those that are not worth an instruction
+  // each, unless all are asked for.
+  std::vector<Movable> values(const std::vector<RegionId>& recompute, bool all = false) const;
+  // By value: whether it waits, exactly; what these regions make does if someone needs it before
+  // they run again. And whether they make it.
+  std::vector<bool> waits(const std::vector<RegionId>& recompute) const;
+  std::vector<bool> made_by(const std::vector<RegionId>& regions) const;
+  // What both is true of.
+  std::vector<Movable> given(const std::vector<RegionId>& recompute) const;
   // Those used latest in a forward first: they have most time to come back. Unusually large
   // ones last.
   const std::vector<Movable>& states() const { return states_; }
@@ -65,6 +72,7 @@ class MemoryMenu {
   template <typename Visit>
   void for_each_waiting(const ByRun& again, Visit visit) const;
   std::vector<size_t> best_step(const std::vector<bool>& taken, Bytes now) const;
+  Movable movable(ValueId id) const;
   void add_units(const std::vector<size_t>& groups, Bytes saved);
 
   const StepProgram& program_;

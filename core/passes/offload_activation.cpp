@@ -212,6 +212,24 @@ struct Moves {
   std::vector<Group> out, in;
 };
 
+size_t last_use(const Group& group) {
+  size_t used = 0;
+  for (const Idle& each : group.values) used = std::max(used, each.used);
+  return used;
+}
+
+// What a region makes leaves together. Only where memory is short while one of it is still used,
+// what is not goes first.
+std::vector<Group> parts_of(Group group, std::optional<Bytes> limit, const MemoryUse& use) {
+  size_t first = last_use(group);
+  for (const Idle& each : group.values) first = std::min(first, each.used);
+  if (!limit || !use.first_above(first + 1, last_use(group) + 1, *limit)) {
+    return {std::move(group)};
+  }
+  return grouped(
+      group.values, [](const Idle& each) { return each.used; }, &Idle::out);
+}
+
 Moves place_moves(const StepClock& clock, const MemoryTimeline& timeline,
                   std::optional<Bytes> limit, const std::vector<Idle>& chosen) {
   Moves moves{grouped(
@@ -220,19 +238,22 @@ Moves place_moves(const StepClock& clock, const MemoryTimeline& timeline,
                   chosen, [](const Idle& each) { return each.needed; }, &Idle::in)};
   MemoryUse use(bytes_during(timeline));
   OutboundQueue queue(clock);
+  std::vector<Group> out;
   for (size_t i = 0; i < moves.out.size(); ++i) {
-    Group& group = moves.out[i];
-    size_t used = 0;
-    for (const Idle& each : group.values) used = std::max(used, each.used);
-    size_t last = clock.end(group.values[0].forward);
+    size_t last = clock.end(moves.out[i].values[0].forward);
     if (!limit && i + kCopiesAhead < moves.out.size() &&
-        moves.out[i + kCopiesAhead].values[0].forward == group.values[0].forward) {
-      last = std::clamp(moves.out[i + kCopiesAhead].values[0].made, used + 1, last);
+        moves.out[i + kCopiesAhead].values[0].forward == moves.out[i].values[0].forward) {
+      const size_t made = moves.out[i + kCopiesAhead].values[0].made;
+      last = std::clamp(made, last_use(moves.out[i]) + 1, last);
     }
-    const size_t issued = group.values[0].made + 1;
-    group.at = queue.place({issued, used + 1, last, group.time, group.bytes}, use, limit);
-    for (const Idle& each : group.values) use.add(group.at, each.needed, Bytes{0} - each.bytes);
+    for (Group& group : parts_of(moves.out[i], limit, use)) {
+      const size_t issued = group.values[0].made + 1, first = last_use(group) + 1;
+      group.at = queue.place({issued, first, last, group.time, group.bytes}, use, limit);
+      for (const Idle& each : group.values) use.add(group.at, each.needed, Bytes{0} - each.bytes);
+      out.push_back(std::move(group));
+    }
   }
+  moves.out = std::move(out);
   std::vector<InboundCopy> copies;
   for (const Group& group : moves.in) {
     const Idle& any = group.values[0];

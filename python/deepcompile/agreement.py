@@ -37,6 +37,8 @@ class Request:
     budget: int | None = None
     """Bytes of one rank; None: no limit."""
     early_updates: bool = False
+    held: Agreed | None = None
+    """The plan that holds: `auto` does no worse than it where it is allowed by this request."""
 
 
 @dataclass
@@ -86,8 +88,8 @@ def deferred(update: Any) -> list[str]:
     return [i.operand for i in update.sections[0].instrs if i.op == "defer"]
 
 
-def run_passes(program: Any, request: Request) -> list[Any]:
-    """Run a request's passes on a program in place; their log."""
+def run_passes(program: Any, request: Request, held: Any = None) -> list[Any]:
+    """Run a request's passes on a program in place; their log. `held`: see held_program."""
     return _core.run_passes(
         program,
         list(request.passes),
@@ -95,7 +97,27 @@ def run_passes(program: Any, request: Request) -> list[Any]:
         costs=request.costs,
         memory_budget=request.budget,
         early_updates=request.early_updates,
+        held=held,
     )
+
+
+def held_program(name: str, graphs: list[Any], request: Request) -> Any:
+    """The plan that holds as one program of the step of `graphs`, with its reasons. None if it is
+    of other graphs, or if not `auto` alone made it: what other passes did is not done twice."""
+    held = request.held
+    if held is None or held.entry != ["auto"] or request.passes != ("auto",):
+        return None
+    texts = [held.programs.get(_core.skeleton(graph)) for graph in graphs]
+    if None in texts:
+        return None
+    parse = _core.StepProgram.parse
+    try:
+        program = _core.merge_steps(name, [parse(text) for text in texts], parse(held.update))
+    except UserError:  # a parameter has changed: its placement, say
+        return None
+    for reason in held.reasons:
+        program.because(*reason)
+    return program
 
 
 def classical(plain: Any, stage_pass: str, late: Sequence[str]) -> Any:
@@ -146,7 +168,7 @@ def plan_step(
     compute only."""
     start = time.perf_counter()
     merged = _core.merge_steps(name, graphs, update)
-    log = run_passes(merged, request)
+    log = run_passes(merged, request, held_program(name, graphs, request))
     *parts, planned_update = _core.split_step(merged, graphs, update)
     programs = {_core.skeleton(g): str(p) for g, p in zip(graphs, parts, strict=True)}
     for key, plain in others.items():

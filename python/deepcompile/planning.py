@@ -287,14 +287,14 @@ class Planner:
 
     # ---- the whole step
 
-    def plan_whole(self, step: int, why: str = "") -> bool:
+    def plan_whole(self, step: int, why: str = "", may_stay: bool = True) -> bool:
         """Plan the step of the newest profile by the entry that holds; collective. False, with a
         warning, if there is no plan and the user asked neither for a schedule nor for a budget, or
-        if `why` says that it is not the user's doing."""
+        if `why` says that it is not the user's doing. `may_stay`: the plan that holds will do."""
         start = time.perf_counter()
         self._entry, self.pending = self.measured_entry() or self._entry, False
         try:
-            agreed = self._make_agreed()
+            agreed = self._make_agreed(self.agreed if may_stay else None)
         except UserError as error:
             asked = not self._is_default or self._config.compile.memory_budget is not None
             if asked and not why:
@@ -315,11 +315,11 @@ class Planner:
         return True
 
     def plan_now(self, step: int, why: str) -> bool:
-        """plan_whole, before a step was profiled too: by estimates, and again once one was."""
+        """Another plan, before a step was profiled too: by estimates, and again once one was."""
         guessed = self.profile is None
         if guessed:
             self.profile = self.profile_without_trace(step)
-        done = self.plan_whole(step, why)
+        done = self.plan_whole(step, why, may_stay=False)
         self._look_again = self._look_again or (guessed and done and "auto" in self._entry.names())
         return done
 
@@ -328,8 +328,8 @@ class Planner:
         later = [e for e in self.schedule if e.measured and e.step >= self._entry.step]
         return later[0] if later else None
 
-    def _make_agreed(self) -> Agreed:
-        """Rank 0's plan, on every rank; collective."""
+    def _make_agreed(self, held: Agreed | None) -> Agreed:
+        """Rank 0's plan, on every rank, no worse than `held`; collective."""
         limit, costs = self.agree_budget(), self._measured_costs()
         timed = self._timed_programs()
         known = self._ranks.gather(sorted(timed))
@@ -340,7 +340,7 @@ class Planner:
                 timed |= {key: _core.StepProgram.parse(text) for key, text in texts.items()}
 
         def work() -> Agreed | None:
-            return self._plan_here(timed, costs, limit) if self._ranks.rank == 0 else None
+            return self._plan_here(timed, costs, limit, held) if self._ranks.rank == 0 else None
 
         return self._ranks.from_first(self._ranks.together("[planning]", work))
 
@@ -353,20 +353,16 @@ class Planner:
                 found[installed.skeleton] = apply_costs(installed.plain, self.profile.costs)
         return found
 
-    def _plan_here(self, timed: dict[str, Any], costs: Any, limit: int) -> Agreed:
+    def _plan_here(self, timed: dict[str, Any], costs: Any, limit: int, held: Any) -> Agreed:
         """Rank 0's part: the whole step of its profile, then the graphs beside it."""
         machine = links.machine_for(self._config, self._ranks)
         for program in timed.values():
             _core.analytic_costs(program, machine)  # of regions that the step did not run
         order = dict.fromkeys(self.graphs[k].skeleton for k in self.profile.order)
         graphs = [timed.pop(key) for key in order]
+        early = self._config.compile.early_updates
         self.request = agreement.Request(
-            self._entry.passes,
-            self.stage_pass,
-            machine,
-            costs,
-            limit,
-            self._config.compile.early_updates,
+            self._entry.passes, self.stage_pass, machine, costs, limit, early, held
         )
         self.step_programs = graphs
         return agreement.plan_step("step", graphs, timed, self.plain_update(), self.request)

@@ -133,6 +133,49 @@ end
             "reload (b); reload (a); await (b); run b2; await (a); run b1; ");
 }
 
+// What f2 does not read leaves before it, if both do not have the room.
+TEST(OffloadActivation, WhatIsNotUsedAnyMoreGoesFirstWhereMemoryIsShort) {
+  const StepProgram before = parse_program(R"(
+step one world=1
+param w f32 16 whole
+value x 4B
+value a 8KiB
+value b 8KiB
+value c 8KiB
+value y 4B
+value t 4B
+value d 4B
+value g 64B grad=w
+region f1 time=10ns (x) -> (a, b)
+region f2 time=100us (a, w) -> (c)
+region f3 time=100us (c) -> (y)
+region b2 time=100us (t, b) -> (d)
+region b1 time=100us (d, a, w) -> (g)
+forward 0 (x) -> (y)
+  run f1
+  run f2
+  run f3
+end
+backward 0 (t) -> ()
+  run b2
+  run b1
+  reduce w (g)
+  accumulate w
+end
+)");
+  const UnitCost costs = host_cost(1);
+  const auto forward = [&](Bytes budget) {
+    StepProgram program = before;
+    const OffloadActivation pass(
+        {.values = {{*program.find_value("a"), *program.find_value("b")}}});
+    run_pipeline(program, {&pass}, planned_for(costs, budget));
+    return moves(program, SectionKind::kForward);
+  };
+  EXPECT_EQ(forward(Bytes{30 << 10}), "run f1; offload (a, b); run f2; evict (a, b); run f3; ");
+  EXPECT_EQ(forward(Bytes{20 << 10}),
+            "run f1; offload (b); offload (a); evict (b); run f2; evict (a); run f3; ");
+}
+
 TEST(OffloadActivation, TakesWhatWaitsLongestAndOnlyWhatIsNeeded) {
   const UnitCost costs = host_cost(1024);
   const StepProgram before = layers(6);

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from test_engine import batch, config, start, step
 from torch import nn
 
-from deepcompile import UserError, agreement, budget, planning
+from deepcompile import UserError, _core, agreement, budget, planning
 from deepcompile.config import CompileConfig
 from deepcompile.distributed import Ranks
 from deepcompile.schedule import WARMUP, check_schedule, default_schedule, entry_at
@@ -159,6 +160,77 @@ def test_without_a_budget_of_the_users_the_stages_plan_stays():
         for number in range(WARMUP + 1):
             step(engine, number)
     assert engine.planner.agreed is None and engine.compile_report()["plan_failures"]
+
+
+# ---- the plan that holds
+
+
+def planned_by_auto() -> planning.Planner:
+    """Of an engine that looked at its plan once more."""
+    engine = compiled()
+    for number in range(WARMUP + 3):
+        step(engine, number)
+    return engine.planner
+
+
+def measured_again(graphs: list) -> list:
+    """The same graphs with other times."""
+    out = [graph.copy() for graph in graphs]
+    for graph in out:
+        for region in graph.regions:
+            graph.set_region_time(region.name, 900_000 if "bwd" in region.name else 100_000)
+    return out
+
+
+def test_the_plan_that_holds_is_a_candidate_for_the_next():
+    planner = planned_by_auto()
+    request, update = planner.request, planner.plain_update()
+    first = request.held
+    assert first is not None and first.entry == ["auto"]
+    graphs = measured_again(planner.step_programs)
+    held = agreement.held_program("step", graphs, request)
+    as_it_is = _core.transplant(held, _core.merge_steps("step", graphs, update))
+    now = _core.simulate(as_it_is, request.machine, request.costs)
+    tight = dataclasses.replace(request, budget=now.peak_bytes)
+    again = agreement.plan_step("step", graphs, {}, update, tight)
+    assert again.predicted_ns <= now.time_ns and again.predicted_peak <= now.peak_bytes
+    assert any(text.startswith("levels: ") for _, _, text in again.reasons)
+
+
+def test_a_plan_that_is_as_good_as_the_one_that_holds_is_that_one():
+    planner = planned_by_auto()
+    request, update, graphs = planner.request, planner.plain_update(), planner.step_programs
+    first = agreement.plan_step("step", graphs, {}, update, request)
+    held = dataclasses.replace(request, held=first)
+    second = agreement.plan_step("step", graphs, {}, update, held)
+    assert second.instrs() == first.instrs()
+    texts = [text for name, what, text in second.reasons if name == "auto" and not what]
+    assert any("the plan that holds stays" in text for text in texts)
+    assert sum(text.startswith("chosen: ") for text in texts) == 1
+
+
+def test_only_autos_own_plan_of_the_same_step_is_a_candidate():
+    planner = planned_by_auto()
+    request, graphs = planner.request, planner.step_programs
+    assert agreement.held_program("step", graphs, request) is not None
+    other = compiled(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    step(other)
+    unknown = [g.plain for g in other.planner.graphs]
+    assert agreement.held_program("step", unknown, request) is None
+    for changed in (
+        {"held": None},
+        {"passes": ("auto", mine)},
+        {"held": dataclasses.replace(request.held, entry=["auto", "mine"])},
+    ):
+        asked = dataclasses.replace(request, **changed)
+        assert agreement.held_program("step", graphs, asked) is None
+
+
+def test_a_plan_that_memory_ran_out_by_is_no_candidate():
+    planner = planned_by_auto()
+    assert planner.request.held is not None
+    assert planner.plan_now(WARMUP + 3, "memory ran out")
+    assert planner.request.held is None
 
 
 def planned_pair() -> tuple:
