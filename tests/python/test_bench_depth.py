@@ -212,8 +212,8 @@ def test_the_first_framework_also_at_the_others_depths(tmp_path, capsys):
 
 
 def test_the_time_limit_gives_a_lower_bound(tmp_path, capsys):
-    runner = Fake(50, seconds=0.2)
-    assert make(tmp_path, runner, limit=0.7).run() == sweep.OUT_OF_TIME
+    runner = Fake(50, seconds=1.0)
+    assert make(tmp_path, runner, limit=1.5).run() == sweep.OUT_OF_TIME
     assert "time limit reached" in capsys.readouterr().out
     rows = rows_of(tmp_path)
     assert all(row.ok for row in rows)  # the trial that was cut off is no failure
@@ -227,9 +227,9 @@ def test_the_time_limit_gives_a_lower_bound(tmp_path, capsys):
 def test_a_sweep_ends_at_its_time_limit_and_goes_on(tmp_path, capsys):
     found = [dataclasses.replace(BASE, seq_length=n) for n in (16, 32, 64, 128)]
     options = Options(result_dir=str(tmp_path))
-    runner = Fake(9, seconds=0.3)
+    runner = Fake(9, seconds=1.0)
     swept = sweep.Sweep(found, options, Place(1, 2), tmp_path / "logs",
-                        deadline=time.monotonic() + 0.7, runner=runner)  # fmt: skip
+                        deadline=time.monotonic() + 2.5, runner=runner)  # fmt: skip
     assert swept.run() == sweep.OUT_OF_TIME
     assert "time limit reached: 2 conditions left" in capsys.readouterr().out
     assert len(rows_of(tmp_path).rows) == 2 and len(runner.ran) == 3
