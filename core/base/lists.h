@@ -3,13 +3,24 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <vector>
+
+#include "base/ids.h"
 
 namespace deepcompile {
 
 template <typename Id>
 bool contains(const std::vector<Id>& ids, const Id& id) {
   return std::find(ids.begin(), ids.end(), id) != ids.end();
+}
+
+// By index, of `size` in all: whether the id is there.
+template <typename Id>
+std::vector<bool> marked(const std::vector<Id>& ids, size_t size) {
+  std::vector<bool> out(size, false);
+  for (const Id id : ids) out[index(id)] = true;
+  return out;
 }
 
 // Adds the id to the sorted list, or takes it out.

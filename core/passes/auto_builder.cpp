@@ -50,16 +50,7 @@ void run_classical(StepProgram& program, const PassEnvironment& environment) {
 // Trials build the recomputation without the pass's measurements.
 void recompute_quickly(const std::vector<RecomputableGraph>& graphs,
                        const std::vector<RegionId>& regions, StepProgram& program) {
-  std::vector<bool> named(program.regions.size(), false);
-  for (RegionId id : regions) named[index(id)] = true;
-  std::vector<Recomputation> plans;
-  for (const RecomputableGraph& graph : graphs) {
-    std::vector<bool> chosen;
-    for (size_t run = 0; run < graph.runs.size(); ++run) {
-      chosen.push_back(named[index(graph.runs[run])] && graph.allowed[run]);
-    }
-    plans.push_back(plan_recomputation(program, graph, chosen));
-  }
+  const std::vector<Recomputation> plans = plan_recomputations(program, graphs, regions);
   for (size_t g = 0; g < graphs.size(); ++g) {
     place_recomputation(graphs[g], plans[g], true, &program);
   }

@@ -5,6 +5,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "base/lists.h"
+
 namespace deepcompile {
 namespace {
 
@@ -256,8 +258,7 @@ std::vector<LevelSearch::Recipe> LevelSearch::by_cost(Bytes need) const {
 
 // Compute that is added, and copies that no compute hides.
 Nanos LevelSearch::cost_of(const AutoChoice& choice) const {
-  std::vector<bool> again(builder_.classical().regions.size(), false);
-  for (RegionId id : choice.recompute) again[index(id)] = true;
+  const std::vector<bool> again = marked(choice.recompute, builder_.classical().regions.size());
   Nanos cost, values, states;
   for (const RecomputeUnit& unit : menu_.recompute()) {
     if (again[index(unit.regions.front())]) cost += unit.time;

@@ -7,6 +7,7 @@
 #include <variant>
 
 #include "analysis/footprint.h"
+#include "base/lists.h"
 
 namespace deepcompile {
 namespace {
@@ -216,8 +217,7 @@ Movable MemoryMenu::movable(ValueId id) const {
 }
 
 std::vector<Movable> MemoryMenu::values(const std::vector<RegionId>& recompute, bool all) const {
-  std::vector<bool> named(program_.regions.size(), false);
-  for (RegionId id : recompute) named[index(id)] = true;
+  const std::vector<bool> named = marked(recompute, program_.regions.size());
   ByRun again = none();
   for (const Run& each : runs_) again[each.graph][each.run] = named[index(region(each))];
   std::vector<Movable> out;
@@ -233,14 +233,11 @@ std::vector<Movable> MemoryMenu::values(const std::vector<RegionId>& recompute, 
 }
 
 std::vector<bool> MemoryMenu::waits(const std::vector<RegionId>& recompute) const {
-  std::vector<bool> named(program_.regions.size(), false), out(program_.values.size(), false);
-  for (RegionId id : recompute) named[index(id)] = true;
-  for (const RecomputableGraph& graph : graphs_) {
-    std::vector<bool> chosen;
-    for (size_t r = 0; r < graph.runs.size(); ++r) {
-      chosen.push_back(graph.allowed[r] && named[index(graph.runs[r])]);
-    }
-    const Recomputation plan = plan_recomputation(program_, graph, chosen);
+  std::vector<bool> out(program_.values.size(), false);
+  const std::vector<Recomputation> plans = plan_recomputations(program_, graphs_, recompute);
+  for (size_t g = 0; g < graphs_.size(); ++g) {
+    const RecomputableGraph& graph = graphs_[g];
+    const Recomputation& plan = plans[g];
     for (size_t r = 0; r < graph.runs.size(); ++r) {
       for (ValueId id : program_.region(graph.runs[r]).outputs) {
         const ValueUse& use = graph.values[index(id)];

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/lists.h"
 #include "passes/region_blocks.h"
 #include "passes/section_edit.h"
 
@@ -288,6 +289,21 @@ Recomputation plan_recomputation(const StepProgram& program, const RecomputableG
     plan_block(program, graph, block, chosen, &out);
   }
   return out;
+}
+
+std::vector<Recomputation> plan_recomputations(const StepProgram& program,
+                                               const std::vector<RecomputableGraph>& graphs,
+                                               const std::vector<RegionId>& regions) {
+  const std::vector<bool> named = marked(regions, program.regions.size());
+  std::vector<Recomputation> plans;
+  for (const RecomputableGraph& graph : graphs) {
+    std::vector<bool> chosen;
+    for (size_t run = 0; run < graph.runs.size(); ++run) {
+      chosen.push_back(named[index(graph.runs[run])] && graph.allowed[run]);
+    }
+    plans.push_back(plan_recomputation(program, graph, chosen));
+  }
+  return plans;
 }
 
 void place_recomputation(const RecomputableGraph& graph, const Recomputation& plan, bool share,

@@ -51,6 +51,10 @@ struct Recomputation {
 };
 Recomputation plan_recomputation(const StepProgram& program, const RecomputableGraph& graph,
                                  const std::vector<bool>& chosen);
+// Of all graphs, where these regions are chosen as far as they may run again.
+std::vector<Recomputation> plan_recomputations(const StepProgram& program,
+                                               const std::vector<RecomputableGraph>& graphs,
+                                               const std::vector<RegionId>& regions);
 // The same for one block, in a plan of which the later blocks are right.
 void plan_block(const StepProgram& program, const RecomputableGraph& graph, size_t block,
                 const std::vector<bool>& chosen, Recomputation* plan);

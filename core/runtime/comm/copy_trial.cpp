@@ -55,8 +55,7 @@ Nanoseconds slowest(RankMessages& messages, const Nanoseconds& mine) {
   return most;
 }
 
-}  // namespace
-
+// By the slowest rank's nanoseconds.
 CopyTrial judge_copies(int64_t in_turn, int64_t together) {
   const double ratio = static_cast<double>(together) / static_cast<double>(in_turn);
   std::array<char, 64> text{};
@@ -67,6 +66,8 @@ CopyTrial judge_copies(int64_t in_turn, int64_t together) {
                       ": all reading one peer first, they take " + text.data() +
                       " times as long as in turn and in step"};
 }
+
+}  // namespace
 
 CopyTrial try_copies(RankMessages& messages, Transport& base,
                      const std::shared_ptr<const Driver>& driver, int64_t rank, int64_t world,

@@ -32,7 +32,4 @@ CopyTrial try_copies(RankMessages& messages, Transport& base,
                      const std::shared_ptr<const Driver>& driver, int64_t rank, int64_t world,
                      const StreamPair& streams);
 
-// The answer, by the slowest rank's nanoseconds in turn, in step, and together, at the worst.
-CopyTrial judge_copies(int64_t in_turn, int64_t together);
-
 }  // namespace deepcompile
