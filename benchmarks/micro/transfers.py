@@ -9,9 +9,8 @@ the time of a reduction by copy engine has its sum in it.
 
     torchrun --standalone --nproc-per-node 4 benchmarks/micro/transfers.py --mb 32,128,512,1712
 
-`in_turn` and `together` are copy_engine with copies from or to several peers one after another, or
-given to the driver together; `copy_engine` itself tries which is better when it starts. The more
-transfers are under way at once (--at-once), the further ranks drift apart.
+`out_of_step` is copy_engine with nothing that keeps more than two ranks in step over the copies of a
+transfer. The more transfers are under way at once (--at-once), the further ranks drift apart then.
 `nccl_zero_cta`, gathers only, is what NCCL has of the kind: an all-gather into symmetric memory on
 a communicator whose policy is to use no SM (NCCL >= 2.28). NCCL may still choose a kernel:
 NCCL_DEBUG=INFO says "[Copy Engine]" where it did not. NCCL_NVLS_ENABLE=0 keeps it off NVLink's
@@ -42,8 +41,7 @@ from deepcompile import _runtime
 WAYS = {
     "nccl": ("nccl", {}),
     "copy_engine": ("copy_engine", {}),
-    "in_turn": ("copy_engine", {"copies": "in_turn"}),
-    "together": ("copy_engine", {"copies": "together"}),
+    "out_of_step": ("copy_engine", {"in_step_bytes": 1 << 60}),
 }
 ZERO_CTA = "nccl_zero_cta"
 MATMUL = {"cuda": (1024, 8192, 28672), "cpu": (64, 128, 128)}

@@ -30,13 +30,13 @@ CopyEngineOptions copy_engine_options(const std::string& gather, const std::stri
       options.host = value.cast<std::string>();
     } else if (name == "least_bytes") {
       options.least_bytes = value.cast<int64_t>();
-    } else if (name == "copies") {
-      options.copies = value.cast<std::string>();
+    } else if (name == "in_step_bytes") {
+      options.in_step_bytes = value.cast<int64_t>();
     } else if (name == "signals") {
       options.signals = value.cast<std::string>();
     } else {
       throw UserError("[runtime] copy_engine_options has no \"" + name +
-                      "\". Use library, host, least_bytes, copies or signals.");
+                      "\". Use library, host, least_bytes, in_step_bytes or signals.");
     }
   }
   return options;

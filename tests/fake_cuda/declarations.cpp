@@ -25,7 +25,6 @@ template <> struct Plain<CUstreamCaptureMode*> { using type = int*; };
 template <> struct Plain<CUipcMemHandle> { using type = ours::IpcHandle; };
 template <> struct Plain<CUipcMemHandle*> { using type = ours::IpcHandle*; };
 template <> struct Plain<CUstreamBatchMemOpParams*> { using type = ours::BatchOp*; };
-template <> struct Plain<CUmemcpyAttributes*> { using type = ours::CopyAttributes*; };
 // clang-format on
 
 template <typename F>
@@ -62,13 +61,6 @@ CHECK(cuMemcpyDtoHAsync, copy_to_host);
 CHECK(cuMemcpyHtoDAsync, copy_to_device);
 CHECK(cuDriverGetVersion, version);
 #if CUDA_VERSION >= 13000
-CHECK(cuMemcpyBatchAsync, batch_copy);
-static_assert(sizeof(CUmemcpyAttributes) == sizeof(ours::CopyAttributes));
-static_assert(offsetof(CUmemcpyAttributes, srcLocHint) == 4);
-static_assert(offsetof(CUmemcpyAttributes, dstLocHint) == 12);
-static_assert(offsetof(CUmemcpyAttributes, flags) == offsetof(ours::CopyAttributes, flags));
-static_assert(CU_MEMCPY_SRC_ACCESS_ORDER_STREAM == ours::kStreamOrder);
-static_assert(CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE == ours::kPreferOverlap);
 #endif
 CHECK(cuStreamBatchMemOp, batch_ops);
 CHECK(cuStreamCreate, stream_create);

@@ -138,8 +138,8 @@ void fake_cuda_set(const char* what, int value) {
 }
 
 // Counts: pulls, pushes, allocations and mappings (those there are), writes, copied_words, batches
-// (of writes and waits), together (batches of copies), threads (that leave captures alone),
-// bare_threads (those of them without a context).
+// (of writes and waits), threads (that leave captures alone), bare_threads (those of them without a
+// context).
 int fake_cuda_count(const char* what) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (std::strcmp(what, "allocations") == 0) return static_cast<int>(own.size());
@@ -287,20 +287,6 @@ int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t bytes, void*) {
 
 int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void*) {
   std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
-  return kSuccess;
-}
-
-struct CopyAttributes {
-  int order;
-  int locations[4];
-  unsigned flags;
-};
-
-int cuMemcpyBatchAsync_v2(Address* to, Address* from, size_t* bytes, size_t copies,
-                          CopyAttributes* attributes, size_t* first, size_t kinds, void*) {
-  if (kinds != 1 || *first != 0 || attributes->order != 1) return kInvalidValue;
-  for (size_t i = copies; i-- > 0;) copy(to[i], from[i], bytes[i]);  // in any order
-  if (attributes->flags == 1) count("together");
   return kSuccess;
 }
 

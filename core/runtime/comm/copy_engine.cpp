@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "runtime/comm/link_rounds.h"
 #include "runtime/comm/peer_connect.h"
 #include "runtime/comm/peer_memory.h"
 #include "runtime/comm/peer_signals.h"
@@ -23,32 +24,42 @@ constexpr const char* kCopyEngine = "copy_engine";
 // and with more bytes from or to each peer, who needs the first would wait for the last.
 constexpr size_t kMostHeld = 16;
 constexpr int64_t kMostHeldBytes = 128 << 20;
-// From each peer, of copies that run together.
-constexpr int64_t kLeastStepBytes = 8 << 20;
 
 DeviceAddress address_of(const at::Tensor& tensor) {
   return reinterpret_cast<DeviceAddress>(tensor.const_data_ptr());
 }
 
+// What all transfers share.
+struct Link {
+  PeerSignals signals;
+  LinkRounds rounds;
+
+  Link(const CopyEngineOptions& options, std::shared_ptr<const Driver> driver, Transport& base,
+       int64_t rank, int64_t world, c10::Device device, milliseconds timeout,
+       const Streams& streams)
+      : signals(std::move(driver), rank, world, timeout, streams),
+        rounds(signals, base, rank, world, device, options.in_step_bytes) {}
+};
+
 class CopyEngineTransport final : public Transport {
  public:
   // pulls, pushes: whether gathers and reductions go by copy engine.
   CopyEngineTransport(const CopyEngineOptions& options, bool pulls, bool pushes,
-                      std::unique_ptr<Transport> base, const PeerConnection& peers, int64_t rank,
-                      int64_t world, c10::Device device, milliseconds timeout,
-                      const Streams& streams)
+                      std::unique_ptr<Transport> base, std::unique_ptr<Link> link, int64_t rank,
+                      int64_t world, c10::Device device, const Streams& streams)
       : options_(options),
         pulls_(pulls),
-        together_(peers.together),
         base_(std::move(base)),
         streams_(streams),
         rank_(rank),
         world_(world),
-        signals_(peers.driver, rank, world, timeout, streams),
-        memory_(peers.driver, rank, world, device) {
+        link_(std::move(link)),
+        signals_(link_->signals),
+        rounds_(link_->rounds),
+        memory_(signals_.driver(), rank, world, device) {
     memory_.used_on(PeerSignals::handle(signals_.comm()));
     if (!pushes) return;
-    reductions_.emplace(signals_, rank, world, device, options.least_bytes, together_,
+    reductions_.emplace(signals_, rounds_, rank, world, device, options.least_bytes,
                         [this] { give_transfers(); });
     sums_allocate_ = PieceSum(device).allocates(world);
   }
@@ -66,7 +77,7 @@ class CopyEngineTransport final : public Transport {
   }
   at::Tensor sample_shard(int64_t bytes) override { return memory_.sample(bytes); }
   int64_t outside_bytes() const override {
-    return memory_.bytes() + (reductions_ ? reductions_->outside_bytes() : 0);
+    return memory_.bytes() + rounds_.outside_bytes() + (reductions_ ? reductions_->outside_bytes() : 0);
   }
 
   std::unique_ptr<Transfer> reduce_scatter(at::Tensor piece, at::Tensor full,
@@ -133,20 +144,21 @@ class CopyEngineTransport final : public Transport {
   void give_transfers();
   void pull(const Gathers& gathers);
   static DeviceCopy copy_of(const Gather& gather, int64_t owner);
-  Gathers group_from(const Gathers& gathers, size_t first) const;
-  void copy_from_peers(const Gathers& group) const;
+  bool in_step(const Gather& gather) const;
+  void copy_from_peers(const Gather& gather) const;
   Mark copy_own(const Gathers& gathers) const;
   void await_readers(PeerShard* shard);
   void await_readers(const std::vector<PeerShard*>& shards);
 
   const CopyEngineOptions options_;
   const bool pulls_;
-  const bool together_;  // copies from or to all peers
   const std::unique_ptr<Transport> base_;
   const Streams streams_;  // null on a CPU
   const int64_t rank_;
   const int64_t world_;
-  PeerSignals signals_;
+  const std::unique_ptr<Link> link_;
+  PeerSignals& signals_;
+  LinkRounds& rounds_;
   PeerMemory memory_;
   std::optional<PushReductions> reductions_;
   bool sums_allocate_ = false;
@@ -246,42 +258,47 @@ void CopyEngineTransport::give_transfers() {
 
 void CopyEngineTransport::pull(const Gathers& gathers) {
   const std::optional<c10::Stream> comm = signals_.comm();
-  PeerSignals::Steps before, after;
-  std::vector<PeerSignals::Await> awaits;
-  for (const auto& gather : gathers) signals_.tell(&before, *gather->shard, gather->ready);
+  PeerSignals::Steps steps, after;
   for (const auto& gather : gathers) {
-    signals_.await(&before, *gather->shard, gather->ready);
+    signals_.tell(&steps, *gather->shard, gather->ready);
     signals_.tell(&after, *gather->shard, gather->ready + 1);
-    awaits.push_back({gather->shard, gather->ready});
     gather->shard->given = ++given_;
     gather->given = true;
   }
   if (gathers.front()->span) gathers.front()->span->start(comm);
-  signals_.watched({"the gather of", true}, awaits, comm, [&] {
-    Mark own = copy_own(gathers);
-    signals_.run(std::move(before), comm);
-    for (size_t i = 0; i < gathers.size();) {
-      const Gathers group = group_from(gathers, i);
-      i += group.size();
-      const std::shared_ptr<Span>& span = group.front()->span;
-      if (span && group.front() != gathers.front()) span->start(comm);
-      copy_from_peers(group);
+  Mark own = copy_own(gathers);
+  size_t ready = 0;  // the first that nothing waited for yet
+  for (size_t i = 0; i < gathers.size(); ++i) {
+    Gather& gather = *gathers[i];
+    std::vector<PeerSignals::Await> awaits;
+    for (; ready == i || (ready < gathers.size() && !in_step(gather) && !in_step(*gathers[ready]));
+         ++ready) {
+      awaits.push_back({gathers[ready]->shard, gathers[ready]->ready});
+      signals_.await(&steps, awaits.back());
+    }
+    if (in_step(gather)) rounds_.begin(&steps, &awaits);
+    const auto copy = [&] {
+      signals_.run(std::exchange(steps, {}), comm);
+      if (gather.span && i > 0) gather.span->start(comm);
+      copy_from_peers(gather);
       // Order: this rank's shards (beside) -> full buffers, and "I have read yours" (comm).
       if (const Mark copied = std::exchange(own, nullptr)) copied->block(*comm);
-      if (span) span->stop(comm);
-      if (!streams_) continue;
-      const Mark done = streams_->mark(*comm);
-      for (const auto& gather : group) {
-        gather->on_stream = std::make_unique<StreamTransfer>(
-            streams_, std::vector<at::Tensor>{gather->full, gather->piece}, done);
-      }
-    }
-    signals_.run(std::move(after), comm);
-  });
+      if (gather.span) gather.span->stop(comm);
+    };
+    const Mark done = signals_.watched({"the gather of", true}, awaits, comm, copy);
+    if (!streams_) continue;
+    gather.on_stream = std::make_unique<StreamTransfer>(
+        streams_, std::vector<at::Tensor>{gather.full, gather.piece}, done);
+  }
+  signals_.run(std::move(after), comm);
   for (const auto& gather : gathers) {
     gather->full.reset();
     gather->piece.reset();
   }
+}
+
+bool CopyEngineTransport::in_step(const Gather& gather) const {
+  return rounds_.has(static_cast<int64_t>(gather.piece.nbytes()));
 }
 
 DeviceCopy CopyEngineTransport::copy_of(const Gather& gather, int64_t owner) {
@@ -290,26 +307,11 @@ DeviceCopy CopyEngineTransport::copy_of(const Gather& gather, int64_t owner) {
           gather.shard->source(owner), bytes};
 }
 
-// The gathers whose copies are one step of the stream: those that can run together and are small,
-// as each step costs the host and a pause. Where they are timed, each by itself.
-CopyEngineTransport::Gathers CopyEngineTransport::group_from(const Gathers& gathers,
-                                                             size_t first) const {
-  Gathers group;
-  int64_t bytes = 0;
-  for (size_t i = first; i < gathers.size(); ++i) {
-    if (!group.empty() && (!together_ || gathers[i]->span || bytes >= kLeastStepBytes)) break;
-    bytes += static_cast<int64_t>(gathers[i]->piece.nbytes());
-    group.push_back(gathers[i]);
-  }
-  return group;
-}
-
-void CopyEngineTransport::copy_from_peers(const Gathers& group) const {
+void CopyEngineTransport::copy_from_peers(const Gather& gather) const {
   std::vector<DeviceCopy> copies;
-  for (int64_t d = 1; d < world_; ++d) {
-    for (const auto& gather : group) copies.push_back(copy_of(*gather, (rank_ + d) % world_));
-  }
-  signals_.driver()->copy(copies, PeerSignals::handle(signals_.comm()), together_);
+  for (int64_t d = 1; d < world_; ++d) copies.push_back(copy_of(gather, (rank_ + d) % world_));
+  if (in_step(gather)) return rounds_.copy(copies);
+  signals_.driver()->copy(copies, PeerSignals::handle(signals_.comm()));
 }
 
 // This rank's own shards, which need no link. What follows the copies; null if there were none,
@@ -382,10 +384,6 @@ TransportChoice choose_transport(const CopyEngineOptions& options, std::unique_p
     throw UserError(std::string("[runtime] the transport of ") + what + " is \"" + setting +
                     "\". Use nccl, copy_engine or auto.");
   }
-  if (options.copies != "auto" && options.copies != "in_turn" && options.copies != "together") {
-    throw UserError("[runtime] copies of gathers and reductions are \"" + options.copies +
-                    "\". Use in_turn, together or auto.");
-  }
   if (options.signals != "auto" && options.signals != "writes" && options.signals != "copies") {
     throw UserError("[runtime] signals between ranks are \"" + options.signals +
                     "\". Use writes, copies or auto.");
@@ -403,12 +401,15 @@ TransportChoice choose_transport(const CopyEngineOptions& options, std::unique_p
   if (!pulls && !pushes) return over_base("");
   try {
     const PeerConnection peers = connect_peers(options, *base, rank, world, device, streams);
+    auto link = std::make_unique<Link>(options, peers.driver, *base, rank, world, device, timeout,
+                                       streams);
     auto transport = std::make_unique<CopyEngineTransport>(
-        options, pulls, pushes, std::move(base), peers, rank, world, device, timeout, streams);
+        options, pulls, pushes, std::move(base), std::move(link), rank, world, device, streams);
     TransportChoice choice{std::move(transport), route(options.gather, kGatherKey, ""),
                            route(options.reduce, kReduceKey, "")};
     for (Route* const route : {&choice.gathers, &choice.reductions}) {
-      if (route->transport == kCopyEngine) route->why += "; " + peers.why;
+      const bool copied = route->transport == kCopyEngine && peers.driver->copies_words();
+      if (copied) route->why += "; signals are copied";
     }
     return choice;
   } catch (const TransportError& error) {

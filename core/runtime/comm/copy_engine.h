@@ -9,15 +9,14 @@
 //
 //   1. write 2n-1 to every rank's word for (shard, me): "mine is ready";
 //   2. wait until all words for the shard here are at least 2n-1;
-//   3. copy the shards of rank+1, rank+2, ... straight into the full buffer, all at
-//      once where the driver can (copy_trial.h), else one whole shard after another;
-//      mine on a stream beside;
+//   3. copy the shards of rank+1, rank+2, ... straight into the full buffer, ranks in
+//      step (link_rounds.h); mine on a stream beside;
 //   4. write 2n: "I have read yours".
 //
 // and before this rank writes to its shard (an update, a store, a load), the
 // compute stream waits until all words are at least 2n, n the last gather here;
 // unless it waited for a reduction that was given to the streams after that gather.
-// Gathers of a batch do each step together: 1 and 2 for all, the copies, 4 for all.
+// Gathers of a batch do 1 and 4 for all together, 2 before the first copy that follows.
 //
 // Why that is enough:
 // - Read after write: step 1 runs after whatever compute had been given before
@@ -31,15 +30,10 @@
 //   gathers for evaluation, store() and loads need no barrier of their own.
 //   A reduction's pieces arrive after whatever their sender's stream was given before
 //   them, so where one was waited for there is nothing to wait for.
-// - In step: step 2 makes the ranks start a gather together, so that at any
-//   time each peer's memory is read by one rank (rank+d reads from rank+d+1).
-//   Ranks that drift apart read the same peer and halve the rate: of four ranks on
-//   H200, copies one after another reach 370 GB/s in step, and 265 to 320 in
-//   training. All at once, each link has a part of every copy, whoever is ahead.
 // - No deadlock: all ranks give their streams the same gathers and reductions in
-//   the same order, each writes its word before it waits, and neither wait needs
-//   anything that its peers were given later. A batch holds gathers back only while
-//   the compute stream is given nothing that waits for a peer.
+//   the same order, each writes its word before it waits, and no wait before the copies
+//   of one needs anything of a later one, whatever each rank's batches are. A batch
+//   holds gathers back only while the compute stream is given nothing that waits for a peer.
 // - The host waits for nothing. Values grow by two with each gather and are
 //   compared as differences, so they may go round.
 //
@@ -62,6 +56,9 @@ namespace deepcompile {
 // costs beside its bytes is then more than what it spares compute.
 constexpr int64_t kLeastPeerBytes = 256 << 10;
 
+// What keeping ranks in step costs is then little beside the copies.
+constexpr int64_t kInStepBytes = 16 << 20;
+
 constexpr const char* kCudaLibrary = "libcuda.so.1";
 
 struct CopyEngineOptions {
@@ -70,8 +67,8 @@ struct CopyEngineOptions {
   std::string reduce = "nccl";
   std::string library = kCudaLibrary;  // another one stands in for the driver, on CPUs too
   int64_t least_bytes = kLeastPeerBytes;
-  // Copies from or to several peers: "in_turn", "together" or "auto", which tries them.
-  std::string copies = "auto";
+  // From each peer, or to it: larger transfers keep more than two ranks in step.
+  int64_t in_step_bytes = kInStepBytes;
   // How words get to peers: "writes", "copies" or "auto", which tries writes first.
   std::string signals = "auto";
   std::string host;  // what this host is called; empty: by what it calls itself

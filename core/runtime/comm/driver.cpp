@@ -32,9 +32,9 @@ Driver::Functions::Functions(const std::string& library) {
     const char* const why = dlerror();
     throw TransportError(why != nullptr ? why : "cannot load " + library);
   }
-  const auto find = [&](const char* name, auto* function, bool needed = true) {
+  const auto find = [&](const char* name, auto* function) {
     void* const symbol = dlsym(handle, name);
-    if (symbol == nullptr && needed) throw TransportError(library + " has no function " + name);
+    if (symbol == nullptr) throw TransportError(library + " has no function " + name);
     *function = reinterpret_cast<std::remove_pointer_t<decltype(function)>>(symbol);
   };
   find("cuInit", &init);
@@ -57,7 +57,6 @@ Driver::Functions::Functions(const std::string& library) {
   find("cuMemcpyDtoDAsync_v2", &copy);
   find("cuMemcpyDtoHAsync_v2", &copy_to_host);
   find("cuMemcpyHtoDAsync_v2", &copy_to_device);
-  find("cuMemcpyBatchAsync_v2", &batch_copy, /*needed=*/false);
   find("cuStreamBatchMemOp_v2", &batch_ops);
   find("cuStreamCreate", &stream_create);
   find("cuStreamDestroy_v2", &stream_destroy);
@@ -143,10 +142,6 @@ int Driver::version() const {
   return version;
 }
 
-bool Driver::copies_together() const {
-  return functions_->batch_copy != nullptr;
-}
-
 DeviceAddress Driver::allocate(int64_t bytes) const {
   const Current current(*this);
   DeviceAddress address = 0;
@@ -178,29 +173,12 @@ void Driver::close(DeviceAddress address) const {
   check(functions_->ipc_close(address), "cuIpcCloseMemHandle");
 }
 
-void Driver::copy(const std::vector<DeviceCopy>& copies, Stream stream, bool together) const {
+void Driver::copy(const std::vector<DeviceCopy>& copies, Stream stream) const {
   const Current current(*this);
-  std::vector<DeviceAddress> to, from;
-  std::vector<size_t> sizes;
   for (const DeviceCopy& copy : copies) {
-    const auto bytes = static_cast<size_t>(copy.bytes);
-    if (!together) {
-      check(functions_->copy(copy.to, copy.from, bytes, stream), "cuMemcpyDtoDAsync");
-      continue;
-    }
-    to.push_back(copy.to);
-    from.push_back(copy.from);
-    sizes.push_back(bytes);
+    check(functions_->copy(copy.to, copy.from, static_cast<size_t>(copy.bytes), stream),
+          "cuMemcpyDtoDAsync");
   }
-  if (to.empty()) return;
-  CopyAttributes attributes{.source_order = kStreamOrder,
-                            .source_location = {},
-                            .target_location = {},
-                            .flags = kPreferOverlap};
-  size_t first = 0;  // with these attributes
-  check(functions_->batch_copy(to.data(), from.data(), sizes.data(), sizes.size(), &attributes,
-                               &first, 1, stream),
-        "cuMemcpyBatchAsync");
 }
 
 void Driver::run(std::vector<MemoryOp> ops, Stream stream) const {

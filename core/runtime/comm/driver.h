@@ -54,7 +54,6 @@ class Driver {
   std::string bus_id() const;
   // Why this device cannot read the memory of that one; empty if it can.
   std::string why_no_access(const std::string& peer_bus_id) const;
-  bool copies_together() const;  // since CUDA 13
   // Whether a stream's write of a word cannot reach a peer's memory, so that it is copied there.
   // Found out by who connects the peers.
   bool copies_words() const { return copies_words_; }
@@ -67,8 +66,7 @@ class Driver {
   void close(DeviceAddress address) const;
 
   // In the stream's order; the host goes on.
-  // `together`: in any order or at once, and preferably beside compute.
-  void copy(const std::vector<DeviceCopy>& copies, Stream stream, bool together = false) const;
+  void copy(const std::vector<DeviceCopy>& copies, Stream stream) const;
   void run(std::vector<MemoryOp> ops, Stream stream) const;
   bool idle(Stream stream) const;  // all that was started on it is over
 

@@ -24,9 +24,7 @@ constexpr unsigned kGreaterOrEqual = 0;  // CU_STREAM_WAIT_VALUE_GEQ
 constexpr unsigned kWithBarrier = 0;     // CU_STREAM_WRITE_VALUE_DEFAULT: earlier writes first
 constexpr int kWaitValue = 1;            // CU_STREAM_MEM_OP_WAIT_VALUE_32
 constexpr int kWriteValue = 2;           // CU_STREAM_MEM_OP_WRITE_VALUE_32
-constexpr int kStreamOrder = 1;          // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 constexpr int kRelaxed = 2;              // CU_STREAM_CAPTURE_MODE_RELAXED
-constexpr unsigned kPreferOverlap = 1;   // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 
 // CUstreamBatchMemOpParams of a write or a wait: a union of 48 bytes.
 struct BatchOp {
@@ -38,15 +36,6 @@ struct BatchOp {
   uint64_t rest;
 };
 static_assert(sizeof(BatchOp) == 48);
-
-// CUmemcpyAttributes.
-struct CopyAttributes {
-  int source_order;
-  int source_location[2];
-  int target_location[2];
-  unsigned flags;
-};
-static_assert(sizeof(CopyAttributes) == 24);
 
 // Names are those of libcuda's symbols, enums are int and handles void*.
 struct Functions {
@@ -70,8 +59,6 @@ struct Functions {
   int (*copy)(Address, Address, size_t, Stream) = nullptr;
   int (*copy_to_host)(void*, Address, size_t, Stream) = nullptr;
   int (*copy_to_device)(Address, const void*, size_t, Stream) = nullptr;
-  int (*batch_copy)(Address*, Address*, size_t*, size_t, CopyAttributes*, size_t*, size_t,
-                    Stream) = nullptr;  // may be missing
   int (*batch_ops)(Stream, unsigned, BatchOp*, unsigned) = nullptr;
   int (*stream_create)(Stream*, unsigned) = nullptr;
   int (*stream_destroy)(Stream) = nullptr;

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "base/error.h"
-#include "runtime/comm/copy_trial.h"
 #include "runtime/comm/peer_memory.h"
 
 namespace deepcompile {
@@ -54,9 +53,6 @@ std::shared_ptr<Driver> load_driver(const CopyEngineOptions& options, c10::Devic
     const int number = device.is_cpu() ? static_cast<int>(rank) : device.index();
     auto driver = std::make_shared<Driver>(options.library, number);
     put(&me->bus_id, driver->bus_id());
-    if (options.copies == "together" && !driver->copies_together()) {
-      throw TransportError("copies that run together need a driver of CUDA 13 or newer");
-    }
     return driver;
   } catch (const TransportError& error) {
     put(&me->error, error.what());
@@ -225,16 +221,7 @@ PeerConnection connect_peers(const CopyEngineOptions& options, Transport& base, 
   }
   throw_first(messages.errors(error));
   try_peers(options, messages, driver, rank, world, device, streams);
-  CopyTrial trial{false, "copies run in turn"};
-  if (options.copies != "auto") {
-    trial.together = options.copies == "together";
-    trial.why =
-        std::string("copies run ") + (trial.together ? "together" : "in turn") + ", as asked";
-  } else if (streams && world > 2) {
-    trial = try_copies(messages, base, driver, rank, world, *streams);
-  }
-  return {driver, trial.together,
-          trial.why + (driver->copies_words() ? "; signals are copied" : "")};
+  return {driver};
 }
 
 }  // namespace deepcompile

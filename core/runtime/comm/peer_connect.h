@@ -15,8 +15,6 @@ namespace deepcompile {
 
 struct PeerConnection {
   std::shared_ptr<const Driver> driver;  // this rank's
-  bool together = false;                 // copies from or to several peers
-  std::string why;                       // they are, or are not
 };
 
 // Once every rank has mapped each peer's memory, written and read there. Collective over

@@ -20,7 +20,6 @@ namespace {
 constexpr int64_t kPadBytes = 16 << 10;
 constexpr int64_t kAlignment = 512;        // of a shard, in bytes
 constexpr int64_t kGranule = 2 << 20;      // of a block: what the driver hands out
-constexpr int64_t kSmallBlock = 64 << 20;  // shared by shards smaller than half of it
 constexpr int64_t kFarewellSlot = 0;       // where peers say that they have let go
 constexpr uint32_t kFarewell = 1;
 constexpr auto kPatience = std::chrono::seconds(1);   // with peers that let go
@@ -182,8 +181,12 @@ DeviceAddress PeerShard::word(int64_t rank, int64_t source) const {
 }
 
 PeerMemory::PeerMemory(std::shared_ptr<const Driver> driver, int64_t rank, int64_t world,
-                       c10::Device device)
-    : driver_(std::move(driver)), rank_(rank), world_(world), device_(device) {}
+                       c10::Device device, int64_t small_block)
+    : driver_(std::move(driver)),
+      rank_(rank),
+      world_(world),
+      device_(device),
+      small_block_(small_block) {}
 
 PeerMemory::~PeerMemory() {
   try {
@@ -235,7 +238,7 @@ std::shared_ptr<PeerBlock> PeerMemory::block_with(int64_t bytes) {
   }
   Remains::all().bury();
   int64_t wanted = kPadBytes + bytes;
-  if (wanted < kSmallBlock / 2) wanted = kSmallBlock;
+  if (wanted < small_block_ / 2) wanted = small_block_;
   const auto block = new_block(round_up(wanted, kGranule));
   blocks_.push_back(block);
   at::from_blob(

@@ -58,7 +58,9 @@ struct PeerShard {
 
 class PeerMemory {
  public:
-  PeerMemory(std::shared_ptr<const Driver> driver, int64_t rank, int64_t world, c10::Device device);
+  // `small_block`: bytes of the blocks that shards smaller than half of one share.
+  PeerMemory(std::shared_ptr<const Driver> driver, int64_t rank, int64_t world, c10::Device device,
+             int64_t small_block = 64 << 20);
   // Lets go of the peers' memory, once the stream is done with it.
   ~PeerMemory();
 
@@ -89,6 +91,7 @@ class PeerMemory {
   int64_t rank_;
   int64_t world_;
   c10::Device device_;
+  int64_t small_block_;
   std::set<Driver::Stream> streams_;
   std::vector<std::shared_ptr<PeerBlock>> blocks_;
   // In the order of their allocation, which is the same on every rank; addresses are not.

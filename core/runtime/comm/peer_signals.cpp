@@ -24,22 +24,30 @@ Driver::Stream PeerSignals::handle(const std::optional<c10::Stream>& stream) {
   return stream ? stream->native_handle() : nullptr;
 }
 
-void PeerSignals::tell(Steps* steps, const PeerShard& shard, uint32_t value) const {
+void PeerSignals::tell(Steps* steps, const PeerShard& shard, uint32_t value, int64_t on) const {
   const DeviceAddress mine = shard.word(rank_, rank_);
-  for (int64_t d = 1; d <= world_; ++d) {
-    const DeviceAddress word = shard.word((rank_ + d) % world_, rank_);
+  const auto tell_one = [&](int64_t rank) {
+    const DeviceAddress word = shard.word(rank, rank_);
     if (driver_->copies_words() && word != mine) {
       steps->copies.push_back({word, mine, sizeof(value)});
     } else {
       steps->writes.push_back({MemoryOp::Kind::kWrite, word, value});
     }
+  };
+  if (on == kAll) {
+    for (int64_t d = 1; d <= world_; ++d) tell_one((rank_ + d) % world_);
+    return;
   }
+  if (driver_->copies_words()) tell_one(rank_);  // what is copied from here
+  tell_one(on);
 }
 
-void PeerSignals::await(Steps* steps, const PeerShard& shard, uint32_t value) const {
+void PeerSignals::await(Steps* steps, const Await& words) const {
   for (int64_t d = 1; d <= world_; ++d) {
     const int64_t rank = (rank_ + d) % world_;
-    steps->waits.push_back({MemoryOp::Kind::kWaitAtLeast, shard.word(rank_, rank), value});
+    if (words.from != kAll && words.from != rank) continue;
+    steps->waits.push_back(
+        {MemoryOp::Kind::kWaitAtLeast, words.shard->word(rank_, rank), words.value});
   }
 }
 
@@ -48,7 +56,7 @@ void PeerSignals::run(Steps steps, const std::optional<c10::Stream>& stream) con
   std::vector<MemoryOp> ops = std::move(steps.writes);
   if (!steps.copies.empty()) {
     driver_->run(std::exchange(ops, {}), on);
-    driver_->copy(steps.copies, on, driver_->copies_together());
+    driver_->copy(steps.copies, on);
   }
   ops.insert(ops.end(), steps.waits.begin(), steps.waits.end());
   driver_->run(std::move(ops), on);
@@ -57,13 +65,13 @@ void PeerSignals::run(Steps steps, const std::optional<c10::Stream>& stream) con
 WatchedWait PeerSignals::wait_for(const What& what, const std::vector<Await>& awaits) const {
   WatchedWait wait;
   wait.awaited.reserve(awaits.size());
-  for (const auto& [shard, value] : awaits) {
+  for (const auto& [shard, value, from] : awaits) {
     AwaitedWords& words = wait.awaited.emplace_back();
     words.what = what.text;
     if (what.named) words.name = shard->name;
     words.value = value;
     for (int64_t rank = 0; rank < world_; ++rank) {
-      words.words.push_back(shard->word(rank_, rank));
+      if (from == kAll || from == rank) words.words.push_back({rank, shard->word(rank_, rank)});
     }
   }
   return wait;
@@ -73,7 +81,7 @@ void PeerSignals::watched_wait(const What& what, const std::vector<Await>& await
                                const std::optional<c10::Stream>& stream) {
   watched(what, awaits, stream, [&] {
     Steps steps;
-    for (const auto& [shard, value] : awaits) await(&steps, *shard, value);
+    for (const Await& words : awaits) await(&steps, words);
     run(std::move(steps), stream);
   });
 }

@@ -42,23 +42,24 @@ class PeerSignals {
     std::vector<MemoryOp> writes, waits;
     std::vector<DeviceCopy> copies;  // of words that were written here, to peers
   };
-  // Writing `value` to this rank's word on every rank, and waiting until all words here
-  // are at least `value`.
-  void tell(Steps* steps, const PeerShard& shard, uint32_t value) const;
-  void await(Steps* steps, const PeerShard& shard, uint32_t value) const;
-  void run(Steps steps, const std::optional<c10::Stream>& stream) const;
-
-  // A wait until a shard's words reach a value.
+  static constexpr int64_t kAll = -1;
+  // Writing `value` to this rank's word on every rank, or on one.
+  void tell(Steps* steps, const PeerShard& shard, uint32_t value, int64_t on = kAll) const;
+  // A wait until the words of a shard here, or that of one rank, are at least `value`.
   struct Await {
     const PeerShard* shard;
     uint32_t value;
+    int64_t from = kAll;
   };
+  void await(Steps* steps, const Await& words) const;
+  void run(Steps steps, const std::optional<c10::Stream>& stream) const;
+
   // For messages: "the gather of", and whether the shard's name follows.
   struct What {
     const char* text;
     bool named = false;
   };
-  // Runs `action`, which makes `stream` wait for all of these.
+  // Runs `action`, which makes `stream` wait for all of these, if there are any.
   // What follows all that it gave the stream; null on a CPU.
   template <typename Action>
   Mark watched(const What& what, const std::vector<Await>& awaits,
@@ -80,6 +81,10 @@ class PeerSignals {
 template <typename Action>
 Mark PeerSignals::watched(const What& what, const std::vector<Await>& awaits,
                           const std::optional<c10::Stream>& stream, Action&& action) {
+  if (awaits.empty()) {
+    action();
+    return stream ? streams_->mark(*stream) : nullptr;
+  }
   WatchedWait wait = wait_for(what, awaits);
   if (stream) {
     action();

@@ -46,15 +46,15 @@ class PushReductions::Push final : public Transfer {
   uint64_t number_;
 };
 
-PushReductions::PushReductions(PeerSignals& signals, int64_t rank, int64_t world,
-                               c10::Device device, int64_t least_bytes, bool together,
+PushReductions::PushReductions(PeerSignals& signals, LinkRounds& rounds, int64_t rank,
+                               int64_t world, c10::Device device, int64_t least_bytes,
                                std::function<void()> give)
     : signals_(signals),
+      rounds_(rounds),
       rank_(rank),
       world_(world),
       device_(device),
       least_bytes_(least_bytes),
-      together_(together),
       give_(std::move(give)),
       piece_sum_(device) {}
 
@@ -154,31 +154,49 @@ DeviceAddress PushReductions::slot(int64_t owner, int64_t source, const UnderWay
 
 void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) {
   const std::optional<c10::Stream> comm = signals_.comm();
-  const Driver::Stream stream = PeerSignals::handle(comm);
-  uint64_t after = 0;
-  for (const uint64_t number : numbers) after = std::max(after, under_way_.at(number).after);
-  await_room(after);
-  std::vector<DeviceCopy> copies;
-  for (const uint64_t number : numbers) {
-    UnderWay& reduction = under_way_.at(number);
-    const int64_t bytes = reduction.bytes;
-    const auto from = reinterpret_cast<DeviceAddress>(reduction.full.const_data_ptr());
-    if (reduction.span) reduction.span->start(comm);
-    for (int64_t d = 1; d < world_; ++d) {
-      const int64_t owner = (rank_ + d) % world_;
-      copies.push_back(
-          {slot(owner, rank_, reduction), from + static_cast<DeviceAddress>(owner * bytes), bytes});
+  size_t room = 0;  // up to here there is some
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    UnderWay& reduction = under_way_.at(numbers[i]);
+    if (i == room) {
+      uint64_t after = 0;
+      do {
+        after = std::max(after, under_way_.at(numbers[room]).after);
+      } while (++room < numbers.size() && !in_rounds(reduction) &&
+               !in_rounds(under_way_.at(numbers[room])));
+      await_room(after);
     }
+    push(reduction);
     reduction.given = given++;
-    if (together_ && !reduction.span) continue;  // all end together, with the word below
-    signals_.driver()->copy(std::exchange(copies, {}), stream, together_);
   }
-  signals_.driver()->copy(copies, stream, together_);
   PeerSignals::Steps steps;
   signals_.tell(&steps, *inbox_, static_cast<uint32_t>(numbers.back()));
   signals_.run(std::move(steps), comm);
   for (const uint64_t number : numbers) {
     if (const auto span = std::move(under_way_.at(number).span)) span->stop(comm);
+  }
+}
+
+void PushReductions::push(UnderWay& reduction) {
+  const std::optional<c10::Stream> comm = signals_.comm();
+  const int64_t bytes = reduction.bytes;
+  const auto from = reinterpret_cast<DeviceAddress>(reduction.full.const_data_ptr());
+  std::vector<DeviceCopy> copies;
+  for (int64_t d = 1; d < world_; ++d) {
+    const int64_t owner = (rank_ + d) % world_;
+    copies.push_back(
+        {slot(owner, rank_, reduction), from + static_cast<DeviceAddress>(owner * bytes), bytes});
+  }
+  if (reduction.span) reduction.span->start(comm);
+  if (in_rounds(reduction)) {
+    PeerSignals::Steps steps;
+    std::vector<PeerSignals::Await> awaits;
+    rounds_.begin(&steps, &awaits);
+    signals_.watched({"the reduction of", true}, awaits, comm, [&] {
+      signals_.run(std::move(steps), comm);
+      rounds_.copy(copies);
+    });
+  } else {
+    signals_.driver()->copy(copies, PeerSignals::handle(comm));
   }
 }
 
@@ -209,7 +227,7 @@ uint64_t PushReductions::sum_up() {
   signals_.watched({"the pieces of a reduction"}, {{inbox_, arrived}}, compute, [&] {
     PeerSignals::Steps steps;
     tell_freed(&steps);
-    signals_.await(&steps, *inbox_, arrived);
+    signals_.await(&steps, {inbox_, arrived});
     signals_.run(std::move(steps), compute);
   });
   memory_->used_on(PeerSignals::handle(compute));

@@ -11,8 +11,8 @@
 //
 //   1. wait until every rank's word "freed" is at least k, the last reduction
 //      whose place one of these takes;
-//   2. copy the pieces of rank+1, rank+2, ... into that rank's inbox, for each (at once or
-//      one after another, as gathers do);
+//   2. copy the pieces of rank+1, rank+2, ... into that rank's inbox, for each of them, ranks
+//      in step (link_rounds.h);
 //   3. write n to every rank's word "arrived".
 //
 // and on the compute stream, when some are waited for: wait until every word
@@ -49,6 +49,7 @@
 #include <vector>
 
 #include "runtime/comm/inbox_ring.h"
+#include "runtime/comm/link_rounds.h"
 #include "runtime/comm/peer_memory.h"
 #include "runtime/comm/peer_signals.h"
 #include "runtime/comm/piece_sum.h"
@@ -58,10 +59,9 @@ namespace deepcompile {
 
 class PushReductions {
  public:
-  // `least_bytes`: of a piece; smaller ones are not taken. `together`: pieces for all owners
-  // are copied at once. `give`: starts what is held back.
-  PushReductions(PeerSignals& signals, int64_t rank, int64_t world, c10::Device device,
-                 int64_t least_bytes, bool together, std::function<void()> give);
+  // `least_bytes`: of a piece; smaller ones are not taken. `give`: starts what is held back.
+  PushReductions(PeerSignals& signals, LinkRounds& rounds, int64_t rank, int64_t world, c10::Device device,
+                 int64_t least_bytes, std::function<void()> give);
   ~PushReductions();
 
   // A reduction will have pieces of so many bytes: the inbox will hold two such.
@@ -103,6 +103,8 @@ class PushReductions {
   void make_inbox(Transport& base);
   int64_t room_for(int64_t piece_bytes) const;  // in the ring
   void await_room(uint64_t after);
+  bool in_rounds(const UnderWay& reduction) const { return rounds_.has(reduction.bytes); }
+  void push(UnderWay& reduction);
   void ask(uint64_t number);                             // for its sum; nothing if it was asked for
   bool add_to(uint64_t number, const RunningTotal& to);  // false: it was, or cannot be
   void finish(uint64_t number);                          // nothing if it was
@@ -113,11 +115,11 @@ class PushReductions {
   DeviceAddress slot(int64_t owner, int64_t source, const UnderWay& reduction) const;
 
   PeerSignals& signals_;
+  LinkRounds& rounds_;
   const int64_t rank_;
   const int64_t world_;
   const c10::Device device_;
   const int64_t least_bytes_;
-  const bool together_;
   const std::function<void()> give_;
   PieceSum piece_sum_;
   int64_t largest_ = 0;  // expected piece, in bytes

@@ -90,8 +90,8 @@ std::string StallWatch::diagnose(const WatchedWait& wait) const {
   try {
     for (const AwaitedWords& words : wait.awaited) {
       std::string missing;
-      for (size_t rank = 0; rank < words.words.size(); ++rank) {
-        if (reached(driver_->read(words.words[rank], 1).front(), words.value)) continue;
+      for (const auto& [rank, word] : words.words) {
+        if (reached(driver_->read(word, 1).front(), words.value)) continue;
         missing += " rank " + std::to_string(rank);
       }
       if (!missing.empty()) return begin(words) + missing;
@@ -106,7 +106,7 @@ void StallWatch::release(const std::deque<WatchedWait>& waits) const {
   try {
     for (const WatchedWait& wait : waits) {
       for (const AwaitedWords& words : wait.awaited) {
-        for (const DeviceAddress word : words.words) {
+        for (const auto& [rank, word] : words.words) {
           if (reached(driver_->read(word, 1).front(), words.value)) continue;
           driver_->write(word, words.value);
         }

@@ -25,11 +25,15 @@
 
 namespace deepcompile {
 
-// Words of this rank's memory, one for each rank, that should reach a value.
+// Words of this rank's memory that other ranks should bring to a value.
 struct AwaitedWords {
+  struct Word {
+    int64_t rank;  // that writes it
+    DeviceAddress address;
+  };
   const char* what = "";                    // "the gather of", static
   std::shared_ptr<const std::string> name;  // "w1"; null: `what` says all
-  std::vector<DeviceAddress> words;         // by rank
+  std::vector<Word> words;
   uint32_t value = 0;
 };
 
