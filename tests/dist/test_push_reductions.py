@@ -81,8 +81,8 @@ def summed(rank, world, library, dtype, sizes):
     return [torch.equal(a, b) for a, b in pairs]
 
 
-def reducer(rank, world, library, sizes, dtype=torch.float32, timeout=20.0):
-    options = {"library": library, "least_bytes": 1}
+def reducer(rank, world, library, sizes, dtype=torch.float32, timeout=20.0, engine=()):
+    options = {"library": library, "least_bytes": 1, **dict(engine)}
     word = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
     runtime = _runtime.Runtime(
         dist.group.WORLD, rank, world, torch.device("cpu"), word, timeout_s=timeout,
@@ -157,6 +157,57 @@ def test_what_starts_together_has_the_same_bits_in_fewer_steps_of_streams(driver
 def test_every_plan_gives_the_same_bits_on_four_ranks(driver):
     for same in run_ranks(plans_of, 4, driver):
         assert all(same), dict(zip(("drifting", "", *PLANS), same, strict=True))
+
+
+# ---- ranks in step
+
+
+def meetings(rank, world, library):
+    """How often copies of w1 met others on a link, with ranks kept in step and without."""
+    fake, found = Fake(library), []
+    for engine in (IN_STEP, {}):
+        for plan in ("", "deferred, updated in the forward", "early"):
+            toy = pushing(rank, world, library, plan=plan, engine=engine, gather="copy_engine")
+            dist.barrier()
+            before = fake.count("meetings")
+            fake.set(watched_bytes=600, push_ms=1 + rank % 2 * 3, pull_ms=1 + (rank + 1) % 3 * 2)
+            toy.train(3, rank, world)
+            fake.set(watched_bytes=0, push_ms=0, pull_ms=0)
+            found.append(fake.count("meetings") - before)
+    return found[:3], found[3:]
+
+
+@pytest.mark.parametrize("world", [3, 4])
+def test_ranks_in_step_never_meet_on_a_link(driver, world):
+    in_step, drifting = zip(*run_ranks(meetings, world, driver), strict=True)
+    assert all(count == 0 for of in in_step for count in of), in_step
+    assert sum(map(sum, drifting)) > 10, drifting
+
+
+def silent(rank, world, library):
+    """The message of a reduction that rank 2 does not come to."""
+    engine = {"in_step_bytes": 1}
+    runtime, (name,) = reducer(rank, world, library, [64], timeout=1.5, engine=engine)
+    whole = torch.ones(64)
+    runtime.reduce(name, {name: whole})
+    runtime.accumulate(name)
+    runtime.zero_grad()
+    dist.barrier()
+    if rank == 2:
+        time.sleep(5)
+        return None
+    with pytest.raises(UserError) as caught:
+        for _ in range(2):
+            runtime.reduce(name, {name: whole})
+            runtime.accumulate(name)
+            runtime.zero_grad()
+    return str(caught.value)
+
+
+def test_who_keeps_the_others_out_of_step_is_named(driver):
+    messages = run_ranks(silent, 4, driver, timeout=60)
+    assert re.search(r"a large parameter \(ranks in step.*\) waited 1.5 s for rank 2", messages[1])
+    assert all(" waited 1.5 s for rank " in messages[rank] for rank in (0, 1, 3))
 
 
 # ---- what the waits prevent

@@ -54,9 +54,23 @@ struct Allocation {
   int file;
 };
 
+// A process's link: how many copies use it now, in each direction. In memory that peers map.
+struct Link {
+  std::atomic<int> out;
+  std::atomic<int> in;
+};
+
+struct Mapping {
+  size_t bytes;
+  Link* link;  // of the peer
+};
+
 std::mutex mutex;
 std::map<Address, Allocation> own;
-std::map<Address, size_t> peers;
+std::map<Address, Mapping> peers;
+std::map<int, Link*> links;  // of peers, by process
+int own_link_file = -1;
+Link* own_link = nullptr;
 std::map<std::string, std::atomic<int>> hooks;  // see fake_cuda_set
 std::map<std::string, std::atomic<int>> counts;
 int context;
@@ -72,12 +86,29 @@ int hook(const char* what) {
   return hooks[what];
 }
 
-bool of_a_peer(Address address) {
+// The link of the peer whose memory it is; null if it is no peer's.
+Link* peer_of(Address address) {
   const std::lock_guard<std::mutex> lock(mutex);
   auto found = peers.upper_bound(address);
-  if (found == peers.begin()) return false;
+  if (found == peers.begin()) return nullptr;
   --found;
-  return address < found->first + found->second;
+  return address < found->first + found->second.bytes ? found->second.link : nullptr;
+}
+
+bool of_a_peer(Address address) {
+  return peer_of(address) != nullptr;
+}
+
+// Takes the time of a copy between two links, and notes whether another uses one of them.
+void cross(std::atomic<int>& out, std::atomic<int>& in, size_t bytes, const char* milliseconds) {
+  const int watched = hook("watched_bytes");
+  const bool watch = watched > 0 && bytes >= static_cast<size_t>(watched);
+  if (watch && (out.fetch_add(1) > 0) + (in.fetch_add(1) > 0) > 0) count("meetings");
+  std::this_thread::sleep_for(std::chrono::milliseconds(hook(milliseconds)));
+  if (watch) {
+    --out;
+    --in;
+  }
 }
 
 int copy_word(Address to, const void* from) {
@@ -94,13 +125,13 @@ void copy(Address to, Address from, size_t bytes) {
     copy_word(to, reinterpret_cast<const void*>(from));
     return;
   }
-  if (of_a_peer(from)) {
+  if (Link* const peer = peer_of(from)) {
     count("pulls");
-    std::this_thread::sleep_for(std::chrono::milliseconds(hook("pull_ms")));
+    cross(peer->out, own_link->in, bytes, "pull_ms");
   }
-  if (of_a_peer(to)) {
+  if (Link* const peer = peer_of(to)) {
     count("pushes");
-    std::this_thread::sleep_for(std::chrono::milliseconds(hook("push_ms")));
+    cross(own_link->out, peer->in, bytes, "push_ms");
   }
   std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
 }
@@ -123,6 +154,15 @@ void* map_file(int file, size_t bytes) {
   return memory == MAP_FAILED ? nullptr : memory;
 }
 
+void* map_of(int process, int file, size_t bytes) {
+  const std::string path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(file);
+  const int opened = open(path.c_str(), O_RDWR | O_CLOEXEC);
+  if (opened < 0) return nullptr;
+  void* const memory = map_file(opened, bytes);
+  close(opened);
+  return memory;
+}
+
 }  // namespace
 
 extern "C" {
@@ -131,7 +171,7 @@ extern "C" {
 // ignore_odd_waits and ignore_even_waits (all waits, or those for such values, are over at once),
 // no_memory (to allocate), no_handle (of own memory), no_access (between devices), no_mapping (of a
 // peer's memory), deaf (peers' words are not written), no_remote_writes (of words, by streams),
-// newer (this much than CUDA 13.0).
+// newer (this much than CUDA 13.0), watched_bytes (copies of so many are looked at for meetings).
 void fake_cuda_set(const char* what, int value) {
   const std::lock_guard<std::mutex> lock(mutex);
   hooks[what] = value;
@@ -139,7 +179,7 @@ void fake_cuda_set(const char* what, int value) {
 
 // Counts: pulls, pushes, allocations and mappings (those there are), writes, copied_words, batches
 // (of writes and waits), threads (that leave captures alone), bare_threads (those of them without a
-// context).
+// context), meetings (copies that another copy shared a link with, when they started).
 int fake_cuda_count(const char* what) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (std::strcmp(what, "allocations") == 0) return static_cast<int>(own.size());
@@ -221,6 +261,11 @@ int cuMemAlloc_v2(Address* address, size_t bytes) {
   *address = reinterpret_cast<Address>(memory);
   std::memset(memory, 0xA5, 1 << 16);  // a device's memory is not zero
   const std::lock_guard<std::mutex> lock(mutex);
+  if (own_link == nullptr) {
+    own_link_file = memfd_create("fake_link", 0);
+    if (ftruncate(own_link_file, sizeof(Link)) != 0) return kOutOfMemory;
+    own_link = static_cast<Link*>(map_file(own_link_file, sizeof(Link)));
+  }
   own[*address] = {bytes, file};
   return kSuccess;
 }
@@ -240,8 +285,8 @@ int cuIpcGetMemHandle(Handle* handle, Address address) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = own.find(address);
   if (found == own.end()) return kInvalidValue;
-  std::snprintf(handle->bytes, sizeof(handle->bytes), "%d %d %zu", getpid(), found->second.file,
-                found->second.bytes);
+  std::snprintf(handle->bytes, sizeof(handle->bytes), "%d %d %zu %d", getpid(), found->second.file,
+                found->second.bytes, own_link_file);
   return kSuccess;
 }
 
@@ -249,18 +294,19 @@ int cuIpcOpenMemHandle_v2(Address* address, Handle handle, unsigned flags) {
   int process = 0;
   int file = 0;
   size_t bytes = 0;
-  if (flags != 1 || std::sscanf(handle.bytes, "%d %d %zu", &process, &file, &bytes) != 3) {
+  int link = 0;
+  if (flags != 1 ||
+      std::sscanf(handle.bytes, "%d %d %zu %d", &process, &file, &bytes, &link) != 4) {
     return kInvalidValue;
   }
-  const std::string path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(file);
-  const int opened = hook("no_mapping") != 0 ? -1 : open(path.c_str(), O_RDWR | O_CLOEXEC);
-  if (opened < 0) return kMapFailed;
-  void* const memory = map_file(opened, bytes);
-  close(opened);
+  void* const memory = hook("no_mapping") != 0 ? nullptr : map_of(process, file, bytes);
   if (memory == nullptr) return kMapFailed;
   *address = reinterpret_cast<Address>(memory);
   const std::lock_guard<std::mutex> lock(mutex);
-  peers[*address] = bytes;
+  Link*& known = links[process];
+  if (known == nullptr) known = static_cast<Link*>(map_of(process, link, sizeof(Link)));
+  if (known == nullptr) return kMapFailed;
+  peers[*address] = {bytes, known};
   return kSuccess;
 }
 
@@ -268,7 +314,7 @@ int cuIpcCloseMemHandle(Address address) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = peers.find(address);
   if (found == peers.end()) return kInvalidValue;
-  munmap(reinterpret_cast<void*>(address), found->second);
+  munmap(reinterpret_cast<void*>(address), found->second.bytes);
   peers.erase(found);
   return kSuccess;
 }

@@ -77,7 +77,8 @@ class CopyEngineTransport final : public Transport {
   }
   at::Tensor sample_shard(int64_t bytes) override { return memory_.sample(bytes); }
   int64_t outside_bytes() const override {
-    return memory_.bytes() + rounds_.outside_bytes() + (reductions_ ? reductions_->outside_bytes() : 0);
+    return memory_.bytes() + rounds_.outside_bytes() +
+           (reductions_ ? reductions_->outside_bytes() : 0);
   }
 
   std::unique_ptr<Transfer> reduce_scatter(at::Tensor piece, at::Tensor full,
@@ -276,7 +277,7 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
       awaits.push_back({gathers[ready]->shard, gathers[ready]->ready});
       signals_.await(&steps, awaits.back());
     }
-    if (in_step(gather)) rounds_.begin(&steps, &awaits);
+    if (in_step(gather)) rounds_.begin(LinkRounds::Direction::kPull, &steps, &awaits);
     const auto copy = [&] {
       signals_.run(std::exchange(steps, {}), comm);
       if (gather.span && i > 0) gather.span->start(comm);
@@ -400,15 +401,15 @@ TransportChoice choose_transport(const CopyEngineOptions& options, std::unique_p
   }
   if (!pulls && !pushes) return over_base("");
   try {
-    const PeerConnection peers = connect_peers(options, *base, rank, world, device, streams);
-    auto link = std::make_unique<Link>(options, peers.driver, *base, rank, world, device, timeout,
-                                       streams);
+    const auto driver = connect_peers(options, *base, rank, world, device, streams);
+    auto link =
+        std::make_unique<Link>(options, driver, *base, rank, world, device, timeout, streams);
     auto transport = std::make_unique<CopyEngineTransport>(
         options, pulls, pushes, std::move(base), std::move(link), rank, world, device, streams);
     TransportChoice choice{std::move(transport), route(options.gather, kGatherKey, ""),
                            route(options.reduce, kReduceKey, "")};
     for (Route* const route : {&choice.gathers, &choice.reductions}) {
-      const bool copied = route->transport == kCopyEngine && peers.driver->copies_words();
+      const bool copied = route->transport == kCopyEngine && driver->copies_words();
       if (copied) route->why += "; signals are copied";
     }
     return choice;

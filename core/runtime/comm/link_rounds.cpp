@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "runtime/comm/link_rounds.h"
 
+#include <optional>
 #include <utility>
 
 #include "base/error.h"
@@ -10,6 +11,9 @@ namespace deepcompile {
 namespace {
 
 constexpr int64_t kBlockBytes = 2 << 20;  // for a few words: the least the driver hands out
+// For messages, "the gather of ... waited 60 s for rank 1".
+constexpr const char* kName =
+    "a large parameter (ranks in step: who is named may wait for another)";
 
 }  // namespace
 
@@ -26,7 +30,7 @@ LinkRounds::LinkRounds(PeerSignals& signals, Transport& base, int64_t rank, int6
   std::string error;
   try {
     const auto bytes = c10::TensorOptions().dtype(c10::kByte).device(device);
-    held_ = memory_.allocate("a large parameter, in step,", 1, /*in_place=*/false, bytes);
+    held_ = memory_.allocate(kName, 1, /*in_place=*/false, bytes);
   } catch (const UserError&) {
     error = "it has no memory for words that peers can write";
   }
@@ -35,29 +39,42 @@ LinkRounds::LinkRounds(PeerSignals& signals, Transport& base, int64_t rank, int6
   words_ = memory_.find(held_.const_data_ptr());
 }
 
-uint32_t LinkRounds::done(int64_t round) const {
-  return number_ * static_cast<uint32_t>(world_) + static_cast<uint32_t>(round);
+uint32_t LinkRounds::after(uint32_t transfer, int64_t round) const {
+  return transfer * static_cast<uint32_t>(world_) + static_cast<uint32_t>(round);
 }
 
-void LinkRounds::begin(PeerSignals::Steps* steps, std::vector<PeerSignals::Await>* awaits) {
-  ++number_;
-  signals_.tell(steps, *words_, done(0));
-  signals_.await(steps, {words_, done(0)});
-  awaits->push_back({words_, done(0)});
-  awaits->push_back({words_, done(world_ - 2), (rank_ + 1) % world_});
+int64_t LinkRounds::behind(int64_t distance) const {
+  return (rank_ + world_ - distance) % world_;
+}
+
+int64_t LinkRounds::ahead(int64_t distance) const {
+  return (rank_ + distance) % world_;
+}
+
+void LinkRounds::begin(Direction direction, PeerSignals::Steps* steps,
+                       std::vector<PeerSignals::Await>* awaits) {
+  const bool same = std::exchange(direction_, direction) == direction;
+  const uint32_t last = number_++;
+  if (last > 0) {
+    awaits->push_back({words_, after(last, world_ - 1), ahead(same ? 2 : 1)});
+    signals_.await(steps, awaits->back());
+  }
+  awaits->push_back({words_, after(number_, world_ - 2), ahead(1)});
 }
 
 void LinkRounds::copy(const std::vector<DeviceCopy>& copies) const {
   const std::optional<c10::Stream> comm = signals_.comm();
-  for (size_t i = 0; i < copies.size(); ++i) {
-    if (i > 0) {
-      const uint32_t last = done(static_cast<int64_t>(i));
-      PeerSignals::Steps steps;
-      signals_.tell(&steps, *words_, last, (rank_ + world_ - 1) % world_);
-      signals_.await(&steps, {words_, last, (rank_ + 1) % world_});
-      signals_.run(std::move(steps), comm);
+  const auto rounds = static_cast<int64_t>(copies.size());
+  for (int64_t round = 1; round <= rounds; ++round) {
+    signals_.driver()->copy({copies[static_cast<size_t>(round - 1)]}, PeerSignals::handle(comm));
+    PeerSignals::Steps steps;
+    signals_.tell(&steps, *words_, after(number_, round), behind(1));
+    if (round < rounds) {
+      signals_.await(&steps, {words_, after(number_, round), ahead(1)});
+    } else {
+      signals_.tell(&steps, *words_, after(number_, round), behind(2));
     }
-    signals_.driver()->copy({copies[i]}, PeerSignals::handle(comm));
+    signals_.run(std::move(steps), comm);
   }
 }
 

@@ -203,9 +203,9 @@ void try_peers(const CopyEngineOptions& options, RankMessages& messages,
 
 }  // namespace
 
-PeerConnection connect_peers(const CopyEngineOptions& options, Transport& base, int64_t rank,
-                             int64_t world, c10::Device device,
-                             const std::shared_ptr<const StreamPair>& streams) {
+std::shared_ptr<const Driver> connect_peers(const CopyEngineOptions& options, Transport& base,
+                                            int64_t rank, int64_t world, c10::Device device,
+                                            const std::shared_ptr<const StreamPair>& streams) {
   Introduction me;
   auto driver = load_driver(options, device, rank, &me);
   std::string error;
@@ -221,7 +221,7 @@ PeerConnection connect_peers(const CopyEngineOptions& options, Transport& base, 
   }
   throw_first(messages.errors(error));
   try_peers(options, messages, driver, rank, world, device, streams);
-  return {driver};
+  return driver;
 }
 
 }  // namespace deepcompile

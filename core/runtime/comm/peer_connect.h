@@ -13,15 +13,11 @@
 
 namespace deepcompile {
 
-struct PeerConnection {
-  std::shared_ptr<const Driver> driver;  // this rank's
-};
-
-// Once every rank has mapped each peer's memory, written and read there. Collective over
-// `base`; throws TransportError, the same on every rank, naming the first rank that
-// cannot and why. `streams`: null on a CPU.
-PeerConnection connect_peers(const CopyEngineOptions& options, Transport& base, int64_t rank,
-                             int64_t world, c10::Device device,
-                             const std::shared_ptr<const StreamPair>& streams);
+// This rank's driver, once every rank has mapped each peer's memory, written and read there.
+// Collective over `base`; throws TransportError, the same on every rank, naming the first rank
+// that cannot and why. `streams`: null on a CPU.
+std::shared_ptr<const Driver> connect_peers(const CopyEngineOptions& options, Transport& base,
+                                            int64_t rank, int64_t world, c10::Device device,
+                                            const std::shared_ptr<const StreamPair>& streams);
 
 }  // namespace deepcompile

@@ -18,9 +18,9 @@ namespace deepcompile {
 namespace {
 
 constexpr int64_t kPadBytes = 16 << 10;
-constexpr int64_t kAlignment = 512;        // of a shard, in bytes
-constexpr int64_t kGranule = 2 << 20;      // of a block: what the driver hands out
-constexpr int64_t kFarewellSlot = 0;       // where peers say that they have let go
+constexpr int64_t kAlignment = 512;    // of a shard, in bytes
+constexpr int64_t kGranule = 2 << 20;  // of a block: what the driver hands out
+constexpr int64_t kFarewellSlot = 0;   // where peers say that they have let go
 constexpr uint32_t kFarewell = 1;
 constexpr auto kPatience = std::chrono::seconds(1);   // with peers that let go
 constexpr auto kLastWork = std::chrono::seconds(10);  // with what the stream was given

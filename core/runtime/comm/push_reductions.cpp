@@ -190,7 +190,7 @@ void PushReductions::push(UnderWay& reduction) {
   if (in_rounds(reduction)) {
     PeerSignals::Steps steps;
     std::vector<PeerSignals::Await> awaits;
-    rounds_.begin(&steps, &awaits);
+    rounds_.begin(LinkRounds::Direction::kPush, &steps, &awaits);
     signals_.watched({"the reduction of", true}, awaits, comm, [&] {
       signals_.run(std::move(steps), comm);
       rounds_.copy(copies);

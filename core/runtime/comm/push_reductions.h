@@ -60,8 +60,8 @@ namespace deepcompile {
 class PushReductions {
  public:
   // `least_bytes`: of a piece; smaller ones are not taken. `give`: starts what is held back.
-  PushReductions(PeerSignals& signals, LinkRounds& rounds, int64_t rank, int64_t world, c10::Device device,
-                 int64_t least_bytes, std::function<void()> give);
+  PushReductions(PeerSignals& signals, LinkRounds& rounds, int64_t rank, int64_t world,
+                 c10::Device device, int64_t least_bytes, std::function<void()> give);
   ~PushReductions();
 
   // A reduction will have pieces of so many bytes: the inbox will hold two such.

@@ -67,8 +67,11 @@ extern "C" int deepcompile_cuda_adamw(int device, void* stream,
   status = use_device(device);
   if (status != 0) return status;
   const Kernel kernel = kernel_for(gradient_type, weight_type);
+  int shared_bytes = 0;
+  status = two_blocks(kernel, device, &shared_bytes);
+  if (status != 0) return status;
   const auto launch = [&](const AdamTable& table, uint32_t blocks) {
-    kernel<<<blocks, kAdamThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
+    kernel<<<blocks, kAdamThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(table);
     return static_cast<int>(cudaGetLastError());
   };
   return for_each_adamw_table(segments, count, gradient_type, weight_type, factor, launch);

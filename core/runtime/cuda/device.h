@@ -15,6 +15,28 @@ inline int use_device(int device) {
   return static_cast<int>(cudaSetDevice(device));
 }
 
+// Lets no more than two blocks of a kernel be on a multiprocessor at once, by the shared memory
+// that launches are to ask for, which nobody uses. For kernels that do nothing but move memory: two
+// blocks of theirs have more loads under way than the memory can serve, and each load and copy of
+// others waits behind them. On an H200 two are as fast as four or faster, and copies from and to
+// peers beside them too (docs/performance.md). 0, or what went wrong.
+template <typename Kernel>
+int two_blocks(Kernel kernel, int device, int* shared_bytes) {
+  int whole = 0, reserved = 0, most = 0;
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    return cudaDeviceGetAttribute(value, attribute, device);
+  };
+  cudaError_t status = ask(&whole, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  if (status == cudaSuccess) status = ask(&reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+  if (status == cudaSuccess) status = ask(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  *shared_bytes = whole / 2 - reserved < most ? whole / 2 - reserved : most;
+  if (status == cudaSuccess) {
+    status =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *shared_bytes);
+  }
+  return static_cast<int>(status);
+}
+
 // 0 if the device has code for the kernel.
 int adamw_usable();
 int squared_sum_usable();

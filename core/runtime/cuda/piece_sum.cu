@@ -61,8 +61,11 @@ int run(int device, void* stream, const deepcompile_cuda_sum* sums, int64_t coun
   status = use_device(device);
   if (status != 0) return status;
   const Launch by = launch_for<kTotals>(type, pieces);
+  int shared_bytes = 0;
+  status = two_blocks(by.kernel, device, &shared_bytes);
+  if (status != 0) return status;
   const auto launch = [&](const PieceTable& table, uint32_t blocks) {
-    by.kernel<<<blocks, kPieceThreads, 0, static_cast<cudaStream_t>(stream)>>>(table);
+    by.kernel<<<blocks, kPieceThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(table);
     return static_cast<int>(cudaGetLastError());
   };
   return for_each_piece_table(sums, count, pieces, scale, by.chunk, launch);
