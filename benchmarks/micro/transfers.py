@@ -10,7 +10,7 @@ the time of a reduction by copy engine has its sum in it.
     torchrun --standalone --nproc-per-node 4 benchmarks/micro/transfers.py --mb 32,128,512,1712
 
 `out_of_step` is copy_engine with nothing that keeps more than two ranks in step over the copies of
-a transfer. The more transfers are under way at once (--at-once), the further ranks drift apart then.
+a transfer. The more transfers are under way at once (--at-once), the further they drift apart then.
 `nccl_zero_cta`, gathers only, is what NCCL has of the kind: an all-gather into symmetric memory on
 a communicator whose policy is to use no SM (NCCL >= 2.28). NCCL may still choose a kernel:
 NCCL_DEBUG=INFO says "[Copy Engine]" where it did not. NCCL_NVLS_ENABLE=0 keeps it off NVLink's
