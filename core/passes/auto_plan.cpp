@@ -22,8 +22,8 @@ constexpr size_t kSmallRuns = 12;
 constexpr size_t kSmallInstrs = 400;
 // Simulations of order_link: for small programs, and for others.
 constexpr int kOrderSmall = 16, kOrderLarge = 4;
-// Parts of the budget left to it by what is kept.
-constexpr double kRoomToOrder[] = {0, 0.03, 0.08, 0.16};
+// Parts of the budget left to it by what is kept: the last only where the one before helped.
+constexpr double kRoomToOrder[] = {0, 0.08, 0.03};
 // Less of a step than one in so many is not worth moving or computing anything again.
 constexpr int64_t kWorth = 1000;
 // What instructions that start together spare the host and the kernels is not
@@ -69,7 +69,7 @@ void order(AutoBuilder& builder, const AutoChoice& unordered, int simulations,
            const Found& classical, Found* best) {
   const bool by_worth = !unordered.keep && builder.environment().memory_budget;
   for (const double part : kRoomToOrder) {
-    if (part > 0 && !by_worth) return;
+    const Nanos before = best->trial.time;
     AutoChoice ordered = unordered;
     ordered.order_simulations = simulations;
     ordered.reserve += part_of(builder.budget(), part);
@@ -82,6 +82,7 @@ void order(AutoBuilder& builder, const AutoChoice& unordered, int simulations,
       const Trial trial = builder.measure(ordered);
       if (better(trial, best->trial)) *best = {std::move(ordered), trial};
     }
+    if (!by_worth || (part > 0 && best->trial.time >= before)) return;
   }
 }
 
