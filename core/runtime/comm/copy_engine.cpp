@@ -146,7 +146,7 @@ class CopyEngineTransport final : public Transport {
   void pull(const Gathers& gathers);
   static DeviceCopy copy_of(const Gather& gather, int64_t owner);
   bool in_step(const Gather& gather) const;
-  void copy_from_peers(const Gather& gather) const;
+  void copy_from_peers(const Gather& gather, PeerSignals::Steps* next) const;
   Mark copy_own(const Gathers& gathers) const;
   void await_readers(PeerShard* shard);
   void await_readers(const std::vector<PeerShard*>& shards);
@@ -259,10 +259,9 @@ void CopyEngineTransport::give_transfers() {
 
 void CopyEngineTransport::pull(const Gathers& gathers) {
   const std::optional<c10::Stream> comm = signals_.comm();
-  PeerSignals::Steps steps, after;
+  PeerSignals::Steps steps;
   for (const auto& gather : gathers) {
     signals_.tell(&steps, *gather->shard, gather->ready);
-    signals_.tell(&after, *gather->shard, gather->ready + 1);
     gather->shard->given = ++given_;
     gather->given = true;
   }
@@ -281,7 +280,7 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
     const auto copy = [&] {
       signals_.run(std::exchange(steps, {}), comm);
       if (gather.span && i > 0) gather.span->start(comm);
-      copy_from_peers(gather);
+      copy_from_peers(gather, &steps);
       // Order: this rank's shards (beside) -> full buffers, and "I have read yours" (comm).
       if (const Mark copied = std::exchange(own, nullptr)) copied->block(*comm);
       if (gather.span) gather.span->stop(comm);
@@ -291,7 +290,8 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
     gather.on_stream = std::make_unique<StreamTransfer>(
         streams_, std::vector<at::Tensor>{gather.full, gather.piece}, done);
   }
-  signals_.run(std::move(after), comm);
+  for (const auto& gather : gathers) signals_.tell(&steps, *gather->shard, gather->ready + 1);
+  signals_.run(std::move(steps), comm);
   for (const auto& gather : gathers) {
     gather->full.reset();
     gather->piece.reset();
@@ -308,10 +308,10 @@ DeviceCopy CopyEngineTransport::copy_of(const Gather& gather, int64_t owner) {
           gather.shard->source(owner), bytes};
 }
 
-void CopyEngineTransport::copy_from_peers(const Gather& gather) const {
+void CopyEngineTransport::copy_from_peers(const Gather& gather, PeerSignals::Steps* next) const {
   std::vector<DeviceCopy> copies;
   for (int64_t d = 1; d < world_; ++d) copies.push_back(copy_of(gather, (rank_ + d) % world_));
-  if (in_step(gather)) return rounds_.copy(copies);
+  if (in_step(gather)) return rounds_.copy(copies, next);
   signals_.driver()->copy(copies, PeerSignals::handle(signals_.comm()));
 }
 

@@ -62,19 +62,20 @@ void LinkRounds::begin(Direction direction, PeerSignals::Steps* steps,
   awaits->push_back({words_, after(number_, world_ - 2), ahead(1)});
 }
 
-void LinkRounds::copy(const std::vector<DeviceCopy>& copies) const {
+void LinkRounds::copy(const std::vector<DeviceCopy>& copies, PeerSignals::Steps* next) const {
   const std::optional<c10::Stream> comm = signals_.comm();
-  const auto rounds = static_cast<int64_t>(copies.size());
-  for (int64_t round = 1; round <= rounds; ++round) {
-    signals_.driver()->copy({copies[static_cast<size_t>(round - 1)]}, PeerSignals::handle(comm));
-    PeerSignals::Steps steps;
-    signals_.tell(&steps, *words_, after(number_, round), behind(1));
-    if (round < rounds) {
-      signals_.await(&steps, {words_, after(number_, round), ahead(1)});
-    } else {
-      signals_.tell(&steps, *words_, after(number_, round), behind(2));
+  for (size_t i = 0; i < copies.size(); ++i) {
+    if (i > 0) {
+      const uint32_t before = after(number_, static_cast<int64_t>(i));
+      PeerSignals::Steps steps;
+      signals_.tell(&steps, *words_, before, behind(1));
+      signals_.await(&steps, {words_, before, ahead(1)});
+      signals_.run(std::move(steps), comm);
     }
-    signals_.run(std::move(steps), comm);
+    signals_.driver()->copy({copies[i]}, PeerSignals::handle(comm));
+  }
+  for (const int64_t distance : {1, 2}) {
+    signals_.tell(next, *words_, after(number_, world_ - 1), behind(distance));
   }
 }
 

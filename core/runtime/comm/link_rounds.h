@@ -53,8 +53,9 @@ class LinkRounds {
   // it waits for until its last.
   void begin(Direction direction, PeerSignals::Steps* steps,
              std::vector<PeerSignals::Await>* awaits);
-  // Its copies, from or to rank+1, rank+2, ..., on the transfers' stream.
-  void copy(const std::vector<DeviceCopy>& copies) const;
+  // Its copies, from or to rank+1, rank+2, ..., on the transfers' stream. `next`: what the stream
+  // has to do after them, before it waits for anything.
+  void copy(const std::vector<DeviceCopy>& copies, PeerSignals::Steps* next) const;
   int64_t outside_bytes() const { return memory_.bytes(); }
 
  private:

@@ -135,7 +135,6 @@ std::unique_ptr<Transfer> PushReductions::transfer(uint64_t number) {
 }
 
 void PushReductions::await_room(uint64_t after) {
-  if (after <= settled_) return;
   if (after > told_) {
     PeerSignals::Steps steps;
     tell_freed(&steps);
@@ -154,7 +153,8 @@ DeviceAddress PushReductions::slot(int64_t owner, int64_t source, const UnderWay
 
 void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) {
   const std::optional<c10::Stream> comm = signals_.comm();
-  size_t room = 0;  // up to here there is some
+  PeerSignals::Steps steps;  // that come before the next wait
+  size_t room = 0;           // up to here there is some
   for (size_t i = 0; i < numbers.size(); ++i) {
     UnderWay& reduction = under_way_.at(numbers[i]);
     if (i == room) {
@@ -163,12 +163,14 @@ void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) 
         after = std::max(after, under_way_.at(numbers[room]).after);
       } while (++room < numbers.size() && !in_rounds(reduction) &&
                !in_rounds(under_way_.at(numbers[room])));
-      await_room(after);
+      if (after > settled_) {
+        signals_.run(std::exchange(steps, {}), comm);
+        await_room(after);
+      }
     }
-    push(reduction);
+    push(reduction, &steps);
     reduction.given = given++;
   }
-  PeerSignals::Steps steps;
   signals_.tell(&steps, *inbox_, static_cast<uint32_t>(numbers.back()));
   signals_.run(std::move(steps), comm);
   for (const uint64_t number : numbers) {
@@ -176,7 +178,7 @@ void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) 
   }
 }
 
-void PushReductions::push(UnderWay& reduction) {
+void PushReductions::push(UnderWay& reduction, PeerSignals::Steps* next) {
   const std::optional<c10::Stream> comm = signals_.comm();
   const int64_t bytes = reduction.bytes;
   const auto from = reinterpret_cast<DeviceAddress>(reduction.full.const_data_ptr());
@@ -188,14 +190,14 @@ void PushReductions::push(UnderWay& reduction) {
   }
   if (reduction.span) reduction.span->start(comm);
   if (in_rounds(reduction)) {
-    PeerSignals::Steps steps;
     std::vector<PeerSignals::Await> awaits;
-    rounds_.begin(LinkRounds::Direction::kPush, &steps, &awaits);
+    rounds_.begin(LinkRounds::Direction::kPush, next, &awaits);
     signals_.watched({"the reduction of", true}, awaits, comm, [&] {
-      signals_.run(std::move(steps), comm);
-      rounds_.copy(copies);
+      signals_.run(std::exchange(*next, {}), comm);
+      rounds_.copy(copies, next);
     });
   } else {
+    signals_.run(std::exchange(*next, {}), comm);
     signals_.driver()->copy(copies, PeerSignals::handle(comm));
   }
 }

@@ -104,7 +104,7 @@ class PushReductions {
   int64_t room_for(int64_t piece_bytes) const;  // in the ring
   void await_room(uint64_t after);
   bool in_rounds(const UnderWay& reduction) const { return rounds_.has(reduction.bytes); }
-  void push(UnderWay& reduction);
+  void push(UnderWay& reduction, PeerSignals::Steps* next);
   void ask(uint64_t number);                             // for its sum; nothing if it was asked for
   bool add_to(uint64_t number, const RunningTotal& to);  // false: it was, or cannot be
   void finish(uint64_t number);                          // nothing if it was
