@@ -8,6 +8,7 @@
 # NEWEST=1               make test: also the end-to-end tests on the newest torch
 # STEPS=180              make demo: training steps
 # RANKS=2                make demo: processes (one a GPU where there are GPUs)
+# WORLDS=4               make test-gpu: only with so many ranks, e.g. 4 or 2,4; default: 2 and all GPUs
 # BENCH=bench-output     make bench: folder of rows, charts and logs
 # SWEEP='--force'        make bench: more options of the sweep (deepcompile bench --help)
 SHELL := /bin/bash

@@ -25,6 +25,8 @@ STAGES = ("lint", "core", "sanitize", "python", "dist")
 JOBS = str(os.cpu_count() or 2)
 SIDE_BY_SIDE = ("-n", str(min(4, int(JOBS))), "--dist", "worksteal")
 """More at once than processors would only wait for each other, and ranks are processes too."""
+GPU_TESTS = ("-n", str(max(2, min(16, int(JOBS) // 4))))
+"""Each waits for ranks to start and compile most of its time."""
 
 
 @dataclass
@@ -143,9 +145,8 @@ RUNNERS = {
     "sanitize": lambda: ctest("sanitize", "address,undefined"),
     "python": lambda: pytest("python", *SIDE_BY_SIDE, "tests/python"),
     "dist": lambda: pytest("dist", *SIDE_BY_SIDE, "tests/dist"),
-    # Each test waits for ranks to start and compile most of its time, so several run at once;
-    # but those that time steps or fill the devices.
-    "gpu": lambda: pytest("gpu", "-n", "8", "-rP", "-m", "not alone", "tests/gpu"),
+    # All but those that time steps or fill the devices run several at once.
+    "gpu": lambda: pytest("gpu", *GPU_TESTS, "-rP", "-m", "not alone", "tests/gpu"),
     "gpu-alone": lambda: pytest("gpu-alone", "-rP", "-m", "alone", "tests/gpu"),
     "newest": newest,
 }

@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
+from worlds import TWO_GPUS, WORLDS
 
-GPUS = torch.cuda.device_count()
-WORLDS = sorted({2, GPUS}) if GPUS >= 2 else [2]
 SHARES = (0.6, 0.4, 0.3)
 """Budgets, as parts of the peak without one."""
 WARM, TIMED = 20, 5
@@ -28,7 +27,7 @@ is deterministic."""
 
 pytestmark = [
     pytest.mark.alone,
-    pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, this machine has {GPUS}"),
+    TWO_GPUS,
     pytest.mark.timeout(900),
 ]
 

@@ -13,15 +13,14 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 from toy_step import PLANS, Toy
+from worlds import TWO_GPUS, WORLDS
 
 from deepcompile import _runtime
 
-GPUS = torch.cuda.device_count()
-WORLDS = sorted({2, GPUS}) if GPUS >= 2 else [2]
 SMALL = {"least_bytes": 1}
 
 pytestmark = [
-    pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, this machine has {GPUS}"),
+    TWO_GPUS,
     pytest.mark.timeout(900),
 ]
 

@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from worlds import TWO_GPUS, WORLDS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-GPUS = torch.cuda.device_count()
-WORLDS = sorted({2, GPUS}) if GPUS >= 2 else [2]
 
 pytestmark = [
-    pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, this machine has {GPUS}"),
+    TWO_GPUS,
     pytest.mark.timeout(900),
 ]
 

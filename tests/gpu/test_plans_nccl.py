@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import plan_cases
 import pytest
-import torch
 from plan_cases import Job
 from ranks import run_ranks
-
-GPUS = torch.cuda.device_count()
-WORLDS = sorted({2, GPUS}) if GPUS >= 2 else [2]
+from worlds import TWO_GPUS, WORLDS
 
 pytestmark = [
-    pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, this machine has {GPUS}"),
+    TWO_GPUS,
     pytest.mark.timeout(900),
 ]
 

@@ -7,9 +7,9 @@ import rows_cases
 import torch
 from ranks import run_ranks
 from rows_step import RowsStep, batch, everything, expected_gradient, shard_of
+from worlds import TWO_GPUS, WORLDS
 
-WORLDS = [n for n in (2, 4) if n <= torch.cuda.device_count()]
-pytestmark = pytest.mark.skipif(not WORLDS, reason="needs two GPUs")
+pytestmark = TWO_GPUS
 TABLES = [(64, 32), (64, 21), (50, 20), (3, 1000), (1, 300), (200, 1)]
 
 

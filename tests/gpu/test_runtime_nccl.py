@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import toy_step
+import worlds
 from ranks import run_ranks
 from toy_step import PLANS, Reference, Toy, batch
 
@@ -12,7 +13,7 @@ from deepcompile import _runtime
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 STEPS = 4
-WORLDS = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
+WORLDS = [1, *worlds.WORLDS] if worlds.GPUS > 1 else [1]
 JOBS = [
     dict(),
     dict(accumulation=2, clip=0.5),
