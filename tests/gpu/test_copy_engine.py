@@ -81,10 +81,15 @@ HOW = [
 ]
 
 
+CASES = [(w, how) for w in WORLDS for how in HOW if w > 2 or how["in_step_bytes"] == NEVER]
+"""With two ranks there is nothing to keep in step."""
+
+
 def how_id(how):
-    return ("out of step" if how["in_step_bytes"] == NEVER else "in step") + (
-        " by copied signals" if "signals" in how else ""
-    )
+    if not isinstance(how, dict):
+        return None
+    step = "out of step" if how["in_step_bytes"] == NEVER else "in step"
+    return step + (" by copied signals" if "signals" in how else "")
 
 
 NUMEL, ROUNDS = (1 << 24) + 12345, 40
@@ -119,8 +124,7 @@ def racing(rank, world, how):
     return wrong.item()
 
 
-@pytest.mark.parametrize("how", HOW, ids=how_id)
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("world", "how"), CASES, ids=how_id)
 def test_writers_and_readers_keep_apart(world, how):
     assert run_ranks(racing, world, how, backend="nccl", timeout=120) == [0] * world
 
@@ -169,8 +173,7 @@ def racing_sums(rank, world, how):
     return wrong.item(), runtime.outside_bytes() > 0
 
 
-@pytest.mark.parametrize("how", HOW, ids=how_id)
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("world", "how"), CASES, ids=how_id)
 def test_sums_are_of_what_was_pushed(world, how):
     found = run_ranks(racing_sums, world, how, backend="nccl", timeout=120)
     assert found == [(0, True)] * world
