@@ -109,6 +109,40 @@ Instrs accumulate_later(const StepProgram& program, const Instrs& instrs, int pa
   return std::move(edit).apply();
 }
 
+// The longest of the updates before the first gather, and its parameter's gather, stand behind the
+// last gather before the first run, or before the parameter's wait. The section as it is where
+// there is nothing to move.
+Instrs longest_update_later(const StepProgram& program, const Instrs& instrs) {
+  const auto first_of = [&](Op op) {
+    const auto found = std::find_if(instrs.begin(), instrs.end(),
+                                    [&](const Instr& instr) { return instr.op == op; });
+    return static_cast<size_t>(found - instrs.begin());
+  };
+  const size_t run = first_of(Op::kRun), first_gather = first_of(Op::kGather);
+  size_t update = run;
+  for (size_t i = 0; i < std::min(first_gather, run); ++i) {
+    if (instrs[i].op != Op::kUpdate) continue;
+    const auto numel = [&](size_t at) { return program.param(*instrs[at].param).numel; };
+    if (update == run || numel(i) > numel(update)) update = i;
+  }
+  if (update == run) return instrs;
+  size_t gather = run, last = run;
+  for (size_t i = first_gather; i < run; ++i) {
+    const bool of_it = instrs[i].param == instrs[update].param;
+    if (instrs[i].op == Op::kWait && of_it) break;
+    if (instrs[i].op != Op::kGather) continue;
+    last = i;
+    if (of_it) gather = i;
+  }
+  if (gather == run || last == gather) return instrs;
+  SectionEdit edit(instrs);
+  for (const size_t at : {update, gather}) {
+    edit.drop(at);
+    edit.insert(last + 1, instrs[at]);
+  }
+  return std::move(edit).apply();
+}
+
 bool has_reductions(const Section& section) {
   return std::any_of(section.instrs.begin(), section.instrs.end(),
                      [](const Instr& instr) { return instr.op == Op::kReduce; });
@@ -124,7 +158,13 @@ class Orderer {
     best_ = environment.simulate(program_);
     const Nanos before = best_.time;
     for (size_t s = 0; s < program_.sections.size(); ++s) {
-      if (has_reductions(program_.sections[s])) improve(s);
+      const Section& section = program_.sections[s];
+      if (has_reductions(section)) improve(s);
+      if (section.kind != SectionKind::kForward) continue;
+      attempt(s, longest_update_later(program_, section.instrs),
+              section_name(section) +
+                  ": the longest of the first updates, and its gather, come "
+                  "later");
     }
     if (best_.time == before) {
       return context_.because("unchanged: no order tried shortens the step of " + pretty(before));

@@ -9,15 +9,19 @@
 //   run b2               run b2
 //   accumulate a         accumulate a
 //
-// Two kinds of edits, of backwards mostly:
+// Three kinds of edits, of backwards mostly:
 //   - a reduction lets later gathers pass whose wait comes before its own
 //     accumulation, also behind the next run or two;
 //   - an accumulation stands later, so that compute does not stop for a
 //     reduction that nothing needs yet; the buffers of more reductions are
-//     there at once.
+//     there at once;
+//   - in a forward that updates, the longest of the updates before the first
+//     gather, and the gather that it holds back, let the other gathers before the
+//     first run pass: of an embedding that is exchanged by rows the update takes
+//     long and the gather nothing, and the link would stand idle meanwhile.
 // The collectives of a section stay the same, reductions in the same order
-// among themselves and gathers too. An edit stays if the simulated step is
-// faster and its peak within the budget.
+// among themselves and gathers too, but for that one. An edit stays if the
+// simulated step is faster and its peak within the budget.
 #pragma once
 
 #include "passes/pass.h"

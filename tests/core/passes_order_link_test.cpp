@@ -73,6 +73,68 @@ TEST(OrderLink, WhatIsWaitedForFirstGoesFirst) {
                                       "step 4.26 us -> 3.75 us, peak 3.85 KiB"}));
 }
 
+// Updates take 1000 ns each, the gather of e 512 and that of w 1024. The first run needs both.
+constexpr const char* kLongUpdateFirst = R"(
+step start world=2
+param e bf16 256
+param w f32 256
+value n 8B
+value x 100B
+value t 4B
+value g.e 512B grad=e
+value g.w 1024B grad=w
+region f time=2000ns (n, e, w) -> (x)
+region b time=2000ns (t, x, w) -> (g.e, g.w)
+forward 0 (n) -> ()
+  update e
+  gather e
+  update w
+  gather w
+  wait e
+  wait w
+  run f
+  release e
+  release w
+end
+backward 0 (t) -> ()
+  gather w
+  wait w
+  run b
+  release w
+  reduce w (g.w)
+  reduce e (g.e)
+  accumulate w
+  accumulate e
+end
+update
+  defer e
+  defer w
+end
+)";
+
+TEST(OrderLink, ALongUpdateLetsTheFirstGathersPass) {
+  UnitCost costs;
+  costs.update = Nanos{1000};
+  const StepProgram before = parse_program(kLongUpdateFirst);
+  const StepProgram program = ordered(kLongUpdateFirst, planned_for(costs));
+  const std::string text = sections_text(program);
+  EXPECT_LT(text.find("gather w"), text.find("update e")) << text;
+  EXPECT_LT(text.find("update e"), text.find("gather e")) << text;
+  // Before, f starts when w has arrived, at 2 x 1000 + 1024, and now when e has, at 1000 + 1024 +
+  // 512.
+  EXPECT_EQ(simulate(program, costs).time, simulate(before, costs).time - Nanos{488});
+  verify(program);
+}
+
+// Its gather is waited for before the others are issued: it stays.
+TEST(OrderLink, ALongUpdateDoesNotPassItsOwnWait) {
+  UnitCost costs;
+  costs.update = Nanos{1000};
+  const std::string text = replaced(replaced(kLongUpdateFirst, "  wait e\n", ""), "  gather e\n",
+                                    "  gather e\n  wait e\n");
+  EXPECT_EQ(sections_text(ordered(text, planned_for(costs))), sections_text(parse_program(text)));
+}
+
 // The accumulation of b stops compute for the link; c's run could go on.
 TEST(OrderLink, AccumulationsDoNotStopCompute) {
   const UnitCost costs;
