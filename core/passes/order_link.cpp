@@ -110,8 +110,8 @@ Instrs accumulate_later(const StepProgram& program, const Instrs& instrs, int pa
 }
 
 // The longest of the updates before the first gather, and its parameter's gather, stand behind the
-// last gather before the first run, or before the parameter's wait. The section as it is where
-// there is nothing to move.
+// last gather before the first run. The section as it is where there is nothing to move, or
+// something else is done to the parameter before: waiting for it, or moving its states.
 Instrs longest_update_later(const StepProgram& program, const Instrs& instrs) {
   const auto first_of = [&](Op op) {
     const auto found = std::find_if(instrs.begin(), instrs.end(),
@@ -128,13 +128,14 @@ Instrs longest_update_later(const StepProgram& program, const Instrs& instrs) {
   if (update == run) return instrs;
   size_t gather = run, last = run;
   for (size_t i = first_gather; i < run; ++i) {
-    const bool of_it = instrs[i].param == instrs[update].param;
-    if (instrs[i].op == Op::kWait && of_it) break;
     if (instrs[i].op != Op::kGather) continue;
     last = i;
-    if (of_it) gather = i;
+    if (instrs[i].param == instrs[update].param) gather = i;
   }
   if (gather == run || last == gather) return instrs;
+  const auto end = instrs.begin() + static_cast<std::ptrdiff_t>(last);
+  const auto concerns_it = [&](const Instr& instr) { return instr.param == instrs[update].param; };
+  if (std::count_if(instrs.begin(), end, concerns_it) > 2) return instrs;
   SectionEdit edit(instrs);
   for (const size_t at : {update, gather}) {
     edit.drop(at);

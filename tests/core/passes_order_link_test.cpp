@@ -126,13 +126,18 @@ TEST(OrderLink, ALongUpdateLetsTheFirstGathersPass) {
   verify(program);
 }
 
-// Its gather is waited for before the others are issued: it stays.
-TEST(OrderLink, ALongUpdateDoesNotPassItsOwnWait) {
+// Where it is waited for before the others are issued, or its states leave behind it, it stays.
+TEST(OrderLink, ALongUpdatePassesNothingOfItsParameter) {
   UnitCost costs;
   costs.update = Nanos{1000};
-  const std::string text = replaced(replaced(kLongUpdateFirst, "  wait e\n", ""), "  gather e\n",
-                                    "  gather e\n  wait e\n");
-  EXPECT_EQ(sections_text(ordered(text, planned_for(costs))), sections_text(parse_program(text)));
+  const std::string waited = replaced(replaced(kLongUpdateFirst, "  wait e\n", ""), "  gather e\n",
+                                      "  gather e\n  wait e\n");
+  const std::string moved =
+      replaced(kLongUpdateFirst, "  update e\n",
+               "  reload_states e\n  await_states e\n  update e\n  offload_states e\n");
+  for (const std::string& text : {waited, moved}) {
+    EXPECT_EQ(sections_text(ordered(text, planned_for(costs))), sections_text(parse_program(text)));
+  }
 }
 
 // The accumulation of b stops compute for the link; c's run could go on.
