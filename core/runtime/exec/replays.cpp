@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "runtime/memory/member_slot.h"
 
 namespace deepcompile {
 namespace {
@@ -20,10 +21,6 @@ constexpr int64_t kMostRecordings = 4;  // that were given up, before none is ma
 
 bool is_tensor(const RuntimeValue& value) {
   return value.isTensor() && value.toTensor().defined();
-}
-
-c10::StorageImpl* storage_of(const at::Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
 }
 
 WeakStorage weak_storage(const at::Tensor& tensor) {

@@ -8,15 +8,15 @@
 namespace deepcompile {
 namespace {
 
-c10::StorageImpl* image_of(const at::Tensor& tensor) {
-  return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
-}
-
 void drop_storage(void* context) {
   delete static_cast<c10::Storage*>(context);
 }
 
 }  // namespace
+
+c10::StorageImpl* storage_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+}
 
 MemberSlot::MemberSlot(std::string name, at::Tensor parameter, c10::Device device)
     : name_(std::move(name)), parameter_(std::move(parameter)) {
@@ -28,8 +28,8 @@ MemberSlot::MemberSlot(std::string name, at::Tensor parameter, c10::Device devic
 }
 
 void MemberSlot::bind(const at::Tensor& flat, int64_t offset) {
-  c10::StorageImpl* storage = image_of(alias_);
-  if (image_of(parameter_) != storage) {
+  c10::StorageImpl* storage = storage_of(alias_);
+  if (storage_of(parameter_) != storage) {
     throw UserError("[runtime] parameter " + name_ +
                     " was given other storage after initialize (an assignment to .data, or "
                     "module.to()). Change it in place, inside GatheredParameters.");
@@ -42,7 +42,7 @@ void MemberSlot::bind(const at::Tensor& flat, int64_t offset) {
 }
 
 void MemberSlot::unbind() {
-  c10::StorageImpl* storage = image_of(alias_);
+  c10::StorageImpl* storage = storage_of(alias_);
   storage->set_data_ptr(c10::DataPtr(nullptr, alias_.device()));
   storage->set_nbytes(static_cast<size_t>(0));
 }

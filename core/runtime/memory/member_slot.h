@@ -13,6 +13,9 @@
 
 namespace deepcompile {
 
+// What a tensor's storage is, whatever bytes it has at present.
+c10::StorageImpl* storage_of(const at::Tensor& tensor);
+
 class MemberSlot {
  public:
   // Moves `parameter` onto a new, empty storage on `device`, contiguous. Its
