@@ -119,10 +119,10 @@ Instrs longest_update_later(const StepProgram& program, const Instrs& instrs) {
     return static_cast<size_t>(found - instrs.begin());
   };
   const size_t run = first_of(Op::kRun), first_gather = first_of(Op::kGather);
+  const auto numel = [&](size_t at) { return program.param(*instrs[at].param).numel; };
   size_t update = run;
   for (size_t i = 0; i < std::min(first_gather, run); ++i) {
     if (instrs[i].op != Op::kUpdate) continue;
-    const auto numel = [&](size_t at) { return program.param(*instrs[at].param).numel; };
     if (update == run || numel(i) > numel(update)) update = i;
   }
   if (update == run) return instrs;
@@ -162,10 +162,9 @@ class Orderer {
       const Section& section = program_.sections[s];
       if (has_reductions(section)) improve(s);
       if (section.kind != SectionKind::kForward) continue;
+      const std::string name = section_name(section);
       attempt(s, longest_update_later(program_, section.instrs),
-              section_name(section) +
-                  ": the longest of the first updates, and its gather, come "
-                  "later");
+              name + ": the longest of the first updates, and its gather, come later");
     }
     if (best_.time == before) {
       return context_.because("unchanged: no order tried shortens the step of " + pretty(before));

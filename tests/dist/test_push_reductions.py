@@ -184,30 +184,33 @@ def test_ranks_in_step_never_meet_on_a_link(driver, world):
     assert sum(map(sum, drifting)) > 10, drifting
 
 
-def silent(rank, world, library):
-    """The message of a reduction that rank 2 does not come to."""
-    engine = {"in_step_bytes": 1}
+def late(rank, world, library, who, engine=()):
+    """What a rank says of a reduction that `who` does not come to, and after how long."""
     runtime, (name,) = reducer(rank, world, library, [64], timeout=1.5, engine=engine)
-    whole = torch.ones(64)
-    runtime.reduce(name, {name: whole})
-    runtime.accumulate(name)
-    runtime.zero_grad()
+    whole = gradients(64, world, torch.float32)
+
+    def reduction():
+        runtime.reduce(name, {name: whole[rank]})
+        runtime.accumulate(name)
+        runtime.zero_grad()
+
+    reduction()
     dist.barrier()
-    if rank == 2:
+    if rank == who:
         time.sleep(5)
         return None
+    begin = time.monotonic()
     with pytest.raises(UserError) as caught:
         for _ in range(2):
-            runtime.reduce(name, {name: whole})
-            runtime.accumulate(name)
-            runtime.zero_grad()
-    return str(caught.value)
+            reduction()
+    return str(caught.value), time.monotonic() - begin
 
 
 def test_who_keeps_the_others_out_of_step_is_named(driver):
-    messages = run_ranks(silent, 4, driver, timeout=60)
+    found = run_ranks(late, 4, driver, 2, {"in_step_bytes": 1}, timeout=60)
+    messages = {rank: found[rank][0] for rank in (0, 1, 3)}
     assert re.search(r"a large parameter \(ranks in step.*\) waited 1.5 s for rank 2", messages[1])
-    assert all(" waited 1.5 s for rank " in messages[rank] for rank in (0, 1, 3))
+    assert all(" waited 1.5 s for rank " in message for message in messages.values())
 
 
 # ---- what the waits prevent
@@ -282,25 +285,8 @@ def test_few_steps_of_a_stream_are_given_for_a_reduction(driver):
         assert batches <= 3.5 * reductions and writes <= 2 * world * reductions
 
 
-def absent(rank, world, library):
-    runtime, (name,) = reducer(rank, world, library, [64], timeout=1.5)
-    whole = gradients(64, world, torch.float32)
-    runtime.reduce(name, {name: whole[rank]})
-    runtime.accumulate(name)
-    runtime.zero_grad()
-    dist.barrier()
-    if rank == 1:
-        time.sleep(4)
-        return None
-    begin = time.monotonic()
-    with pytest.raises(UserError) as caught:
-        runtime.reduce(name, {name: whole[rank]})
-        runtime.accumulate(name)
-    return str(caught.value), time.monotonic() - begin
-
-
 def test_an_absent_peer_is_named_in_time(driver):
-    message, seconds = run_ranks(absent, 2, driver)[0]
+    message, seconds = run_ranks(late, 2, driver, 1)[0]
     assert "rank 0: accumulate p0 (outside a plan) failed" in message
     assert "the pieces of a reduction waited 1.5 s for rank 1" in message
     assert seconds < 3

@@ -10,14 +10,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
+from worlds import TWO_GPUS
 
 from deepcompile.bench import peers, suites
 from deepcompile.bench.results import Results
 
-GPUS = torch.cuda.device_count()
 pytestmark = [
-    pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, this machine has {GPUS}"),
+    TWO_GPUS,
     pytest.mark.timeout(900),
 ]
 FRAMEWORKS = ("fsdp", "fsdp_c", "fsdp_c@best", "fsdp_c/overlap", "fsdp_c/prefetch", "fsdp+offload",

@@ -145,7 +145,9 @@ class CopyEngineTransport final : public Transport {
   void give_transfers();
   void pull(const Gathers& gathers);
   static DeviceCopy copy_of(const Gather& gather, int64_t owner);
-  bool in_step(const Gather& gather) const;
+  static int64_t piece_bytes(const Gather& gather) {
+    return static_cast<int64_t>(gather.piece.nbytes());
+  }
   void copy_from_peers(const Gather& gather, PeerSignals::Steps* next) const;
   Mark copy_own(const Gathers& gathers) const;
   void await_readers(PeerShard* shard);
@@ -267,16 +269,19 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
   }
   if (gathers.front()->span) gathers.front()->span->start(comm);
   Mark own = copy_own(gathers);
+  const auto bytes_of = [&](size_t i) { return piece_bytes(*gathers[i]); };
   size_t ready = 0;  // the first that nothing waited for yet
   for (size_t i = 0; i < gathers.size(); ++i) {
     Gather& gather = *gathers[i];
     std::vector<PeerSignals::Await> awaits;
-    for (; ready == i || (ready < gathers.size() && !in_step(gather) && !in_step(*gathers[ready]));
-         ++ready) {
-      awaits.push_back({gathers[ready]->shard, gathers[ready]->ready});
-      signals_.await(&steps, awaits.back());
+    if (i == ready) {
+      ready = rounds_.end_of_wait(i, gathers.size(), bytes_of);
+      for (size_t next = i; next < ready; ++next) {
+        awaits.push_back({gathers[next]->shard, gathers[next]->ready});
+        signals_.await(&steps, awaits.back());
+      }
     }
-    if (in_step(gather)) rounds_.begin(LinkRounds::Direction::kPull, &steps, &awaits);
+    if (rounds_.has(bytes_of(i))) rounds_.begin(LinkRounds::Direction::kPull, &steps, &awaits);
     const auto copy = [&] {
       signals_.run(std::exchange(steps, {}), comm);
       if (gather.span && i > 0) gather.span->start(comm);
@@ -298,12 +303,8 @@ void CopyEngineTransport::pull(const Gathers& gathers) {
   }
 }
 
-bool CopyEngineTransport::in_step(const Gather& gather) const {
-  return rounds_.has(static_cast<int64_t>(gather.piece.nbytes()));
-}
-
 DeviceCopy CopyEngineTransport::copy_of(const Gather& gather, int64_t owner) {
-  const auto bytes = static_cast<int64_t>(gather.piece.nbytes());
+  const int64_t bytes = piece_bytes(gather);
   return {address_of(gather.full) + static_cast<DeviceAddress>(owner * bytes),
           gather.shard->source(owner), bytes};
 }
@@ -311,7 +312,7 @@ DeviceCopy CopyEngineTransport::copy_of(const Gather& gather, int64_t owner) {
 void CopyEngineTransport::copy_from_peers(const Gather& gather, PeerSignals::Steps* next) const {
   std::vector<DeviceCopy> copies;
   for (int64_t d = 1; d < world_; ++d) copies.push_back(copy_of(gather, (rank_ + d) % world_));
-  if (in_step(gather)) return rounds_.copy(copies, next);
+  if (rounds_.has(piece_bytes(gather))) return rounds_.copy(copies, next);
   signals_.driver()->copy(copies, PeerSignals::handle(signals_.comm()));
 }
 

@@ -49,6 +49,16 @@ class LinkRounds {
              int64_t least_bytes);
 
   bool has(int64_t piece_bytes) const { return words_ != nullptr && piece_bytes >= least_bytes_; }
+  // Of transfers that are started one after another, from `first` on, as far as the stream may wait
+  // for all of them before the first one's copies: one with rounds, or all before the next with
+  // rounds. The end of these; piece_bytes(i): of transfer i of `count`.
+  template <typename PieceBytes>
+  size_t end_of_wait(size_t first, size_t count, PieceBytes&& piece_bytes) const {
+    size_t end = first + 1;
+    if (has(piece_bytes(first))) return end;
+    while (end < count && !has(piece_bytes(end))) ++end;
+    return end;
+  }
   // The next transfer with rounds: what the stream waits for before its first copy, and all that
   // it waits for until its last.
   void begin(Direction direction, PeerSignals::Steps* steps,

@@ -158,11 +158,12 @@ void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) 
   for (size_t i = 0; i < numbers.size(); ++i) {
     UnderWay& reduction = under_way_.at(numbers[i]);
     if (i == room) {
+      room = rounds_.end_of_wait(i, numbers.size(),
+                                 [&](size_t at) { return under_way_.at(numbers[at]).bytes; });
       uint64_t after = 0;
-      do {
-        after = std::max(after, under_way_.at(numbers[room]).after);
-      } while (++room < numbers.size() && !in_rounds(reduction) &&
-               !in_rounds(under_way_.at(numbers[room])));
+      for (size_t next = i; next < room; ++next) {
+        after = std::max(after, under_way_.at(numbers[next]).after);
+      }
       if (after > settled_) {
         signals_.run(std::exchange(steps, {}), comm);
         await_room(after);
@@ -189,7 +190,7 @@ void PushReductions::push(UnderWay& reduction, PeerSignals::Steps* next) {
         {slot(owner, rank_, reduction), from + static_cast<DeviceAddress>(owner * bytes), bytes});
   }
   if (reduction.span) reduction.span->start(comm);
-  if (in_rounds(reduction)) {
+  if (rounds_.has(bytes)) {
     std::vector<PeerSignals::Await> awaits;
     rounds_.begin(LinkRounds::Direction::kPush, next, &awaits);
     signals_.watched({"the reduction of", true}, awaits, comm, [&] {

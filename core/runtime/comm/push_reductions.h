@@ -103,7 +103,6 @@ class PushReductions {
   void make_inbox(Transport& base);
   int64_t room_for(int64_t piece_bytes) const;  // in the ring
   void await_room(uint64_t after);
-  bool in_rounds(const UnderWay& reduction) const { return rounds_.has(reduction.bytes); }
   void push(UnderWay& reduction, PeerSignals::Steps* next);
   void ask(uint64_t number);                             // for its sum; nothing if it was asked for
   bool add_to(uint64_t number, const RunningTotal& to);  // false: it was, or cannot be
