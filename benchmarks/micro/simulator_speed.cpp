@@ -154,9 +154,7 @@ void measure_auto(const char* title, const StepProgram& plain, const Estimator& 
   std::printf("auto, %s:\n", title);
   PassEnvironment environment;
   environment.estimator = &costs;
-  environment.simulate = [&costs](const StepProgram& each) {
-    return simulate_summary(each, costs);
-  };
+  environment.simulator = simulate_summary;
   for (const int percent : kBudgets) {
     environment.memory_budget = Bytes{peak.value / 100 * percent};
     std::string found;

@@ -31,7 +31,7 @@ struct PythonContext {
 
   // (ns, bytes) of a simulated step.
   std::optional<std::pair<int64_t, int64_t>> simulate(const StepProgram& edited) const {
-    if (!environment->simulate) return std::nullopt;
+    if (environment->simulator == nullptr) return std::nullopt;
     verify(edited);
     const SimSummary summary = environment->simulate(edited);
     return std::pair{summary.time.value, summary.peak.value};
@@ -141,9 +141,7 @@ PassEnvironment environment_of(const Estimator* costs, std::optional<int64_t> me
   if (memory_budget) environment.memory_budget = Bytes{*memory_budget};
   if (costs == nullptr) return environment;
   environment.estimator = costs;
-  environment.simulate = [costs](const StepProgram& program) {
-    return simulate_summary(program, *costs);
-  };
+  environment.simulator = simulate_summary;
   return environment;
 }
 

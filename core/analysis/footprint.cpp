@@ -24,7 +24,7 @@ ParamFootprint footprint(const StepProgram& program, ParamId id) {
   if (!param.trainable) return out;
   if (weight_size < state_size) out.master = {state_size * own};
   out.moments = {2 * state_size * own};
-  out.reduction_input = program.reduce_bytes(id);
+  out.reduction_input = rows ? program.reduce_bytes(id) : Bytes{reduce_size * full};
   out.reduction_result = {reduce_size * own};
   const int64_t sum_size = std::max<int64_t>(reduce_size, element_size(DType::kF32));
   const bool one_reduction = program.accumulation == 1 || program.boundary;

@@ -81,14 +81,13 @@ class Walk {
 
 }  // namespace
 
-void FreeLists::finish(size_t instr) {
-  const size_t begin = instr + 1 < ends_.size() ? ends_[instr + 1] : 0;
+// Lists are short, and mostly sorted as they are.
+void FreeLists::sort_from(size_t begin) {
   const auto first = ids_.begin() + static_cast<std::ptrdiff_t>(begin);
-  if (ids_.size() - begin > 1) {
-    std::sort(first, ids_.end());
-    ids_.erase(std::unique(first, ids_.end()), ids_.end());
-  }
-  ends_[instr] = static_cast<uint32_t>(ids_.size());
+  const auto out_of_order = [](ValueId a, ValueId b) { return a >= b; };
+  if (std::adjacent_find(first, ids_.end(), out_of_order) == ids_.end()) return;
+  std::sort(first, ids_.end());
+  ids_.erase(std::unique(first, ids_.end()), ids_.end());
 }
 
 Liveness analyze_liveness(const StepProgram& program) {

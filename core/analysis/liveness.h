@@ -33,9 +33,15 @@ class FreeLists {
   void add(ValueId id) { ids_.push_back(id); }
   // Sorts the list of this instruction, each value once. The first's may be
   // finished again, with more added.
-  void finish(size_t instr);
+  void finish(size_t instr) {
+    const size_t begin = instr + 1 < ends_.size() ? ends_[instr + 1] : 0;
+    if (ids_.size() - begin > 1) sort_from(begin);
+    ends_[instr] = static_cast<uint32_t>(ids_.size());
+  }
 
  private:
+  void sort_from(size_t begin);
+
   std::vector<ValueId> ids_;
   std::vector<uint32_t> ends_;  // by instruction: where its list ends in ids_
 };

@@ -8,7 +8,6 @@
 #include "base/lists.h"
 
 namespace deepcompile {
-namespace {}  // namespace
 
 StepMachine::StepMachine(const StepProgram& program)
     : program_(program),
@@ -130,9 +129,8 @@ void StepMachine::gather(const Instr& instr) {
   ParamState& s = state(instr);
   if (s.deferred) apply_update(instr);
   if (std::exchange(s.whole, true)) return;
-  if (!std::exchange(s.allocated, true)) {
-    events_->memory(MemoryPart::kGathered, bytes(instr).gathered.value);
-  }
+  const int64_t full = bytes(instr).gathered.value;  // 0 if not sharded
+  if (full != 0 && !std::exchange(s.allocated, true)) events_->memory(MemoryPart::kGathered, full);
   events_->transfer(Resource::kLink, Op::kGather, instr);
   events_->mark(slot(instr, kWholeSlot));
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <utility>
 
 #include "analysis/footprint.h"
@@ -81,11 +82,13 @@ Bytes states_away(const AutoChoice& choice, const StepProgram& program) {
 }
 
 void run_offload_values(const AutoChoice& choice, StepProgram& program,
-                        const PassEnvironment& environment) {
+                        const PassEnvironment& environment,
+                        const MemoryTimeline* timeline = nullptr) {
   if (choice.offload_values.empty()) return;
   PassEnvironment later = with_spare(choice, environment);
   *later.memory_budget += states_away(choice, program);
-  run_pass(OffloadActivation({.values = choice.offload_values}), program, later);
+  run_pass(OffloadActivation({.values = choice.offload_values, .timeline = timeline}), program,
+           later);
 }
 
 void run_place(const AutoChoice& choice, StepProgram& program, const PassEnvironment& environment) {
@@ -95,9 +98,10 @@ void run_place(const AutoChoice& choice, StepProgram& program, const PassEnviron
 
 // After place_optimizer: the moves stand around the updates, wherever those are.
 void run_offload_states(const AutoChoice& choice, StepProgram& program,
-                        const PassEnvironment& environment) {
+                        const PassEnvironment& environment,
+                        const MemoryTimeline* timeline = nullptr) {
   if (choice.offload_states.empty()) return;
-  run_pass(OffloadAdamStates({.params = choice.offload_states}), program,
+  run_pass(OffloadAdamStates({.params = choice.offload_states, .timeline = timeline}), program,
            with_spare(choice, environment));
 }
 
@@ -125,20 +129,22 @@ void run_prefetch(const AutoChoice& choice, StepProgram& program,
   run_pass(Prefetch(std::move(options)), program, environment);
 }
 
+bool same_runs(const AutoChoice& a, const AutoChoice& b) {
+  return a.recompute == b.recompute && a.place == b.place && a.ahead == b.ahead;
+}
+
 bool same_memory(const AutoChoice& a, const AutoChoice& b) {
-  return a.recompute == b.recompute && a.offload_values == b.offload_values &&
-         a.offload_states == b.offload_states && a.place == b.place && a.ahead == b.ahead &&
-         a.spare == b.spare;
+  return a.offload_values == b.offload_values && a.offload_states == b.offload_states &&
+         a.spare == b.spare && same_runs(a, b);
 }
 
 bool same_keep(const AutoChoice& a, const AutoChoice& b) {
   return a.keep == b.keep && a.reserve == b.reserve && same_memory(a, b);
 }
 
-SectionInstrs instrs_of(const StepProgram& program) {
-  SectionInstrs out;
-  for (const Section& section : program.sections) out.push_back(section.instrs);
-  return out;
+bool same_link(const AutoChoice& a, const AutoChoice& b) {
+  return a.order_simulations == b.order_simulations && a.prefetch == b.prefetch &&
+         a.limits == b.limits && same_keep(a, b);
 }
 
 }  // namespace
@@ -150,9 +156,12 @@ std::string classical_pass(const StepProgram& program) {
 
 AutoBuilder::AutoBuilder(const StepProgram& plain, PassEnvironment environment)
     : environment_(std::move(environment)), classical_(plain) {
-  DC_CHECK(environment_.estimator != nullptr && environment_.simulate, "auto needs a machine");
+  DC_CHECK(environment_.estimator != nullptr && environment_.simulator != nullptr,
+           "auto needs a machine");
+  costs_ = std::make_unique<CachedCosts>(plain, *environment_.estimator);
+  environment_.estimator = costs_.get();
   trial_environment_ = environment_;
-  trial_environment_.simulate = nullptr;
+  trial_environment_.simulator = nullptr;
   trial_environment_.reasons = false;
   if (!trial_environment_.memory_budget) trial_environment_.memory_budget = kNoBudget;
   run_classical(classical_, trial_environment_);
@@ -162,7 +171,7 @@ AutoBuilder::AutoBuilder(const StepProgram& plain, PassEnvironment environment)
 }
 
 void AutoBuilder::restore(const SectionInstrs& instrs) {
-  for (size_t s = 0; s < instrs.size(); ++s) scratch_.sections[s].instrs = instrs[s];
+  replace_instrs(instrs, &scratch_);
 }
 
 // The stage of a choice that is `same`, first in line from here on.
@@ -178,7 +187,7 @@ AutoBuilder::Stage* AutoBuilder::find(std::vector<Stage>& stages, const AutoChoi
 // The program as it is, as this choice's stage; the one asked for longest ago goes.
 AutoBuilder::Stage& AutoBuilder::remember(std::vector<Stage>& stages, const AutoChoice& choice) {
   if (stages.size() == kStages) stages.pop_back();
-  stages.insert(stages.begin(), Stage{choice, instrs_of(scratch_), std::nullopt});
+  stages.insert(stages.begin(), Stage{choice, instrs_of(scratch_), {}, {}});
   return stages.front();
 }
 
@@ -188,35 +197,63 @@ const MemoryTimeline& AutoBuilder::timeline_of(Stage& stage) const {
   return *stage.timeline;
 }
 
-AutoBuilder::Stage& AutoBuilder::memory_stage(const AutoChoice& choice) {
-  if (Stage* known = find(memory_stages_, choice, same_memory)) {
+// What runs, and where the optimizer does.
+AutoBuilder::Stage& AutoBuilder::runs_stage(const AutoChoice& choice) {
+  if (Stage* known = find(runs_stages_, choice, same_runs)) {
     restore(known->instrs);
     return *known;
   }
   restore(classical_instrs_);
   if (!choice.recompute.empty()) recompute_quickly(graphs_, choice.recompute, scratch_);
   run_place(choice, scratch_, trial_environment_);
-  run_offload_values(choice, scratch_, trial_environment_);
-  run_offload_states(choice, scratch_, trial_environment_);
+  return remember(runs_stages_, choice);
+}
+
+AutoBuilder::Stage& AutoBuilder::memory_stage(const AutoChoice& choice) {
+  if (Stage* known = find(memory_stages_, choice, same_memory)) {
+    restore(known->instrs);
+    return *known;
+  }
+  Stage& runs = runs_stage(choice);
+  if (choice.offload_values.empty() && choice.offload_states.empty()) return runs;
+  const MemoryTimeline* timeline = &timeline_of(runs);
+  run_offload_values(choice, scratch_, trial_environment_, timeline);
+  if (!choice.offload_values.empty()) timeline = nullptr;
+  run_offload_states(choice, scratch_, trial_environment_, timeline);
   return remember(memory_stages_, choice);
 }
 
-// After memory_stage. Throws as selective_gather does if the budget does not hold the program.
-AutoBuilder::Stage& AutoBuilder::keep_stage(const AutoChoice& choice) {
-  if (!keeps(choice)) return memory_stages_.front();
+// After memory_stage, which is handed on. Throws as selective_gather does if the budget does not
+// hold the program.
+AutoBuilder::Stage& AutoBuilder::keep_stage(const AutoChoice& choice, Stage& memory) {
+  if (!keeps(choice)) return memory;
   if (Stage* known = find(keep_stages_, choice, same_keep)) {
     restore(known->instrs);
     return *known;
   }
-  const MemoryTimeline* timeline = choice.keep ? nullptr : &timeline_of(memory_stages_.front());
+  const MemoryTimeline* timeline = choice.keep ? nullptr : &timeline_of(memory);
   run_keep(choice, scratch_, trial_environment_, timeline);
   return remember(keep_stages_, choice);
 }
 
+// After memory_stage: all but what starts together. Throws as keep_stage does.
+void AutoBuilder::link_stage(const AutoChoice& choice, Stage& memory) {
+  if (Stage* known = find(link_stages_, choice, same_link)) return restore(known->instrs);
+  Stage& kept = keep_stage(choice, memory);
+  if (prefetches(choice)) run_prefetch(choice, scratch_, trial_environment_, &timeline_of(kept));
+  if (choice.order_simulations == 0) return;
+  PassEnvironment environment = trial_environment_;
+  environment.simulator = environment_.simulator;
+  scratch_.reasons.clear();
+  run_pass(OrderLink({.simulations = choice.order_simulations}), scratch_, environment);
+  remember(link_stages_, choice).reasons = scratch_.reasons;
+}
+
 Trial AutoBuilder::measure(const AutoChoice& choice) {
   Trial trial;
+  Stage* memory = nullptr;
   try {
-    memory_stage(choice);
+    memory = &memory_stage(choice);
   } catch (const UserError&) {
     trial.peak = kNoBudget;
     trial.time = Nanos{std::numeric_limits<int64_t>::max()};
@@ -224,15 +261,7 @@ Trial AutoBuilder::measure(const AutoChoice& choice) {
   }
   bool fits = true;
   try {  // these refuse programs above the budget, and leave them as they are
-    Stage& kept = keep_stage(choice);
-    if (prefetches(choice)) {
-      run_prefetch(choice, scratch_, trial_environment_, &timeline_of(kept));
-    }
-    if (choice.order_simulations > 0) {
-      PassEnvironment environment = trial_environment_;
-      environment.simulate = environment_.simulate;
-      run_pass(OrderLink({.simulations = choice.order_simulations}), scratch_, environment);
-    }
+    link_stage(choice, *memory);
     if (choice.coalesce) coalesce(&scratch_);
   } catch (const UserError&) {
     fits = false;
@@ -241,20 +270,15 @@ Trial AutoBuilder::measure(const AutoChoice& choice) {
   const SimSummary summary = environment_.simulate(scratch_);
   trial.time = summary.time;
   trial.peak = summary.peak;
-  if (fits && summary.peak <= budget()) {
-    trial.peak = std::max(trial.peak, memory_peak(scratch_));
-    trial.fits = trial.peak <= budget();
-  } else if (!fits) {
-    trial.peak = std::max(trial.peak, budget() + Bytes{1});
-  }
+  trial.fits = fits && summary.peak <= budget();
+  if (!fits) trial.peak = std::max(trial.peak, budget() + Bytes{1});
   return trial;
 }
 
 Trial AutoBuilder::measure_plan(const StepProgram& plan) {
   ++simulations_;
   const SimSummary summary = environment_.simulate(plan);
-  const Bytes peak = std::max(summary.peak, memory_peak(plan));
-  return {summary.time, peak, peak <= budget()};
+  return {summary.time, summary.peak, summary.peak <= budget()};
 }
 
 Bytes AutoBuilder::peak_of_memory_choices(const AutoChoice& choice) {
@@ -292,9 +316,9 @@ std::vector<Gap> AutoBuilder::gaps(const AutoChoice& choice) {
   return find_gaps(scratch_, *environment_.estimator);
 }
 
-void AutoBuilder::apply(const AutoChoice& choice, StepProgram& program) const {
+void AutoBuilder::apply(const AutoChoice& choice, StepProgram& program) {
   PassEnvironment environment = environment_;
-  environment.simulate = nullptr;
+  environment.simulator = nullptr;
   environment.memory_budget = budget();
   run_classical(program, environment);
   run_recompute(choice, program, environment);
@@ -303,8 +327,11 @@ void AutoBuilder::apply(const AutoChoice& choice, StepProgram& program) const {
   run_offload_states(choice, program, environment);
   run_keep(choice, program, environment);
   run_prefetch(choice, program, environment);
-  if (choice.order_simulations > 0) {
-    environment.simulate = environment_.simulate;
+  if (const Stage* known = find(link_stages_, choice, same_link)) {
+    replace_instrs(known->instrs, &program);
+    program.reasons.insert(program.reasons.end(), known->reasons.begin(), known->reasons.end());
+  } else if (choice.order_simulations > 0) {
+    environment.simulator = environment_.simulator;
     run_pass(OrderLink({.simulations = choice.order_simulations}), program, environment);
   }
   if (choice.coalesce) run_pass(Coalesce(), program, environment);

@@ -3,10 +3,12 @@
 // the program, and asks the simulator. `auto` and next_best try choices by it.
 #pragma once
 
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cost/cached_costs.h"
 #include "passes/auto_choice.h"
 #include "passes/optimizer_placement.h"
 #include "passes/pass.h"
@@ -44,13 +46,14 @@ class AutoBuilder {
   const StepProgram& last() const { return scratch_; }
 
   // Makes `program`, a copy of `plain`, the plan, with the passes' reasons.
-  void apply(const AutoChoice& choice, StepProgram& program) const;
+  void apply(const AutoChoice& choice, StepProgram& program);
 
  private:
   // A program on the way to a choice's plan: trials in a row mostly share some.
   struct Stage {
     AutoChoice choice;
     SectionInstrs instrs;
+    std::vector<Reason> reasons;             // of order_link, if that is its last pass
     std::optional<MemoryTimeline> timeline;  // once asked for
   };
   using Same = bool (*)(const AutoChoice&, const AutoChoice&);
@@ -59,16 +62,20 @@ class AutoBuilder {
   Stage* find(std::vector<Stage>& stages, const AutoChoice& choice, Same same);
   Stage& remember(std::vector<Stage>& stages, const AutoChoice& choice);
   const MemoryTimeline& timeline_of(Stage& stage) const;
+  Stage& runs_stage(const AutoChoice& choice);
   Stage& memory_stage(const AutoChoice& choice);
-  Stage& keep_stage(const AutoChoice& choice);
+  Stage& keep_stage(const AutoChoice& choice, Stage& memory);
+  void link_stage(const AutoChoice& choice, Stage& memory);
 
-  PassEnvironment environment_;        // the caller's
+  PassEnvironment environment_;        // the caller's, but for costs_
   PassEnvironment trial_environment_;  // without simulator and reasons
+  std::unique_ptr<CachedCosts> costs_;
   StepProgram classical_;
   StepProgram scratch_;
   SectionInstrs classical_instrs_;
-  std::vector<RecomputableGraph> graphs_;           // of the classical program
-  std::vector<Stage> memory_stages_, keep_stages_;  // the last few, latest first
+  std::vector<RecomputableGraph> graphs_;  // of the classical program
+  // The last few, latest first.
+  std::vector<Stage> runs_stages_, memory_stages_, keep_stages_, link_stages_;
   int simulations_ = 0;
 };
 

@@ -40,7 +40,7 @@ struct AutoChoice {
 // What the simulator says of a choice.
 struct Trial {
   Nanos time;
-  Bytes peak;         // of the timeline and of the simulation, the larger
+  Bytes peak;
   bool fits = false;  // valid, and within the budget
 
   bool operator==(const Trial&) const = default;

@@ -2,6 +2,7 @@
 #include "passes/auto_plan.h"
 
 #include <algorithm>
+#include <future>
 #include <optional>
 #include <string>
 #include <utility>
@@ -40,7 +41,7 @@ size_t count_forward_runs(const StepProgram& plain) {
 
 void check(const StepProgram& program, const PassEnvironment& environment) {
   check_compute_only(program, "auto");
-  if (environment.estimator == nullptr || !environment.simulate) {
+  if (environment.estimator == nullptr || environment.simulator == nullptr) {
     throw UserError(
         "[passes] auto: plans by simulated time, and has no machine to simulate. Give it one.");
   }
@@ -65,25 +66,26 @@ bool worth_coalescing(const Trial& trial, const Found& classical, const Found& b
 
 // Ordering the link takes memory too, for more reductions under way: parameters
 // that are kept whole may have to leave it some.
-void order(AutoBuilder& builder, const AutoChoice& unordered, int simulations,
-           const Found& classical, Found* best) {
+Found order(AutoBuilder& builder, const AutoChoice& unordered, int simulations,
+            const Found& classical, Found best) {
   const bool by_worth = !unordered.keep && builder.environment().memory_budget;
   for (const double part : kRoomToOrder) {
-    const Nanos before = best->trial.time;
+    const Nanos before = best.trial.time;
     AutoChoice ordered = unordered;
     ordered.order_simulations = simulations;
     ordered.reserve += part_of(builder.budget(), part);
     ordered.coalesce = true;
     const Trial together = builder.measure(ordered);
-    if (worth_coalescing(together, classical, *best)) {
-      *best = {std::move(ordered), together};
-    } else if (!best->choice.coalesce) {
+    if (worth_coalescing(together, classical, best)) {
+      best = {std::move(ordered), together};
+    } else if (!best.choice.coalesce) {
       ordered.coalesce = false;
       const Trial trial = builder.measure(ordered);
-      if (better(trial, best->trial)) *best = {std::move(ordered), trial};
+      if (better(trial, best.trial)) best = {std::move(ordered), trial};
     }
-    if (!by_worth || (part > 0 && best->trial.time >= before)) return;
+    if (!by_worth || (part > 0 && best.trial.time >= before)) break;
   }
+  return best;
 }
 
 // What is moved or run again for next to nothing is not: not all that it costs
@@ -103,7 +105,18 @@ void leave_out_idle(AutoBuilder& builder, Found* best) {
   without(&AutoChoice::recompute);
 }
 
-Found search(AutoBuilder& builder, const StepProgram& plain, int simulations, Found* classical) {
+// Asks `ask(builder)` with a builder of its own, beside what goes on here: searches ask questions
+// that have nothing to do with each other.
+template <typename Ask>
+auto beside(const StepProgram& plain, const PassEnvironment& environment, Ask ask) {
+  return std::async(std::launch::async, [&plain, &environment, ask] {
+    AutoBuilder builder(plain, environment);
+    return ask(builder);
+  });
+}
+
+Found search(AutoBuilder& builder, const StepProgram& plain, const PassEnvironment& environment,
+             int simulations, Found* classical) {
   const MemoryMenu menu(builder.classical(), *builder.environment().estimator);
   LevelSearch levels(builder, menu, simulations);
   Found best = levels.run();
@@ -115,8 +128,18 @@ Found search(AutoBuilder& builder, const StepProgram& plain, int simulations, Fo
   }
   if (!best.trial.fits) return best;
   const int most = small ? kOrderSmall : kOrderLarge;
-  order(builder, AutoChoice(best.choice), most, *classical, &best);
-  if (levels.all_again()) order(builder, *levels.all_again(), most, *classical, &best);
+  const Found start = best;
+  std::future<Found> again;
+  if (levels.all_again()) {
+    again = beside(plain, environment, [&](AutoBuilder& other) {
+      return order(other, *levels.all_again(), most, *classical, start);
+    });
+  }
+  best = order(builder, start.choice, most, *classical, start);
+  if (again.valid()) {
+    Found found = again.get();
+    if (better(found.trial, best.trial)) best = std::move(found);
+  }
   leave_out_idle(builder, &best);
   return best;
 }
@@ -127,11 +150,17 @@ void prefer_classical(const Found& classical, Found* best) {
   *best = classical;
 }
 
-// The choice of the plan that holds, made again: its copies may stand elsewhere by these costs.
-void consider_again(AutoBuilder& builder, const StepProgram& held, Found* best) {
-  AutoChoice choice = read_choice(builder, held);
-  const Trial trial = builder.measure(choice);
-  if (better(trial, best->trial)) *best = {std::move(choice), trial};
+// What the plan that holds comes to today, and what its choice does, made again: its copies may
+// stand elsewhere by these costs.
+struct HeldTrials {
+  Trial as_it_is;
+  Found again;
+};
+
+HeldTrials try_held(AutoBuilder& builder, const StepProgram& held) {
+  HeldTrials out{builder.measure_plan(held), {read_choice(builder, held), {}}};
+  out.again.trial = builder.measure(out.again.choice);
+  return out;
 }
 
 void explain_step(const AutoBuilder& builder, const Found& classical, const Trial& best,
@@ -164,18 +193,25 @@ void AutoPlan::run(StepProgram& program, PassContext& context) const {
   AutoBuilder builder(program, context.environment());
   const int simulations =
       options_.simulations > 0 ? options_.simulations : simulations_for(builder.classical());
+  const PassEnvironment& environment = context.environment();
   const std::optional<StepProgram> held = held_plan(builder, program);
-  Found classical;
-  Found best = search(builder, program, simulations, &classical);
-  if (held) consider_again(builder, *held, &best);
-  if (best.trial.fits) prefer_classical(classical, &best);
+  std::future<HeldTrials> of_held;
   if (held) {
-    const Trial as_it_is = builder.measure_plan(*held);
-    if (as_it_is.fits && !better(best.trial, as_it_is)) {
-      explain_step(builder, classical, as_it_is, context);
-      stay_with(*held, context, &program);
-      return;
-    }
+    of_held =
+        beside(program, environment, [&](AutoBuilder& other) { return try_held(other, *held); });
+  }
+  Found classical;
+  Found best = search(builder, program, environment, simulations, &classical);
+  std::optional<HeldTrials> tried;
+  if (held) {
+    tried = of_held.get();
+    if (better(tried->again.trial, best.trial)) best = tried->again;
+  }
+  if (best.trial.fits) prefer_classical(classical, &best);
+  if (tried && tried->as_it_is.fits && !better(best.trial, tried->as_it_is)) {
+    explain_step(builder, classical, tried->as_it_is, context);
+    stay_with(*held, context, &program);
+    return;
   }
   if (!best.trial.fits) fail_budget(classical, best, builder.budget());
   explain(builder, classical, best, context);

@@ -97,9 +97,11 @@ bool LevelSearch::attempt_keeping(const AutoChoice& choice) {
 template <typename Id>
 void move_from(const std::vector<Movable>& menu, Nanos room, Bytes* need, std::vector<Id>* moved) {
   std::vector<bool> taken(menu.size(), false);
+  size_t first = 0;  // not taken
   const auto next = [&] {
+    while (first < menu.size() && taken[first]) ++first;
     size_t smallest = menu.size();
-    for (size_t i = 0; i < menu.size(); ++i) {
+    for (size_t i = first; i < menu.size(); ++i) {
       if (taken[i] || menu[i].transfer > room) continue;
       if (menu[i].bytes.value / 3 <= need->value / 2) return i;
       if (smallest == menu.size() || menu[i].bytes < menu[smallest].bytes) smallest = i;

@@ -1,18 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "passes/environment.h"
 
-#include <algorithm>
 #include <string>
 
 #include "base/error.h"
 #include "ir/text.h"
 
 namespace deepcompile {
-
-Bytes peak_of(const StepProgram& program, const PassEnvironment& environment) {
-  const Bytes peak = memory_peak(program);
-  return environment.simulate ? std::max(peak, environment.simulate(program).peak) : peak;
-}
 
 std::string point_name(const StepProgram& program, const MemoryAt& at) {
   const Section& section = program.sections[at.section];

@@ -4,7 +4,6 @@
 // that cannot do without a part says so in an error.
 #pragma once
 
-#include <functional>
 #include <optional>
 #include <string_view>
 
@@ -15,16 +14,18 @@
 namespace deepcompile {
 
 // A simulated step in two numbers. core/sim comes after core/passes, so the
-// simulator is handed in.
+// simulator is handed in. Its peak is that of the memory timeline: buffers come and go as compute
+// reaches them, whenever that is.
 struct SimSummary {
   Nanos time;
   Bytes peak;
 };
 
 struct PassEnvironment {
-  std::optional<Bytes> memory_budget;                        // most bytes of one rank
-  const Estimator* estimator = nullptr;                      // not owned; outlives the run
-  std::function<SimSummary(const StepProgram&)> simulate{};  // of programs that pass verify
+  std::optional<Bytes> memory_budget;    // most bytes of one rank
+  const Estimator* estimator = nullptr;  // not owned; outlives the run
+  // Null where steps cannot be simulated; needs the estimator.
+  SimSummary (*simulator)(const StepProgram&, const Estimator&) = nullptr;
   // Whether a backward may update: nothing reads the gradients after it, and no
   // step is skipped once its last backward has begun.
   bool early_updates = false;
@@ -32,6 +33,9 @@ struct PassEnvironment {
   // once: they do no worse than it. Not owned; outlives the run.
   const StepProgram* held = nullptr;
   bool reasons = true;  // off for trials whose reasons nobody will read
+
+  // Of a program that passes verify.
+  SimSummary simulate(const StepProgram& program) const { return simulator(program, *estimator); }
 };
 
 // The program's memory timeline. Throws UserError, in the name of `pass` and
@@ -39,10 +43,6 @@ struct PassEnvironment {
 // `known` is that timeline where the caller has it already.
 MemoryTimeline timeline_within(const StepProgram& program, std::optional<Bytes> budget,
                                std::string_view pass, const MemoryTimeline* known = nullptr);
-
-// The peak of the program's memory timeline, or that of the simulated step if
-// there is a simulator and it is larger.
-Bytes peak_of(const StepProgram& program, const PassEnvironment& environment);
 
 // "run fwd.3 in forward 0": an instruction by its point of the timeline.
 std::string point_name(const StepProgram& program, const MemoryAt& at);

@@ -1,14 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "passes/held_plan.h"
 
+#include <algorithm>
+
 #include "base/error.h"
 #include "ir/transplant.h"
 #include "ir/verifier.h"
-#include "passes/read_choice.h"
+#include "passes/section_edit.h"
 
 namespace deepcompile {
+namespace {
 
-std::optional<StepProgram> held_plan(AutoBuilder& builder, const StepProgram& plain) {
+bool updates_early(const StepProgram& plan) {
+  return std::any_of(plan.sections.begin(), plan.sections.end(), [](const Section& section) {
+    return section.kind == SectionKind::kBackward &&
+           std::any_of(section.instrs.begin(), section.instrs.end(),
+                       [](const Instr& instr) { return instr.op == Op::kUpdate; });
+  });
+}
+
+}  // namespace
+
+std::optional<StepProgram> held_plan(const AutoBuilder& builder, const StepProgram& plain) {
   const StepProgram* held = builder.environment().held;
   if (held == nullptr) return std::nullopt;
   try {
@@ -17,8 +30,7 @@ std::optional<StepProgram> held_plan(AutoBuilder& builder, const StepProgram& pl
     if (out.params.size() != plain.params.size()) return std::nullopt;
     verify_plan(out);
     out.reasons = held->reasons;
-    const bool early = read_choice(builder, out).place == Place::kBackward;
-    if (early && !builder.early_updates()) return std::nullopt;
+    if (updates_early(out) && !builder.early_updates()) return std::nullopt;
     return out;
   } catch (const UserError&) {
     return std::nullopt;
@@ -26,9 +38,7 @@ std::optional<StepProgram> held_plan(AutoBuilder& builder, const StepProgram& pl
 }
 
 void stay_with(const StepProgram& held, PassContext& context, StepProgram* program) {
-  for (size_t s = 0; s < held.sections.size(); ++s) {
-    program->sections[s].instrs = held.sections[s].instrs;
-  }
+  replace_instrs(instrs_of(held), program);
   context.because("the plan that holds stays: none that was found is better");
   if (!context.environment().reasons) return;
   for (const Reason& reason : held.reasons) {

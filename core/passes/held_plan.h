@@ -13,7 +13,7 @@ namespace deepcompile {
 
 // The instructions and reasons of the environment's held plan on `plain`, the builder's program.
 // Nothing if none holds, or if it is of another step or not allowed today.
-std::optional<StepProgram> held_plan(AutoBuilder& builder, const StepProgram& plain);
+std::optional<StepProgram> held_plan(const AutoBuilder& builder, const StepProgram& plain);
 
 // Makes `program` that plan. Its reasons stay those it was made for, but for its numbers.
 void stay_with(const StepProgram& held, PassContext& context, StepProgram* program);

@@ -5,6 +5,12 @@
 
 namespace deepcompile {
 
+Bytes peak_with(const StepProgram& program, const SectionInstrs& instrs) {
+  StepProgram trial = program;
+  replace_instrs(instrs, &trial);
+  return memory_peak(trial);
+}
+
 std::vector<Bytes> bytes_during(const MemoryTimeline& timeline) {
   std::vector<Bytes> out;
   for (const MemoryAt& point : timeline.points) out.push_back(point.during);

@@ -10,6 +10,7 @@
 
 #include "analysis/memory_timeline.h"
 #include "passes/memory_use.h"
+#include "passes/section_edit.h"
 #include "passes/step_clock.h"
 
 namespace deepcompile {
@@ -53,6 +54,9 @@ class OutboundQueue {
 // each start to `needed`.
 std::vector<size_t> place_copies_in(const StepClock& clock, const std::vector<InboundCopy>& copies,
                                     std::optional<Bytes> limit, MemoryUse* use);
+
+// The peak of the program with these instructions.
+Bytes peak_with(const StepProgram& program, const SectionInstrs& instrs);
 
 // The bytes at each point of a step, and after its last.
 std::vector<Bytes> bytes_during(const MemoryTimeline& timeline);

@@ -23,28 +23,27 @@ class MemoryUse {
   void add(size_t first, size_t last, Bytes bytes);
   Bytes max() const { return max_[1]; }
   Bytes max(size_t first, size_t last) const;  // the least number if the range is empty
-  Bytes at(size_t place) const { return max(place, place + 1); }
+  Bytes at(size_t place) const { return max_[leaf(place)] + rises_above(leaf(place)); }
   size_t fullest() const;  // the first of them
 
   // The first and the last place of the range with more than `limit`.
-  std::optional<size_t> first_above(size_t first, size_t last, Bytes limit) const;
-  std::optional<size_t> last_above(size_t first, size_t last, Bytes limit) const;
+  std::optional<size_t> first_above(size_t first, size_t last, Bytes limit) const {
+    return find(first, last, limit, true);
+  }
+  std::optional<size_t> last_above(size_t first, size_t last, Bytes limit) const {
+    return find(first, last, limit, false);
+  }
 
  private:
-  struct Node {
-    size_t at, first, last;
-  };
-  Node root() const { return {1, 0, leaves_}; }
-  static Node left(Node n) { return {2 * n.at, n.first, (n.first + n.last) / 2}; }
-  static Node right(Node n) { return {2 * n.at + 1, (n.first + n.last) / 2, n.last}; }
-
-  void add(Node node, size_t first, size_t last, Bytes bytes);
-  Bytes max(Node node, size_t first, size_t last) const;
-  std::optional<size_t> find(Node node, size_t first, size_t last, Bytes limit,
-                             bool from_left) const;
+  // Place 0 has the second leaf, and behind the last place there is another without one: every
+  // range has a leaf on either side.
+  size_t leaf(size_t place) const { return leaves_ + 1 + place; }
+  Bytes rises_above(size_t node) const;
+  size_t descend(size_t node, Bytes limit, bool first) const;
+  std::optional<size_t> find(size_t first, size_t last, Bytes limit, bool from_left) const;
 
   size_t size_;
-  size_t leaves_ = 1;        // a power of two, at least size_
+  size_t leaves_ = 1;        // a power of two
   std::vector<Bytes> max_;   // by node, additions to the node's own range included
   std::vector<Bytes> rise_;  // by node: added to all of its range
 };

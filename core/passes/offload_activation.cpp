@@ -264,7 +264,7 @@ Moves place_moves(const StepClock& clock, const MemoryTimeline& timeline,
   return moves;
 }
 
-StepProgram with_moves(const StepProgram& program, const StepClock& clock, const Moves& moves) {
+SectionInstrs with_moves(const StepProgram& program, const StepClock& clock, const Moves& moves) {
   // At one place: what starts to leave, what has left, what comes, what is there.
   std::vector<std::tuple<size_t, size_t, Op, std::vector<ValueId>>> instrs;
   const auto add = [&](size_t section, size_t point, Op op, const Group& group) {
@@ -290,28 +290,30 @@ StepProgram with_moves(const StepProgram& program, const StepClock& clock, const
     return key(a) < key(b);
   });
   std::vector<SectionEdit> edits;
+  edits.reserve(program.sections.size());
   for (const Section& section : program.sections) edits.emplace_back(section.instrs);
   for (auto& [section, at, op, values] : instrs) {
     edits[section].insert(at, {op, std::nullopt, std::nullopt, std::move(values)});
   }
-  StepProgram out = program;
-  for (size_t s = 0; s < edits.size(); ++s) out.sections[s].instrs = std::move(edits[s]).apply();
+  SectionInstrs out;
+  for (SectionEdit& edit : edits) out.push_back(std::move(edit).apply());
   return out;
 }
 
 struct Result {
-  StepProgram program;
+  SectionInstrs instrs;  // empty: as they were
   Moves moves;
   Bytes peak;
 };
 
 class Offloader {
  public:
-  Offloader(const StepProgram& program, const PassEnvironment& environment)
+  Offloader(const StepProgram& program, const PassEnvironment& environment,
+            const MemoryTimeline* known)
       : program_(program),
         environment_(environment),
         clock_(program, environment.estimator),
-        timeline_(memory_timeline(program)),
+        timeline_(known != nullptr ? *known : memory_timeline(program)),
         all_(IdleFinder(program, clock_, environment.estimator).find()) {}
 
   Result named(const std::vector<ValueId>& ids) const {
@@ -337,7 +339,7 @@ class Offloader {
   Result choose(Bytes peak, Bytes smallest) const {
     const Bytes budget = *environment_.memory_budget;
     IdleChoice choice(all_, smallest, timeline_);
-    Result best{program_, {}, peak};
+    Result best{{}, {}, peak};
     Bytes limit = budget;
     for (int round = 0; round < kMostRounds; ++round) {
       const bool reached = choice.reach(limit);
@@ -376,9 +378,9 @@ class Offloader {
  private:
   Result build(const std::vector<Idle>& chosen, bool measured = true) const {
     Moves moves = place_moves(clock_, timeline_, environment_.memory_budget, chosen);
-    StepProgram program = with_moves(program_, clock_, moves);
-    const Bytes peak = measured ? peak_of(program, environment_) : Bytes{};
-    return {std::move(program), std::move(moves), peak};
+    SectionInstrs instrs = with_moves(program_, clock_, moves);
+    const Bytes peak = measured ? peak_with(program_, instrs) : Bytes{};
+    return {std::move(instrs), std::move(moves), peak};
   }
 
   const StepProgram& program_;
@@ -397,15 +399,15 @@ void OffloadActivation::run(StepProgram& program, PassContext& context) const {
   const bool measured = !options_.values || environment.reasons;
   Bytes peak;
   if (options_.values) {
-    if (measured) peak = peak_of(program, environment);
+    if (measured) peak = memory_peak(program);
   } else {
     const auto above = peak_above_budget(program, context, "all activations stay");
     if (!above) return;
     peak = *above;
   }
-  const Offloader offloader(program, environment);
-  const Result result = options_.values ? offloader.named(*options_.values)
-                                        : offloader.choose(peak, options_.smallest);
+  const Offloader offloader(program, environment, options_.timeline);
+  Result result = options_.values ? offloader.named(*options_.values)
+                                  : offloader.choose(peak, options_.smallest);
   if (environment.reasons) offloader.explain(result.moves, context);
   Bytes bytes;
   Nanos time;
@@ -423,9 +425,7 @@ void OffloadActivation::run(StepProgram& program, PassContext& context) const {
   if (budget) text += " of " + pretty(*budget);
   if (budget && result.peak > *budget) text += ", and no other activations lower it";
   context.because(std::move(text));
-  for (size_t s = 0; s < program.sections.size(); ++s) {
-    program.sections[s].instrs = result.program.sections[s].instrs;
-  }
+  replace_instrs(std::move(result.instrs), &program);
 }
 
 }  // namespace deepcompile

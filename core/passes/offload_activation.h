@@ -34,6 +34,8 @@ namespace deepcompile {
 struct OffloadActivationOptions {
   std::optional<std::vector<ValueId>> values = std::nullopt;  // absent: as the budget asks
   Bytes smallest{int64_t{64} << 10};                          // unless named, smaller values stay
+  // The program's timeline, if the caller has it already.
+  const MemoryTimeline* timeline = nullptr;
 };
 
 class OffloadActivation final : public Pass {

@@ -100,12 +100,7 @@ class MovePlacer {
         clock_(clock),
         limit_(limit),
         sites_(std::move(sites)),
-        use_(bytes_during(timeline)) {
-    for (const Site& site : sites_) {
-      use_.add(0, site.point, Bytes{0} - site.bytes);
-      use_.add(site.point + 1, use_.size(), Bytes{0} - site.bytes);
-    }
-  }
+        use_(without_states(bytes_during(timeline), sites_)) {}
 
   std::vector<StateMoves> beside_compute() {
     std::vector<InboundCopy> in;
@@ -138,6 +133,17 @@ class MovePlacer {
   }
 
  private:
+  // States are there for their updates alone.
+  static std::vector<Bytes> without_states(std::vector<Bytes> use, const std::vector<Site>& sites) {
+    Bytes all;
+    for (const Site& site : sites) {
+      all += site.bytes;
+      use[site.point] += site.bytes;
+    }
+    for (Bytes& bytes : use) bytes -= all;
+    return use;
+  }
+
   bool spreads(const Site& site) const {
     return program_.accumulation == 1 &&
            program_.sections[site.section].kind == SectionKind::kUpdate;
@@ -283,12 +289,13 @@ struct StatesResult {
 
 class StatesOffloader {
  public:
-  StatesOffloader(const StepProgram& program, const PassEnvironment& environment, bool synchronous)
+  StatesOffloader(const StepProgram& program, const PassEnvironment& environment,
+                  const OffloadAdamStatesOptions& options)
       : program_(program),
         environment_(environment),
-        synchronous_(synchronous),
+        synchronous_(options.synchronous),
         clock_(program, environment.estimator),
-        timeline_(memory_timeline(program)),
+        timeline_(options.timeline != nullptr ? *options.timeline : memory_timeline(program)),
         sites_(program, clock_, environment.estimator) {}
 
   const std::vector<Site>& sites() const { return sites_.all(); }
@@ -297,7 +304,7 @@ class StatesOffloader {
     MovePlacer placer(program_, clock_, timeline_, environment_.memory_budget, sites);
     std::vector<StateMoves> moves = synchronous_ ? placer.at_updates() : placer.beside_compute();
     SectionInstrs instrs = with_moves(program_, clock_, sites, moves);
-    const Bytes peak = measured ? peak_with(instrs) : Bytes{};
+    const Bytes peak = measured ? peak_with(program_, instrs) : Bytes{};
     return {std::move(instrs), std::move(sites), std::move(moves), peak};
   }
 
@@ -325,12 +332,6 @@ class StatesOffloader {
   }
 
  private:
-  Bytes peak_with(const SectionInstrs& instrs) const {
-    StepProgram trial = program_;
-    for (size_t s = 0; s < instrs.size(); ++s) trial.sections[s].instrs = instrs[s];
-    return peak_of(trial, environment_);
-  }
-
   const StepProgram& program_;
   const PassEnvironment& environment_;
   bool synchronous_;
@@ -372,13 +373,13 @@ void OffloadAdamStates::run(StepProgram& program, PassContext& context) const {
   const bool measured = !options_.params || environment.reasons;
   Bytes peak;
   if (options_.params) {
-    if (measured) peak = peak_of(program, environment);
+    if (measured) peak = memory_peak(program);
   } else {
     const auto above = peak_above_budget(program, context, "all optimizer states stay");
     if (!above) return;
     peak = *above;
   }
-  const StatesOffloader offloader(program, environment, options_.synchronous);
+  const StatesOffloader offloader(program, environment, options_);
   StatesResult result =
       options_.params
           ? offloader.build(named_sites(program, offloader.sites(), *options_.params, name()),
@@ -406,9 +407,7 @@ void OffloadAdamStates::run(StepProgram& program, PassContext& context) const {
   if (budget) text += " of " + pretty(*budget);
   if (budget && result.peak > *budget) text += ", and no other states lower it";
   context.because(std::move(text));
-  for (size_t s = 0; s < result.instrs.size(); ++s) {
-    program.sections[s].instrs = std::move(result.instrs[s]);
-  }
+  replace_instrs(std::move(result.instrs), &program);
 }
 
 }  // namespace deepcompile

@@ -37,6 +37,8 @@ namespace deepcompile {
 struct OffloadAdamStatesOptions {
   std::optional<std::vector<ParamId>> params = std::nullopt;  // absent: as the budget asks
   bool synchronous = false;
+  // The program's timeline, if the caller has it already.
+  const MemoryTimeline* timeline = nullptr;
 };
 
 class OffloadAdamStates final : public Pass {

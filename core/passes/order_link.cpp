@@ -196,8 +196,7 @@ class Orderer {
     std::swap(now, instrs);
     const SimSummary after = context_.environment().simulate(program_);
     const auto budget = context_.environment().memory_budget;
-    const bool better = after.time < best_.time && (!budget || after.peak <= *budget);
-    if (!better || (budget && memory_peak(program_) > *budget)) {
+    if (after.time >= best_.time || (budget && after.peak > *budget)) {
       std::swap(now, instrs);
       return;
     }
@@ -214,7 +213,7 @@ class Orderer {
 }  // namespace
 
 void OrderLink::run(StepProgram& program, PassContext& context) const {
-  if (!context.environment().simulate) {
+  if (context.environment().simulator == nullptr) {
     return context.because("unchanged: without a machine to simulate, orders cannot be compared");
   }
   Orderer(program, context, options_.simulations).run();

@@ -25,7 +25,7 @@ std::optional<Bytes> peak_above_budget(const StepProgram& program, PassContext& 
     context.because(what + ": no memory budget is given");
     return std::nullopt;
   }
-  const Bytes peak = peak_of(program, context.environment());
+  const Bytes peak = memory_peak(program);
   if (peak > *budget) return peak;
   context.because(what + ": the peak of " + pretty(peak) + " is within the budget of " +
                   pretty(*budget));

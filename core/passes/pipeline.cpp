@@ -46,12 +46,6 @@ void check_contracts(const StepProgram& program, const std::vector<const Pass*>&
   }
 }
 
-std::vector<std::vector<Instr>> all_instrs(const StepProgram& program) {
-  std::vector<std::vector<Instr>> out;
-  for (const Section& section : program.sections) out.push_back(section.instrs);
-  return out;
-}
-
 void verify_after(const Pass& pass, const StepProgram& program) {
   try {
     verify(program);
@@ -66,7 +60,7 @@ PassRecord run_one(StepProgram& program, const Pass& pass, const PipelineOptions
   PassRecord record;
   record.pass = pass.name();
   record.instrs_before = count_instrs(program);
-  const std::vector<std::vector<Instr>> instrs = all_instrs(program);
+  const SectionInstrs instrs = instrs_of(program);
   const size_t reasons = program.reasons.size();
   PassContext context(program, record.pass, options.environment);
   const std::optional<Nanos> start =
@@ -74,7 +68,7 @@ PassRecord run_one(StepProgram& program, const Pass& pass, const PipelineOptions
   pass.run(program, context);
   if (start) record.time = options.clock() - *start;
   verify_after(pass, program);
-  record.changed = instrs != all_instrs(program);
+  record.changed = instrs != instrs_of(program);
   record.instrs_after = count_instrs(program);
   record.reasons = program.reasons.size() - std::min(program.reasons.size(), reasons);
   return record;

@@ -49,19 +49,14 @@ std::string backward_refused(const StepProgram& program, const PassEnvironment& 
   return "";
 }
 
-void replace_instrs(StepProgram& program, SectionInstrs instrs) {
-  for (size_t s = 0; s < instrs.size(); ++s) program.sections[s].instrs = std::move(instrs[s]);
-}
-
 // Time and peak of a candidate, by itself and as prefetch leaves it. Nothing
 // if it is above the budget.
 bool measure(const StepProgram& program, const PassEnvironment& environment, Candidate* candidate) {
   StepProgram trial = program;
-  replace_instrs(trial, candidate->placement.instrs);
+  replace_instrs(candidate->placement.instrs, &trial);
   const auto fits = [&](Bytes peak) {
     return !environment.memory_budget || peak <= *environment.memory_budget;
   };
-  if (!fits(memory_timeline(trial).peak)) return false;
   candidate->alone = candidate->prefetched = environment.simulate(trial);
   if (!fits(candidate->alone.peak)) return false;
   PassContext context(trial, "prefetch", environment);
@@ -175,7 +170,7 @@ void PlaceOptimizer::run(StepProgram& program, PassContext& context) const {
     choice = {*options_.place, options_.ahead.value_or(kDefaultAhead), {}, {}, {}};
     choice.placement = place(program, choice.place, choice.ahead);
     step = "as asked for";
-  } else if (environment.simulate) {
+  } else if (environment.simulator != nullptr) {
     Choice found = fastest(program, environment);
     choice = std::move(found.best);
     step = "simulated with prefetch: " + found.tried;
@@ -185,7 +180,7 @@ void PlaceOptimizer::run(StepProgram& program, PassContext& context) const {
   }
   if (environment.reasons) explain(program, choice, context);
   context.because("updates: " + label(choice) + "; " + step);
-  replace_instrs(program, std::move(choice.placement.instrs));
+  replace_instrs(std::move(choice.placement.instrs), &program);
 }
 
 }  // namespace deepcompile

@@ -11,6 +11,8 @@
 #include "analysis/footprint.h"
 #include "base/error.h"
 #include "ir/text.h"
+#include "passes/memory_use.h"
+#include "passes/section_edit.h"
 
 namespace deepcompile {
 namespace {
@@ -44,6 +46,7 @@ class SectionGathers {
       }
       earliest = i + 1;
     }
+    if (budget && !gathers_.empty()) use_.emplace(bytes_in(section, points));
     latest_.assign(section.instrs.size() + 1, section.instrs.size());
     for (size_t i = section.instrs.size(); i-- > 0;) {
       const Op op = section.instrs[i].op;
@@ -55,9 +58,9 @@ class SectionGathers {
   // fit into the budget at once waits until it does, but not until after the
   // next reduction: that would be another order. Nothing if it would have to.
   std::optional<Slots> slots(Bytes limit) const {
-    std::vector<Bytes> use;
-    for (size_t i = 0; budget_ && i < section_.instrs.size(); ++i) use.push_back(points_[i].during);
+    std::optional<MemoryUse> use = use_;
     Slots out;
+    out.reserve(gathers_.size());
     Bytes window;      // of gathers `first` to the present one
     size_t first = 0;  // the earliest that is not at its place when this one is issued
     size_t wanted = 0, previous = 0;
@@ -67,7 +70,7 @@ class SectionGathers {
       for (; window > limit && first <= i; ++first) window -= gathers_[first].bytes;
       const size_t reach = first == 0 ? 0 : gathers_[first - 1].at + 1;
       wanted = std::min(each.at, std::max({reach, each.earliest, wanted}));
-      const size_t slot = first_fit(each, std::max(wanted, previous), &use);
+      const size_t slot = first_fit(each, std::max(wanted, previous), use);
       const size_t last = any_order_ ? each.at : std::min(each.at, latest_[wanted]);
       if (slot > last) return std::nullopt;
       out.push_back(previous = slot);
@@ -125,12 +128,19 @@ class SectionGathers {
   Bytes grows(size_t at) const { return points_[at].during - points_[at - 1].after; }
 
   // The first slot from `wanted` on from which the gather fits; takes its bytes.
-  size_t first_fit(const Gather& each, size_t wanted, std::vector<Bytes>* use) const {
-    if (!budget_ || each.grows == Bytes{0}) return wanted;
-    size_t slot = each.at;
-    while (slot > wanted && (*use)[slot - 1] + each.grows <= *budget_) --slot;
-    for (size_t i = slot; i < each.at; ++i) (*use)[i] += each.grows;
+  size_t first_fit(const Gather& each, size_t wanted, std::optional<MemoryUse>& use) const {
+    if (!use || each.grows == Bytes{0}) return wanted;
+    const auto full = use->last_above(wanted, each.at, *budget_ - each.grows);
+    const size_t slot = full ? *full + 1 : wanted;
+    use->add(slot, each.at, each.grows);
     return slot;
+  }
+
+  static std::vector<Bytes> bytes_in(const Section& section, const MemoryAt* points) {
+    std::vector<Bytes> out;
+    out.reserve(section.instrs.size());
+    for (size_t i = 0; i < section.instrs.size(); ++i) out.push_back(points[i].during);
+    return out;
   }
 
   const Section& section_;
@@ -138,7 +148,8 @@ class SectionGathers {
   std::optional<Bytes> budget_;
   bool any_order_;
   std::vector<Gather> gathers_;
-  std::vector<size_t> latest_;  // by slot: the last before the next reduction or norm
+  std::optional<MemoryUse> use_;  // by instruction; nothing without a budget
+  std::vector<size_t> latest_;    // by slot: the last before the next reduction or norm
   Bytes total_;
 };
 
@@ -167,7 +178,7 @@ class Planner {
   std::optional<Nanos> before() const { return before_; }
   std::optional<Nanos> best() const { return best_; }
 
-  Limits choose() { return environment_.simulate ? fastest(largest()) : largest(); }
+  Limits choose() { return environment_.simulator != nullptr ? fastest(largest()) : largest(); }
 
   Limits largest() const {
     Limits limits;
@@ -216,7 +227,7 @@ class Planner {
     ++simulated_;
     if (!trial_) trial_ = program_;
     std::vector<std::vector<Instr>> instrs = apply(limits);
-    for (size_t s = 0; s < instrs.size(); ++s) trial_->sections[s].instrs = std::move(instrs[s]);
+    replace_instrs(std::move(instrs), &*trial_);
     const Nanos time = environment_.simulate(*trial_).time;
     if (best_ && (time > *best_ || (time == *best_ && !prefer))) return;
     best_ = time;
@@ -332,7 +343,7 @@ void Prefetch::run(StepProgram& program, PassContext& context) const {
   for (size_t s = 0; explained && s < limits.size(); ++s) {
     explain_section(program, s, planner.section(s), limits[s], context);
   }
-  for (size_t s = 0; s < limits.size(); ++s) program.sections[s].instrs = std::move(result[s]);
+  replace_instrs(std::move(result), &program);
   if (explained) explain_step(planner, program, context);
 }
 

@@ -80,13 +80,24 @@ void read_place(const StepProgram& plan, AutoChoice* choice) {
 // and the run before it.
 using ReleaseKey = std::tuple<ParamId, size_t, uint32_t>;
 
+// By instruction: the region of the last run before it.
+std::vector<uint32_t> runs_before(const Section& section) {
+  std::vector<uint32_t> out;
+  uint32_t run = UINT32_MAX;
+  for (const Instr& instr : section.instrs) {
+    out.push_back(run);
+    if (instr.op == Op::kRun) run = static_cast<uint32_t>(index(*instr.region));
+  }
+  return out;
+}
+
 std::set<ReleaseKey> releases(const StepProgram& program) {
   std::set<ReleaseKey> out;
   for (size_t s = 0; s < program.sections.size(); ++s) {
-    uint32_t run = UINT32_MAX;
-    for (const Instr& instr : program.sections[s].instrs) {
-      if (instr.op == Op::kRun) run = static_cast<uint32_t>(index(*instr.region));
-      if (instr.op == Op::kRelease) out.emplace(*instr.param, s, run);
+    const std::vector<Instr>& instrs = program.sections[s].instrs;
+    const std::vector<uint32_t> run = runs_before(program.sections[s]);
+    for (size_t i = 0; i < instrs.size(); ++i) {
+      if (instrs[i].op == Op::kRelease) out.emplace(*instrs[i].param, s, run[i]);
     }
   }
   return out;
@@ -94,12 +105,11 @@ std::set<ReleaseKey> releases(const StepProgram& program) {
 
 void read_gaps(AutoBuilder& builder, const StepProgram& plan, AutoChoice* choice) {
   const std::set<ReleaseKey> there = releases(plan);
-  for (const Gap& gap : builder.gaps(*choice)) {
-    const auto& instrs = builder.last().sections[gap.release.section].instrs;
-    uint32_t run = UINT32_MAX;
-    for (size_t i = 0; i < gap.release.instr; ++i) {
-      if (instrs[i].op == Op::kRun) run = static_cast<uint32_t>(index(*instrs[i].region));
-    }
+  const std::vector<Gap> gaps = builder.gaps(*choice);
+  std::vector<std::vector<uint32_t>> last_run;  // by section and instruction
+  for (const Section& section : builder.last().sections) last_run.push_back(runs_before(section));
+  for (const Gap& gap : gaps) {
+    const uint32_t run = last_run[gap.release.section][gap.release.instr];
     if (!there.contains({gap.id.param, gap.release.section, run})) {
       choice->keep->push_back(gap.id);
     }

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "ir/text.h"
 #include "passes/recomputation_choice.h"
+#include "passes/section_edit.h"
 
 namespace deepcompile {
 namespace {
@@ -22,13 +23,13 @@ struct RegionsResult {
 };
 
 RegionsResult build(const StepProgram& program, const std::vector<RecomputableGraph>& graphs,
-                    const ChosenRuns& chosen, bool share, const PassEnvironment& environment) {
+                    const ChosenRuns& chosen, bool share) {
   RegionsResult out{program, {}, {}};
   for (size_t g = 0; g < graphs.size(); ++g) {
     out.plans.push_back(plan_recomputation(program, graphs[g], chosen[g]));
     place_recomputation(graphs[g], out.plans[g], share, &out.program);
   }
-  out.peak = peak_of(out.program, environment);
+  out.peak = memory_peak(out.program);
   return out;
 }
 
@@ -36,9 +37,9 @@ RegionsResult build(const StepProgram& program, const std::vector<RecomputableGr
 // takes the step over the budget.
 RegionsResult build_best(const StepProgram& program, const std::vector<RecomputableGraph>& graphs,
                          const ChosenRuns& chosen, const PassEnvironment& environment) {
-  RegionsResult shared = build(program, graphs, chosen, true, environment);
+  RegionsResult shared = build(program, graphs, chosen, true);
   if (!environment.memory_budget || shared.peak <= *environment.memory_budget) return shared;
-  RegionsResult apart = build(program, graphs, chosen, false, environment);
+  RegionsResult apart = build(program, graphs, chosen, false);
   return apart.peak < shared.peak ? std::move(apart) : std::move(shared);
 }
 
@@ -138,7 +139,7 @@ void Rematerialize::run(StepProgram& program, PassContext& context) const {
   const PassEnvironment& environment = context.environment();
   const auto budget = environment.memory_budget;
   const std::optional<Bytes> before =
-      options_.recompute ? peak_of(program, environment)
+      options_.recompute ? memory_peak(program)
                          : peak_above_budget(program, context, "nothing is recomputed");
   if (!before) return;
   const Bytes peak = *before;
@@ -149,9 +150,7 @@ void Rematerialize::run(StepProgram& program, PassContext& context) const {
                        environment)
           : choose(program, graphs, peak, environment);
   const Sum sum = explain_regions(program, graphs, result.plans, environment.estimator, context);
-  for (size_t s = 0; s < program.sections.size(); ++s) {
-    program.sections[s].instrs = result.program.sections[s].instrs;
-  }
+  replace_instrs(instrs_of(result.program), &program);
   std::string text = std::to_string(sum.regions) + " regions run again, " + pretty(sum.time) +
                      " of compute a micro batch; peak " + pretty(peak) + " -> " +
                      pretty(result.peak);

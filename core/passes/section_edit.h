@@ -18,6 +18,18 @@ inline Instr on_param(Op op, ParamId param) {
   return {op, param, std::nullopt, {}};
 }
 
+inline SectionInstrs instrs_of(const StepProgram& program) {
+  SectionInstrs out;
+  out.reserve(program.sections.size());
+  for (const Section& section : program.sections) out.push_back(section.instrs);
+  return out;
+}
+
+// As many lists as the program has sections.
+inline void replace_instrs(SectionInstrs instrs, StepProgram* program) {
+  for (size_t s = 0; s < instrs.size(); ++s) program->sections[s].instrs = std::move(instrs[s]);
+}
+
 inline size_t count_instrs(const StepProgram& program) {
   size_t count = 0;
   for (const Section& section : program.sections) count += section.instrs.size();

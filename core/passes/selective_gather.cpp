@@ -11,6 +11,7 @@
 #include "ir/text.h"
 #include "passes/gaps.h"
 #include "passes/memory_use.h"
+#include "passes/section_edit.h"
 
 namespace deepcompile {
 namespace {
@@ -159,25 +160,25 @@ void SelectiveGather::run(StepProgram& program, PassContext& context) const {
       timeline_within(program, environment.memory_budget, name(), options_.timeline);
   Budget budget(timeline, *environment.memory_budget - options_.reserve);
   Reasons reasons = close_gaps(program, gaps, options_.least_saving, budget, environment.reasons);
-  if (!environment.simulate && !environment.reasons) return close_in(program, gaps);
-  StepProgram result = program;
-  close_in(result, gaps);
   std::string step;
-  if (environment.simulate) {
+  if (environment.simulator == nullptr) {
+    close_in(program, gaps);
+  } else {
+    SectionInstrs instrs = instrs_of(program);
     const Nanos before = environment.simulate(program).time;
-    const Nanos after = environment.simulate(result).time;
+    close_in(program, gaps);
+    const Nanos after = environment.simulate(program).time;
     step = ", step " + pretty(before) + " -> " + pretty(after);
     if (after > before) {  // transfers that move may slow other kernels down
+      replace_instrs(std::move(instrs), &program);
       context.because("undone: all releases stay, without them the simulated step is slower" +
                       step);
       return;
     }
   }
+  if (!environment.reasons) return;
   for (auto& [param, text] : reasons) context.because(param, std::move(text));
-  explain_step(gaps, result, *environment.memory_budget, step, context);
-  for (size_t s = 0; s < result.sections.size(); ++s) {
-    program.sections[s].instrs = std::move(result.sections[s].instrs);
-  }
+  explain_step(gaps, program, *environment.memory_budget, step, context);
 }
 
 }  // namespace deepcompile

@@ -39,7 +39,7 @@ class Asker {
         menu_(program_, *environment.estimator),
         choice_(read_choice(builder_, plan)),
         base_(builder_.measure(choice_)),
-        room_(builder_.budget() - peak_of(plan, environment)) {}
+        room_(builder_.budget() - memory_peak(plan)) {}
 
   std::vector<Alternative> ask() {
     describe_params();
@@ -199,7 +199,7 @@ class Asker {
 
 std::vector<Alternative> next_best(const StepProgram& plain, const StepProgram& plan,
                                    const PassEnvironment& environment) {
-  if (environment.estimator == nullptr || !environment.simulate) {
+  if (environment.estimator == nullptr || environment.simulator == nullptr) {
     throw UserError(
         "[report] next_best: other choices are compared by simulation, and there is no machine. "
         "Give it one.");

@@ -50,9 +50,7 @@ std::string run_request(uint32_t number, const char* text) {
   if (const auto list = request.at("prices"); !list.node().is_null()) {
     prices.emplace(list.string(), "request");
     environment.estimator = &*prices;
-    environment.simulate = [&prices](const StepProgram& each) {
-      return simulate_summary(each, *prices);
-    };
+    environment.simulator = simulate_summary;
   }
   PassContext context(program, std::string(pass.name()), environment);
   pass.run(program, context);

@@ -7,6 +7,7 @@
 
 #include "analysis/step_machine.h"
 #include "base/error.h"
+#include "cost/cached_costs.h"
 #include "ir/verifier.h"
 #include "sim/clock.h"
 #include "sim/memory_curve.h"
@@ -16,70 +17,6 @@ namespace {
 
 // A step that still differs from the one before it after this many is reported.
 constexpr int kMostStepsRun = 4;
-
-// Undisturbed durations, each asked for once.
-class Durations {
- public:
-  Durations(const StepProgram& program, const Estimator& estimator)
-      : program_(program), estimator_(estimator), runs_(program.regions.size(), kUnknown) {}
-
-  // A kernel for kReduce is the sum on this rank; see StepEvents.
-  Nanos kernel(Op op, const Instr& instr) {
-    if (op == Op::kRun) {
-      return cached(runs_[index(*instr.region)],
-                    [&] { return estimator_.duration(program_, instr); });
-    }
-    if (op == Op::kReduce) {
-      return cached(entry(local_sums_, instr),
-                    [&] { return estimator_.local_sum(program_, *instr.param); });
-    }
-    if (op == Op::kNorm) return cached(norm_, [&] { return ask(op, instr); });
-    return of_param(op, instr);
-  }
-
-  Nanos staging(const Instr& instr) {
-    return cached(entry(stagings_, instr),
-                  [&] { return estimator_.staging(program_, *instr.param); });
-  }
-
-  Nanos section_overhead(SectionKind kind) {
-    return cached(sections_[static_cast<size_t>(kind)],
-                  [&] { return estimator_.section_overhead(program_, kind); });
-  }
-
-  Nanos transfer(Op op, const Instr& instr) {
-    if (!instr.param) return estimator_.duration(program_, instr);
-    return of_param(op, instr);
-  }
-
- private:
-  static constexpr Nanos kUnknown{-1};
-  using ByParam = std::vector<Nanos>;
-
-  Nanos& entry(ByParam& times, const Instr& instr) {
-    if (times.empty()) times.assign(program_.params.size(), kUnknown);
-    return times[index(*instr.param)];
-  }
-  template <typename Ask>
-  static Nanos cached(Nanos& time, Ask ask) {
-    if (time == kUnknown) time = ask();
-    return time;
-  }
-  Nanos of_param(Op op, const Instr& instr) {
-    return cached(entry(params_[static_cast<size_t>(op)], instr), [&] { return ask(op, instr); });
-  }
-  Nanos ask(Op op, const Instr& instr) const {
-    return estimator_.duration(program_, {op, instr.param, std::nullopt, {}});
-  }
-
-  const StepProgram& program_;
-  const Estimator& estimator_;
-  std::vector<Nanos> runs_;  // by region
-  std::array<ByParam, kOpCount> params_;
-  ByParam local_sums_, stagings_;
-  std::array<Nanos, kSectionKindCount> sections_{kUnknown, kUnknown, kUnknown, kUnknown};
-  Nanos norm_ = kUnknown;
-};
 
 Bytes resident_of(const StepMachine& machine) {
   Bytes total;
@@ -92,7 +29,7 @@ class Simulation final : public StepEvents {
   Simulation(const StepProgram& program, const Estimator& estimator, bool records)
       : program_(program),
         machine_(program),
-        durations_(program, estimator),
+        costs_(program, estimator),
         clock_(estimator.compute_slowdown(program), estimator.host_beside(program)),
         memory_(resident_of(machine_), records),
         done_(machine_.slots()),
@@ -116,7 +53,9 @@ class Simulation final : public StepEvents {
     return std::move(result_);
   }
 
-  void begin_section(SectionKind kind) override { clock_.idle(durations_.section_overhead(kind)); }
+  void begin_section(SectionKind kind) override {
+    clock_.idle(costs_.section_overhead(program_, kind));
+  }
 
   void begin(size_t section, size_t instr, int64_t micro_batch) override {
     if (!records_) return;
@@ -132,7 +71,9 @@ class Simulation final : public StepEvents {
 
   void kernel(Op op, const Instr& instr) override {
     const Nanos issue = clock_.now();
-    const Span span = clock_.kernel(durations_.kernel(op, instr));
+    const bool sum = op == Op::kReduce;  // on this rank alone
+    const Span span = clock_.kernel(sum ? costs_.local_sum(program_, *instr.param)
+                                        : costs_.duration(program_, op, instr));
     result_.compute_busy += span.end - span.start;
     // An accumulate's stall and kernel are one item: it is issued before both.
     if (records_) work(Resource::kCompute, op, issue, span);
@@ -140,13 +81,13 @@ class Simulation final : public StepEvents {
 
   // No item of its own: the reduction is issued once it is over.
   void stage(const Instr& instr) override {
-    const Span span = clock_.kernel(durations_.staging(instr));
+    const Span span = clock_.kernel(costs_.staging(program_, *instr.param));
     result_.compute_busy += span.end - span.start;
   }
 
   void transfer(Resource queue, Op op, const Instr& instr) override {
     const Nanos issue = clock_.now();
-    last_ = clock_.transfer(queue, durations_.transfer(op, instr));
+    last_ = clock_.transfer(queue, costs_.duration(program_, op, instr));
     if (!records_) return;
     if (queue == Resource::kLink) {
       const Span span = clock_.span(last_);
@@ -211,7 +152,7 @@ class Simulation final : public StepEvents {
 
   const StepProgram& program_;
   StepMachine machine_;
-  Durations durations_;
+  CachedCosts costs_;
   Clock clock_;
   MemoryCurve memory_;
   std::vector<Clock::Ticket> done_;  // by slot: its last transfer

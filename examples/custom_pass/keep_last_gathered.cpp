@@ -62,7 +62,7 @@ class KeepLastGathered final : public Pass {
 
   void run(StepProgram& program, PassContext& context) const override {
     const PassEnvironment& environment = context.environment();
-    if (!environment.simulate) {
+    if (environment.simulator == nullptr) {
       throw UserError("it asks what a step takes: give the machine that is planned for");
     }
     for (size_t s = 0; s < program.sections.size(); ++s) {

@@ -52,7 +52,7 @@ class Tells final : public Pass {
   Contract contract() const override { return {.needs = {Fact::kGathersPlaced}}; }
   void run(StepProgram& program, PassContext& context) const override {
     const PassEnvironment& known = context.environment();
-    if (!known.simulate) throw UserError("no machine");
+    if (known.simulator == nullptr) throw UserError("no machine");
     context.because(ParamId{0}, std::to_string(known.simulate(program).time.value));
   }
 };

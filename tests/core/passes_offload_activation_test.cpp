@@ -209,7 +209,7 @@ TEST(OffloadActivation, GoesWithRecomputation) {
   const Bytes peak = memory_timeline(before).peak;
   StepProgram program = before;
   PipelineOptions options = planned_for(costs, peak - Bytes{20 * 1024});
-  options.environment.simulate = nullptr;
+  options.environment.simulator = nullptr;
   run_pipeline(program, PassRegistry::with_builtins(), {"rematerialize"}, options);
   options.environment.memory_budget = memory_timeline(program).peak - Bytes{1024};
   const OffloadActivation pass({.smallest = Bytes{1}});

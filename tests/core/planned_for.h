@@ -19,9 +19,7 @@ inline PipelineOptions planned_for(const Estimator& costs,
   PipelineOptions options;
   options.environment.memory_budget = budget;
   options.environment.estimator = &costs;
-  options.environment.simulate = [&costs](const StepProgram& program) {
-    return simulate_summary(program, costs);
-  };
+  options.environment.simulator = simulate_summary;
   return options;
 }
 
