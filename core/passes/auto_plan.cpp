@@ -2,10 +2,12 @@
 #include "passes/auto_plan.h"
 
 #include <algorithm>
+#include <atomic>
 #include <future>
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "passes/auto_search.h"
@@ -105,45 +107,6 @@ void leave_out_idle(AutoBuilder& builder, Found* best) {
   without(&AutoChoice::recompute);
 }
 
-// Asks `ask(builder)` with a builder of its own, beside what goes on here: searches ask questions
-// that have nothing to do with each other.
-template <typename Ask>
-auto beside(const StepProgram& plain, const PassEnvironment& environment, Ask ask) {
-  return std::async(std::launch::async, [&plain, &environment, ask] {
-    AutoBuilder builder(plain, environment);
-    return ask(builder);
-  });
-}
-
-Found search(AutoBuilder& builder, const StepProgram& plain, const PassEnvironment& environment,
-             int simulations, Found* classical) {
-  const MemoryMenu menu(builder.classical(), *builder.environment().estimator);
-  LevelSearch levels(builder, menu, simulations);
-  Found best = levels.run();
-  *classical = levels.classical();
-  const bool small =
-      count_forward_runs(plain) <= kSmallRuns && count_instrs(builder.classical()) <= kSmallInstrs;
-  if (small) {
-    best = toggle_search(builder, menu, {best, *classical}, simulations - builder.simulations());
-  }
-  if (!best.trial.fits) return best;
-  const int most = small ? kOrderSmall : kOrderLarge;
-  const Found start = best;
-  std::future<Found> again;
-  if (levels.all_again()) {
-    again = beside(plain, environment, [&](AutoBuilder& other) {
-      return order(other, *levels.all_again(), most, *classical, start);
-    });
-  }
-  best = order(builder, start.choice, most, *classical, start);
-  if (again.valid()) {
-    Found found = again.get();
-    if (better(found.trial, best.trial)) best = std::move(found);
-  }
-  leave_out_idle(builder, &best);
-  return best;
-}
-
 // Plans that are not faster than the classical one are not worth their memory.
 void prefer_classical(const Found& classical, Found* best) {
   if (!classical.trial.fits || classical.trial.time > best->trial.time) return;
@@ -163,21 +126,98 @@ HeldTrials try_held(AutoBuilder& builder, const StepProgram& held) {
   return out;
 }
 
-void explain_step(const AutoBuilder& builder, const Found& classical, const Trial& best,
+// The best choice that a search found, and what the classical plan comes to.
+struct Searched {
+  Found best, classical;
+};
+
+// One planning: its questions that have nothing to do with each other are asked side by side, each
+// of a builder of its own.
+class Planning {
+ public:
+  // `simulations`: of each search; 0: by the program's size.
+  Planning(const StepProgram& plain, const PassEnvironment& environment, int simulations)
+      : plain_(plain), environment_(environment), late_(environment), most_(simulations) {
+    late_.early_updates = false;
+    builder_.emplace(plain, environment);
+  }
+
+  AutoBuilder& builder() { return *builder_; }
+  int simulated() const { return beside_ + builder_->simulations(); }
+
+  // Where updates may be in the backward, with them there, and beside it without.
+  Searched search() {
+    std::future<Searched> late;
+    if (builder_->early_updates()) {
+      late = beside(late_, [&](AutoBuilder& other) { return search_with(other, late_); });
+    }
+    Searched out = search_with(*builder_, environment_);
+    if (!late.valid()) return out;
+    Searched other = late.get();
+    if (better(other.best.trial, out.best.trial)) out.best = std::move(other.best);
+    return out;
+  }
+
+  std::future<HeldTrials> try_beside(const StepProgram& held) {
+    return beside(environment_, [&](AutoBuilder& other) { return try_held(other, held); });
+  }
+
+ private:
+  template <typename Ask>
+  auto beside(const PassEnvironment& environment, Ask ask)
+      -> std::future<decltype(ask(std::declval<AutoBuilder&>()))> {
+    return std::async(std::launch::async, [this, &environment, ask] {
+      AutoBuilder builder(plain_, environment);
+      auto answer = ask(builder);
+      beside_ += builder.simulations();
+      return answer;
+    });
+  }
+
+  Searched search_with(AutoBuilder& builder, const PassEnvironment& environment) {
+    const int most = most_ > 0 ? most_ : simulations_for(builder.classical());
+    const MemoryMenu menu(builder.classical(), *builder.environment().estimator);
+    LevelSearch levels(builder, menu, most);
+    Found best = levels.run();
+    const Found& classical = levels.classical();
+    const bool small = count_forward_runs(plain_) <= kSmallRuns &&
+                       count_instrs(builder.classical()) <= kSmallInstrs;
+    if (small) {
+      best = toggle_search(builder, menu, {best, classical}, most - builder.simulations());
+    }
+    if (!best.trial.fits) return {best, classical};
+    const int orders = small ? kOrderSmall : kOrderLarge;
+    std::future<Found> again;
+    if (levels.all_again()) {
+      again = beside(environment, [&, best](AutoBuilder& other) {
+        return order(other, *levels.all_again(), orders, classical, best);
+      });
+    }
+    best = order(builder, AutoChoice(best.choice), orders, classical, best);
+    if (again.valid()) {
+      Found found = again.get();
+      if (better(found.trial, best.trial)) best = std::move(found);
+    }
+    leave_out_idle(builder, &best);
+    return {best, classical};
+  }
+
+  const StepProgram& plain_;
+  const PassEnvironment& environment_;
+  PassEnvironment late_;  // without updates in the backward
+  int most_;
+  std::optional<AutoBuilder> builder_;
+  std::atomic<int> beside_ = 0;  // simulations of other builders
+};
+
+void explain_step(const Planning& planning, const Found& classical, const Trial& best,
                   PassContext& context) {
   const auto& budget = context.environment().memory_budget;
   std::string text = "step " + pretty(classical.trial.time) + " -> " + pretty(best.time) +
                      ", peak " + pretty(classical.trial.peak) + " -> " + pretty(best.peak);
   if (budget) text += " of " + pretty(*budget);
   if (!classical.trial.fits) text += "; the plain plan does not fit the budget";
-  context.because(text + "; " + std::to_string(builder.simulations()) + " plans simulated");
-}
-
-void explain(const AutoBuilder& builder, const Found& classical, const Found& best,
-             PassContext& context) {
-  explain_step(builder, classical, best.trial, context);
-  context.because("chosen: " + classical_pass(builder.classical()) + ", " + describe(best.choice));
-  context.because(print_levels(best.choice));
+  context.because(text + "; " + std::to_string(planning.simulated()) + " plans simulated");
 }
 
 }  // namespace
@@ -190,18 +230,12 @@ Contract AutoPlan::contract() const {
 
 void AutoPlan::run(StepProgram& program, PassContext& context) const {
   check(program, context.environment());
-  AutoBuilder builder(program, context.environment());
-  const int simulations =
-      options_.simulations > 0 ? options_.simulations : simulations_for(builder.classical());
-  const PassEnvironment& environment = context.environment();
+  Planning planning(program, context.environment(), options_.simulations);
+  AutoBuilder& builder = planning.builder();
   const std::optional<StepProgram> held = held_plan(builder, program);
   std::future<HeldTrials> of_held;
-  if (held) {
-    of_held =
-        beside(program, environment, [&](AutoBuilder& other) { return try_held(other, *held); });
-  }
-  Found classical;
-  Found best = search(builder, program, environment, simulations, &classical);
+  if (held) of_held = planning.try_beside(*held);
+  auto [best, classical] = planning.search();
   std::optional<HeldTrials> tried;
   if (held) {
     tried = of_held.get();
@@ -209,12 +243,14 @@ void AutoPlan::run(StepProgram& program, PassContext& context) const {
   }
   if (best.trial.fits) prefer_classical(classical, &best);
   if (tried && tried->as_it_is.fits && !better(best.trial, tried->as_it_is)) {
-    explain_step(builder, classical, tried->as_it_is, context);
+    explain_step(planning, classical, tried->as_it_is, context);
     stay_with(*held, context, &program);
     return;
   }
   if (!best.trial.fits) fail_budget(classical, best, builder.budget());
-  explain(builder, classical, best, context);
+  explain_step(planning, classical, best.trial, context);
+  context.because("chosen: " + classical_pass(builder.classical()) + ", " + describe(best.choice));
+  context.because(print_levels(best.choice));
   builder.apply(best.choice, program);
 }
 

@@ -2,10 +2,7 @@
 #include "passes/auto_search.h"
 
 #include <algorithm>
-#include <type_traits>
 #include <utility>
-
-#include "base/lists.h"
 
 namespace deepcompile {
 namespace {
@@ -25,6 +22,8 @@ constexpr double kRoom = 0.03, kTight = 0.005;
 constexpr double kEarlier[] = {0.1, kRoom, kTight, 0};
 // Simulations for that, and for what is done with it then.
 constexpr int kSmallest = 16;
+// A correction of how much must go is at least this part of what the peak is to be.
+constexpr double kLeast = 0.002;
 // Corrections of how much must go until the peak fits.
 constexpr int kFitSteps = 5;
 // Bytes gathered ahead of use.
@@ -33,17 +32,12 @@ constexpr int kRunsAhead[] = {4, 1, 16};
 // Parts of the budget: left free by keeping, for gathers ahead; freed by the
 // memory choices beyond what the step needs, for keeping.
 constexpr double kReserve[] = {0.03, 0, 0.1};
-constexpr double kMore[] = {0.1, 0.03, 0.25};
+constexpr double kMore[] = {0.25, 0.1, 0.03};
 // What regions are given that run again is moved for more of a step than one in so many: it takes
 // the link where gathers and reductions would be put in order later.
 constexpr int64_t kHelps = 100;
 // Memory is short while less is free than so many times what is to be left free.
 constexpr int64_t kAmple = 2;
-
-template <typename Id>
-void sort_ids(std::vector<Id>* ids) {
-  std::sort(ids->begin(), ids->end());
-}
 
 }  // namespace
 
@@ -92,94 +86,9 @@ bool LevelSearch::attempt_keeping(const AutoChoice& choice) {
   return true;
 }
 
-// Takes from the menu, in its order, until `need` is freed or `room` is used up. One that
-// frees much more than is missing waits for a smaller one: moving it costs more, too.
-template <typename Id>
-void move_from(const std::vector<Movable>& menu, Nanos room, Bytes* need, std::vector<Id>* moved) {
-  std::vector<bool> taken(menu.size(), false);
-  size_t first = 0;  // not taken
-  const auto next = [&] {
-    while (first < menu.size() && taken[first]) ++first;
-    size_t smallest = menu.size();
-    for (size_t i = first; i < menu.size(); ++i) {
-      if (taken[i] || menu[i].transfer > room) continue;
-      if (menu[i].bytes.value / 3 <= need->value / 2) return i;
-      if (smallest == menu.size() || menu[i].bytes < menu[smallest].bytes) smallest = i;
-    }
-    return smallest;
-  };
-  while (*need > Bytes{0}) {
-    const size_t i = next();
-    if (i == menu.size()) return;
-    taken[i] = true;
-    moved->push_back(Id{menu[i].id});
-    room -= menu[i].transfer;
-    *need -= menu[i].bytes;
-  }
-}
-
-// Adds to the choice until `need` is freed, by the menu's estimates; returns
-// what is still missing.
-Bytes LevelSearch::add(const Part& part, Bytes need, AutoChoice* choice) const {
-  Nanos room{part.hidden ? 0 : INT64_MAX};
-  switch (part.kind) {
-    case Kind::kRecompute:
-      for (const RecomputeUnit& unit : menu_.recompute()) {
-        if (need <= Bytes{0}) break;
-        choice->recompute.insert(choice->recompute.end(), unit.regions.begin(), unit.regions.end());
-        need -= unit.saved;
-      }
-      return need;
-    case Kind::kValues:
-      if (part.hidden) room = {menu_.forward_compute().value * 2 / 3};
-      choice->offload_values.clear();  // what is there is part of the rest's menu too
-      move_from(menu_.values(choice->recompute), room, &need, &choice->offload_values);
-      return need;
-    case Kind::kGiven:
-      leave_out_remade(menu_, false, choice);
-      move_from(menu_.given(choice->recompute), room, &need, &choice->offload_values);
-      return need;
-    case Kind::kStates:
-      if (part.hidden) room = {menu_.compute().value * 2 / 3};
-      choice->offload_states.clear();
-      move_from(menu_.states(), room, &need, &choice->offload_states);
-      return need;
-  }
-  return need;
-}
-
-void leave_out_remade(const MemoryMenu& menu, bool given, AutoChoice* choice) {
-  if (choice->recompute.empty() || choice->offload_values.empty()) return;
-  const std::vector<bool> waits = menu.waits(choice->recompute);
-  const std::vector<bool> made = menu.made_by(choice->recompute);
-  std::erase_if(choice->offload_values,
-                [&](ValueId id) { return !waits[index(id)] || (made[index(id)] && !given); });
-}
-
-AutoChoice LevelSearch::fill(const Recipe& recipe, Bytes need, bool* all) const {
-  AutoChoice choice;
-  std::vector<Bytes> missing_before(4, Bytes{});
-  bool given = false;
-  for (const Part& part : recipe) {
-    if (need <= Bytes{0}) break;
-    Bytes& before = missing_before[static_cast<size_t>(part.kind)];
-    need += before;  // a second, unhidden part of a kind starts over
-    given = given || part.kind == Kind::kGiven;
-    const Bytes left = add(part, need, &choice);
-    before = need - left;
-    need = left;
-  }
-  if (all != nullptr) *all = need > Bytes{0};
-  leave_out_remade(menu_, given, &choice);
-  sort_ids(&choice.recompute);
-  sort_ids(&choice.offload_values);
-  sort_ids(&choice.offload_states);
-  return choice;
-}
-
 // The smallest choice of the recipe whose peak is `target` or less, by a few corrections; if none
 // is, the one with the smallest peak. That need not be the largest: what runs again needs room too.
-AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target) {
+AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target, Place place) {
   const Bytes wanted = plain_peak_ - target;
   Bytes& bias = bias_[recipe];  // of the estimates, as found before
   Bytes need = wanted + bias;
@@ -189,8 +98,8 @@ AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target) {
   bool found = false;
   for (int i = 0; i < kFitSteps && need > Bytes{0} && (i == 0 || left_ > 0); ++i) {
     bool all = false;
-    AutoChoice choice = fill(recipe, need, &all);
-    choice.place = best_.choice.place;
+    AutoChoice choice = recipes_.fill(recipe, need, &all);
+    choice.place = place;
     choice.ahead = best_.choice.ahead;
     choice.spare = spare;
     --left_;
@@ -209,80 +118,17 @@ AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target) {
       const bool little = over.value * 50 < target.value;
       if (all && !little) break;
       if (little) spare += over + over;
-      need += over;
+      need += std::max(over, part_of(target, kLeast));
     }
   }
   return best;
-}
-
-std::vector<LevelSearch::Recipe> LevelSearch::recipes() const {
-  const Part states{Kind::kStates, true}, values{Kind::kValues, true};
-  const Part all_states{Kind::kStates, false}, all_values{Kind::kValues, false};
-  const Part recompute{Kind::kRecompute, false};
-  return {
-      {recompute, states, all_values, all_states},
-      {states, recompute, all_values, all_states},
-      {states, values, recompute, all_values, all_states},
-      {values, recompute, all_values, all_states},
-      {all_states, recompute, all_values},
-      {all_values, all_states, recompute},
-  };
-}
-
-// For when none of these fits, or simulations are plenty.
-std::vector<LevelSearch::Recipe> LevelSearch::tight_recipes() {
-  const Part states{Kind::kStates, true}, all_states{Kind::kStates, false};
-  const Part recompute{Kind::kRecompute, false}, all_values{Kind::kValues, false};
-  const Part given{Kind::kGiven, false};
-  return {
-      {recompute, all_values, all_states, given},
-      {recompute, all_values, states, given, all_states},
-  };
-}
-
-// Recipes by what they are expected to cost, cheapest first; those that come
-// to the same are there once.
-std::vector<LevelSearch::Recipe> LevelSearch::by_cost(Bytes need) const {
-  std::vector<std::pair<Nanos, Recipe>> order;
-  std::vector<AutoChoice> seen;
-  for (const Recipe& recipe : recipes()) {
-    AutoChoice choice = fill(recipe, need);
-    if (std::find(seen.begin(), seen.end(), choice) != seen.end()) continue;
-    order.emplace_back(cost_of(choice), recipe);
-    seen.push_back(std::move(choice));
-  }
-  std::stable_sort(order.begin(), order.end(),
-                   [](const auto& a, const auto& b) { return a.first < b.first; });
-  std::vector<Recipe> out;
-  for (auto& [cost, recipe] : order) out.push_back(std::move(recipe));
-  return out;
-}
-
-// Compute that is added, and copies that no compute hides.
-Nanos LevelSearch::cost_of(const AutoChoice& choice) const {
-  const std::vector<bool> again = marked(choice.recompute, builder_.classical().regions.size());
-  Nanos cost, values, states;
-  for (const RecomputeUnit& unit : menu_.recompute()) {
-    if (again[index(unit.regions.front())]) cost += unit.time;
-  }
-  const auto add_up = [](const std::vector<Movable>& menu, const auto& chosen, Nanos* sum) {
-    for (const Movable& each : menu) {
-      using Id = typename std::decay_t<decltype(chosen)>::value_type;
-      if (std::binary_search(chosen.begin(), chosen.end(), Id{each.id})) *sum += each.transfer;
-    }
-  };
-  add_up(menu_.values(choice.recompute), choice.offload_values, &values);
-  add_up(menu_.states(), choice.offload_states, &states);
-  cost += std::max(Nanos{}, values + states - menu_.forward_compute());
-  cost += std::max(Nanos{}, states - menu_.compute());
-  return cost;
 }
 
 // A choice of the recipe that fits in simulation too, if a few tries find one.
 void LevelSearch::try_recipe(const Recipe& recipe, double room) {
   Bytes target = builder_.budget() - part_of(builder_.budget(), room);
   for (int tries = 0; tries < kTries && left_ > 0; ++tries) {
-    AutoChoice choice = fit(recipe, target);
+    AutoChoice choice = fit(recipe, target, best_.choice.place);
     choice.keep = best_.choice.keep;
     choice.reserve = best_.choice.reserve;
     choice.prefetch = best_.choice.prefetch;
@@ -298,21 +144,21 @@ void LevelSearch::try_recipe(const Recipe& recipe, double room) {
 }
 
 // Where the optimizer runs decides how well copies hide: settled early.
-void LevelSearch::try_forward() {
-  AutoChoice forward = best_.choice;
-  forward.place = Place::kNextForward;
-  forward.ahead = kRunsAhead[0];
-  if (forward != best_.choice) attempt(forward);
+void LevelSearch::try_spread() {
+  AutoChoice choice = best_.choice;
+  choice.place = spread();
+  choice.ahead = kRunsAhead[0];
+  if (choice != best_.choice) attempt(choice);
 }
 
 void LevelSearch::try_recipes() {
-  const std::vector<Recipe> order = by_cost(plain_peak_ - builder_.budget());
+  const std::vector<Recipe> order = recipes_.by_cost(plain_peak_ - builder_.budget());
   const size_t count = left_ > kPlenty ? order.size() : std::min(kRecipes, order.size());
   for (size_t i = 0; i < order.size() && (i < count || !best_.trial.fits); ++i) {
     try_recipe(order[i], kRoom);
-    if (i == 0) try_forward();
+    if (i == 0) try_spread();
   }
-  for (const Recipe& recipe : tight_recipes()) {
+  for (const Recipe& recipe : Recipes::tight()) {
     if (left_ <= kPlenty && best_.trial.fits) break;
     const Found before = best_;
     const Recipe by = recipe_;
@@ -323,7 +169,7 @@ void LevelSearch::try_recipes() {
   }
   if (best_.trial.fits) {
     try_recipe(Recipe(recipe_), kTight);
-    try_forward();
+    try_spread();
     return;
   }
   try_smallest();
@@ -335,14 +181,9 @@ void LevelSearch::try_recipes() {
 // found under any other.
 void LevelSearch::try_smallest() {
   left_ = std::max(left_, kSmallest);
-  AutoChoice all;
-  for (const Movable& each : menu_.values({}, true)) all.offload_values.push_back(ValueId{each.id});
-  for (const Movable& each : menu_.states()) all.offload_states.push_back(ParamId{each.id});
-  sort_ids(&all.offload_values);
-  sort_ids(&all.offload_states);
+  AutoChoice all = recipes_.everything_away();
   all.spare = builder_.budget();
-  for (const Place place : {Place::kStep, Place::kNextForward, Place::kBackward}) {
-    if (place == Place::kBackward && !builder_.early_updates()) continue;
+  for (const Place place : {Place::kStep, spread()}) {
     all.place = place;
     attempt(all);
   }
@@ -361,14 +202,20 @@ void LevelSearch::try_smallest() {
 void LevelSearch::try_places() {
   for (const int ahead : kRunsAhead) {
     AutoChoice choice = best_.choice;
-    choice.place = Place::kNextForward;
+    choice.place = spread();
     choice.ahead = ahead;
     if (choice != best_.choice && !attempt_keeping(choice)) break;
+    if (spread() == Place::kBackward) break;  // it has no `ahead`
   }
-  if (!builder_.early_updates()) return;
-  AutoChoice choice = best_.choice;
-  choice.place = Place::kBackward;
-  attempt_keeping(choice);
+  if (spread() != Place::kBackward || plain_peak_ <= builder_.budget()) return;
+  // There states come and go as gradients do: all of them may be away.
+  const Recipe recipe = Recipes::all_states();
+  AutoChoice choice =
+      fit(recipe, builder_.budget() - part_of(builder_.budget(), kRoom), Place::kBackward);
+  choice.keep = best_.choice.keep;
+  choice.reserve = best_.choice.reserve;
+  choice.prefetch = best_.choice.prefetch;
+  if (attempt_keeping(choice)) recipe_ = recipe;
 }
 
 void LevelSearch::try_ahead() {
@@ -407,14 +254,18 @@ bool LevelSearch::is_short() const {
 // must pay: not every copy's cost is simulated.
 void LevelSearch::try_more_memory() {
   if (!is_short()) return;
-  const Recipe hidden{{Kind::kStates, true}, {Kind::kRecompute, false}};
+  const Recipe hidden{{RecipeKind::kStates, true}, {RecipeKind::kRecompute, false}};
   std::vector<Recipe> tried = {recipe_.empty() ? hidden : recipe_};
-  if (left_ > kPlenty / 2) tried = recipes();
+  if (left_ > kPlenty / 2) {
+    tried = Recipes::all();
+  } else if (best_.choice.place == Place::kBackward && tried.front() != Recipes::all_states()) {
+    tried.push_back(Recipes::all_states());
+  }
   const Bytes most = std::min(plain_peak_, builder_.budget());
-  for (const Recipe& recipe : tried) {
-    for (const double part : kMore) {
+  for (const double part : kMore) {
+    for (const Recipe& recipe : tried) {
       if (left_ <= 0) return;
-      AutoChoice choice = fit(recipe, most - part_of(builder_.budget(), part));
+      AutoChoice choice = fit(recipe, most - part_of(builder_.budget(), part), best_.choice.place);
       choice.keep = std::nullopt;
       choice.reserve = best_.choice.reserve;
       choice.prefetch = best_.choice.prefetch;
@@ -433,15 +284,17 @@ void LevelSearch::try_more_memory() {
 // whole. It may be worth its compute only once the link is ordered.
 void LevelSearch::try_recompute_all() {
   if (!is_short()) return;
-  AutoChoice choice = fill({{Kind::kRecompute, false}}, Bytes{INT64_MAX / 2});
+  AutoChoice choice = recipes_.fill({{RecipeKind::kRecompute, false}}, Bytes{INT64_MAX / 2});
   choice.place = best_.choice.place;
   choice.ahead = best_.choice.ahead;
   choice.keep = std::nullopt;
   choice.reserve = part_of(builder_.budget(), kReserve[0]);
   choice.prefetch = best_.choice.prefetch;
   if (choice.recompute.empty()) return;
+  --left_;
+  if (builder_.peak_of_memory_choices(choice) > builder_.budget()) return;
   all_again_ = choice;
-  if (attempt_keeping(choice)) recipe_ = {{Kind::kRecompute, false}};
+  if (attempt_keeping(choice)) recipe_ = {{RecipeKind::kRecompute, false}};
 }
 
 Found LevelSearch::run() {

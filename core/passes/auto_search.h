@@ -8,13 +8,13 @@
 // the program's size, and on whether anything fits.
 #pragma once
 
-#include <compare>
 #include <map>
 #include <optional>
 #include <vector>
 
 #include "passes/auto_builder.h"
 #include "passes/memory_menu.h"
+#include "passes/recipes.h"
 
 namespace deepcompile {
 
@@ -30,14 +30,12 @@ inline Bytes part_of(Bytes bytes, double part) {
 // How many of these a search of this program may make.
 int simulations_for(const StepProgram& classical);
 
-// What runs again does not wait on the host too, unless `given` (MemoryMenu::given).
-void leave_out_remade(const MemoryMenu& menu, bool given, AutoChoice* choice);
-
 class LevelSearch {
  public:
   LevelSearch(AutoBuilder& builder, const MemoryMenu& menu, int simulations)
-      : builder_(builder), menu_(menu), left_(simulations) {}
+      : builder_(builder), recipes_(menu, builder.classical().regions.size()), left_(simulations) {}
 
+  // Updates are together, or in the backward if they may be there, else in the next forward.
   // Starts from the classical plan; the result may be above the budget, and is
   // then the one with the smallest peak.
   Found run();
@@ -46,29 +44,14 @@ class LevelSearch {
   const std::optional<AutoChoice>& all_again() const { return all_again_; }
 
  private:
-  // kGiven: activations that are there for regions that run again, though their own does too.
-  enum class Kind : uint8_t { kRecompute, kValues, kStates, kGiven };
-  struct Part {
-    Kind kind;
-    bool hidden;  // no more than the link moves beside compute
-
-    auto operator<=>(const Part&) const = default;
-  };
-  using Recipe = std::vector<Part>;
-
+  // Where updates are beside something else.
+  Place spread() const { return builder_.early_updates() ? Place::kBackward : Place::kNextForward; }
   Trial measure(const AutoChoice& choice);
   bool attempt(const AutoChoice& choice);
   bool attempt_keeping(const AutoChoice& choice);
-  // `all`: whether that is all the recipe has, and less than is needed.
-  AutoChoice fill(const Recipe& recipe, Bytes need, bool* all = nullptr) const;
-  Bytes add(const Part& part, Bytes need, AutoChoice* choice) const;
-  AutoChoice fit(const Recipe& recipe, Bytes target);
-  std::vector<Recipe> recipes() const;
-  static std::vector<Recipe> tight_recipes();
-  std::vector<Recipe> by_cost(Bytes need) const;
-  Nanos cost_of(const AutoChoice& choice) const;
+  AutoChoice fit(const Recipe& recipe, Bytes target, Place place);
   void try_recipe(const Recipe& recipe, double room);
-  void try_forward();
+  void try_spread();
   void try_recipes();
   void try_smallest();
   void try_places();
@@ -79,7 +62,7 @@ class LevelSearch {
   void try_recompute_all();
 
   AutoBuilder& builder_;
-  const MemoryMenu& menu_;
+  Recipes recipes_;
   int left_;
   Bytes plain_peak_;
   Found classical_, best_;

@@ -236,6 +236,32 @@ TEST(AutoPlan, RandomPlansFitAndAreNeverSlower) {
   EXPECT_GT(faster, seeds(60));
 }
 
+// Steps too large for single toggles, under budgets from loose to tight.
+TEST(AutoPlan, LeaveToUpdateEarlyNeverCosts) {
+  int early = 0;
+  for (const int64_t numel : {64, 1024, 4096}) {
+    const StepProgram plain = parse_program(layered_program({.layers = 8, .numel = numel}));
+    const UnitCost costs = unit_costs();
+    const Bytes peak = classical_peak(plain, costs);
+    for (const int64_t percent : {70, 80, 90, 100, 130, 200}) {
+      const auto planned = [&](bool may) {
+        PipelineOptions options = planned_for(costs, Bytes{peak.value * percent / 100});
+        options.environment.early_updates = may;
+        StepProgram plan = plain;
+        run_pipeline(plan, PassRegistry::with_builtins(), {"auto"}, options);
+        return plan;
+      };
+      const StepProgram with = planned(true);
+      EXPECT_LE(simulate(with, costs).time, simulate(planned(false), costs).time)
+          << numel << " " << percent;
+      const auto& backward = with.sections[1].instrs;
+      early += std::any_of(backward.begin(), backward.end(),
+                           [](const Instr& each) { return each.op == Op::kUpdate; });
+    }
+  }
+  EXPECT_GT(early, 5);
+}
+
 TEST(AutoPlan, SaysWhatIsMissing) {
   const UnitCost costs = unit_costs();
   const auto error = [&](const PipelineOptions& options) {
