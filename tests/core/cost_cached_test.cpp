@@ -59,8 +59,8 @@ TEST(CachedCosts, CopiesOfValuesAreAskedForEachTime) {
   const Counting counting;
   const CachedCosts cached(program, counting);
   const auto time = [&](const char* name) {
-    return cached.duration(
-        program, {Op::kOffload, std::nullopt, std::nullopt, {*program.find_value(name)}});
+    return cached.duration(program,
+                           {Op::kOffload, std::nullopt, std::nullopt, {*program.find_value(name)}});
   };
   EXPECT_EQ(time("h.1"), Nanos{1024});
   EXPECT_EQ(time("q.0"), Nanos{4096});

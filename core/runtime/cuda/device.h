@@ -4,6 +4,10 @@
 
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "runtime/cuda/kernels.h"
 
 namespace deepcompile::kernels {
@@ -22,6 +26,15 @@ inline int use_device(int device) {
 // peers beside them too (docs/performance.md). 0, or what went wrong.
 template <typename Kernel>
 int two_blocks(Kernel kernel, int device, int* shared_bytes) {
+  // Of each kernel on each device: asking takes longer than a launch.
+  static std::mutex mutex;
+  static std::map<std::pair<Kernel, int>, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find({kernel, device});
+  if (found != known.end()) {
+    *shared_bytes = found->second;
+    return 0;
+  }
   int whole = 0, reserved = 0, most = 0;
   const auto ask = [&](int* value, cudaDeviceAttr attribute) {
     return cudaDeviceGetAttribute(value, attribute, device);
@@ -29,12 +42,13 @@ int two_blocks(Kernel kernel, int device, int* shared_bytes) {
   cudaError_t status = ask(&whole, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   if (status == cudaSuccess) status = ask(&reserved, cudaDevAttrReservedSharedMemoryPerBlock);
   if (status == cudaSuccess) status = ask(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  *shared_bytes = whole / 2 - reserved < most ? whole / 2 - reserved : most;
+  const int bytes = whole / 2 - reserved < most ? whole / 2 - reserved : most;
   if (status == cudaSuccess) {
-    status =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *shared_bytes);
+    status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }
-  return static_cast<int>(status);
+  if (status != cudaSuccess) return static_cast<int>(status);
+  *shared_bytes = known[{kernel, device}] = bytes;
+  return 0;
 }
 
 // 0 if the device has code for the kernel.
