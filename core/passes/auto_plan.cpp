@@ -177,8 +177,10 @@ class Planning {
   Searched search_with(AutoBuilder& builder, const PassEnvironment& environment) {
     const int most = most_ > 0 ? most_ : simulations_for(builder.classical());
     const MemoryMenu menu(builder.classical(), *builder.environment().estimator);
-    LevelSearch levels(builder, menu, most);
+    Builders builders(builder, plain_, environment);
+    LevelSearch levels(builders, menu, most);
     Found best = levels.run();
+    beside_ += builders.simulations();
     const Found& classical = levels.classical();
     const bool small = count_forward_runs(plain_) <= kSmallRuns &&
                        count_instrs(builder.classical()) <= kSmallInstrs;

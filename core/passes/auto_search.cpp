@@ -50,47 +50,50 @@ int simulations_for(const StepProgram& classical) {
   return static_cast<int>(std::clamp(kWork / instrs, kFewest, kMost));
 }
 
-// Levels come to the same choice again and again. One that is asked for again
-// counts as a simulation, though it is none.
-Trial LevelSearch::measure(const AutoChoice& choice) {
+// Levels come to the same choice again and again. One that is asked for again counts as a
+// simulation, though it is none.
+Trial LevelTry::measure(const AutoChoice& choice) {
   --left_;
-  const auto known = std::find_if(measured_.begin(), measured_.end(),
-                                  [&](const Found& each) { return each.choice == choice; });
-  if (known != measured_.end()) return known->trial;
+  for (const std::vector<Found>* known : {&from_.measured, &std::as_const(measured_)}) {
+    const auto found = std::find_if(known->begin(), known->end(),
+                                    [&](const Found& each) { return each.choice == choice; });
+    if (found != known->end()) return found->trial;
+  }
   measured_.push_back({choice, builder_.measure(choice)});
   return measured_.back().trial;
 }
 
-// Takes the choice if it is better than the best so far.
-bool LevelSearch::attempt(const AutoChoice& choice) {
-  if (left_ <= 0) return false;
-  const Trial trial = measure(choice);
+bool LevelTry::take(AutoChoice choice, const Trial& trial) {
   if (!better(trial, best_.trial)) return false;
-  best_ = {choice, trial};
+  best_ = {std::move(choice), trial};
+  found_ = true;
   return true;
+}
+
+bool LevelTry::attempt(const AutoChoice& choice) {
+  return left_ > 0 && take(choice, measure(choice));
 }
 
 // A reserve above what is free keeps nothing; without one, keeping may leave no
 // room for what only a simulation sees in flight. Tries once more with room.
-bool LevelSearch::attempt_keeping(const AutoChoice& choice) {
+bool LevelTry::attempt_keeping(AutoChoice choice) {
   if (left_ <= 0) return false;
   Trial trial = measure(choice);
-  AutoChoice tried = choice;
-  if (!trial.fits && trial.peak - builder_.budget() < part_of(builder_.budget(), 0.2) &&
-      left_ > 0) {
-    tried.reserve += trial.peak - builder_.budget() + part_of(builder_.budget(), 0.002);
-    trial = measure(tried);
+  const Bytes over = trial.peak - builder_.budget();
+  if (!trial.fits && over < part_of(builder_.budget(), 0.2) && left_ > 0) {
+    choice.reserve += over + part_of(builder_.budget(), 0.002);
+    trial = measure(choice);
   }
-  if (!better(trial, best_.trial)) return false;
-  best_ = {std::move(tried), trial};
-  return true;
+  return take(std::move(choice), trial);
 }
 
 // The smallest choice of the recipe whose peak is `target` or less, by a few corrections; if none
 // is, the one with the smallest peak. That need not be the largest: what runs again needs room too.
-AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target, Place place) {
-  const Bytes wanted = plain_peak_ - target;
-  Bytes& bias = bias_[recipe];  // of the estimates, as found before
+AutoChoice LevelTry::fit(const Recipe& recipe, Bytes target, Place place) {
+  const Bytes wanted = from_.plain_peak - target;
+  const auto known = from_.bias.find(recipe);
+  Bytes& bias =
+      bias_.try_emplace(recipe, known == from_.bias.end() ? Bytes{} : known->second).first->second;
   Bytes need = wanted + bias;
   Bytes spare = std::max(Bytes{}, builder_.budget() - target);
   AutoChoice best;
@@ -100,7 +103,7 @@ AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target, Place place) {
     bool all = false;
     AutoChoice choice = recipes_.fill(recipe, need, &all);
     choice.place = place;
-    choice.ahead = best_.choice.ahead;
+    choice.ahead = from_.best.choice.ahead;
     choice.spare = spare;
     --left_;
     const Bytes peak = builder_.peak_of_memory_choices(choice);
@@ -125,54 +128,110 @@ AutoChoice LevelSearch::fit(const Recipe& recipe, Bytes target, Place place) {
 }
 
 // A choice of the recipe that fits in simulation too, if a few tries find one.
-void LevelSearch::try_recipe(const Recipe& recipe, double room) {
+void LevelTry::try_recipe(const Recipe& recipe, double room) {
+  const AutoChoice& from = from_.best.choice;
   Bytes target = builder_.budget() - part_of(builder_.budget(), room);
   for (int tries = 0; tries < kTries && left_ > 0; ++tries) {
-    AutoChoice choice = fit(recipe, target, best_.choice.place);
-    choice.keep = best_.choice.keep;
-    choice.reserve = best_.choice.reserve;
-    choice.prefetch = best_.choice.prefetch;
+    AutoChoice choice = fit(recipe, target, from.place);
+    choice.keep = from.keep;
+    choice.reserve = from.reserve;
+    choice.prefetch = from.prefetch;
     const Trial trial = measure(choice);
-    if (better(trial, best_.trial)) {
-      best_ = {choice, trial};
-      recipe_ = recipe;
-    }
+    if (take(std::move(choice), trial)) recipe_ = recipe;
     const Bytes over = trial.peak - builder_.budget();
     if (trial.fits || over > part_of(builder_.budget(), 0.5)) return;
     target = target - over - part_of(over, 0.3) - part_of(builder_.budget(), 0.002);
   }
 }
 
-// Where the optimizer runs decides how well copies hide: settled early.
-void LevelSearch::try_spread() {
-  AutoChoice choice = best_.choice;
-  choice.place = spread();
-  choice.ahead = kRunsAhead[0];
-  if (choice != best_.choice) attempt(choice);
+// What it moves must pay: not every copy's cost is simulated.
+void LevelTry::try_more(const Recipe& recipe, Bytes most) {
+  const AutoChoice& from = from_.best.choice;
+  AutoChoice choice = fit(recipe, most, from.place);
+  choice.keep = std::nullopt;
+  choice.reserve = from.reserve;
+  choice.prefetch = from.prefetch;
+  if (!attempt_keeping(std::move(choice))) return;
+  recipe_ = recipe;
+  found_ = best_.trial.time < from_.best.trial.time;
 }
 
+void LevelTry::try_all_again(std::optional<AutoChoice>* all_again) {
+  const AutoChoice& from = from_.best.choice;
+  const Recipe recipe{{RecipeKind::kRecompute, false}};
+  AutoChoice choice = recipes_.fill(recipe, Bytes{INT64_MAX / 2});
+  choice.place = from.place;
+  choice.ahead = from.ahead;
+  choice.keep = std::nullopt;
+  choice.reserve = part_of(builder_.budget(), kReserve[0]);
+  choice.prefetch = from.prefetch;
+  if (choice.recompute.empty()) return;
+  --left_;
+  if (builder_.peak_of_memory_choices(choice) > builder_.budget()) return;
+  *all_again = choice;
+  if (attempt_keeping(std::move(choice))) recipe_ = recipe;
+}
+
+void LevelTry::only_if_it_helps(int64_t times) {
+  const Trial& before = from_.best.trial;
+  if (!before.fits) return;
+  found_ = found_ && (before.time - best_.trial.time).value * times >= before.time.value;
+}
+
+void LevelTry::put_into(LevelState* state) const {
+  state->left -= from_.left - left_;
+  state->measured.insert(state->measured.end(), measured_.begin(), measured_.end());
+  for (const auto& [recipe, bias] : bias_) state->bias[recipe] = bias;
+  if (!found_ || !better(best_.trial, state->best.trial)) return;
+  state->best = best_;
+  if (!recipe_.empty()) state->recipe = recipe_;
+}
+
+template <typename Ask>
+void LevelSearch::each(size_t count, const Ask& ask) {
+  if (state_.left <= 0) return;
+  const LevelState from = state_;
+  const std::vector<LevelTry> tried = builders_.each(count, [&](AutoBuilder& builder, size_t i) {
+    LevelTry out(builder, recipes_, from);
+    ask(out, i);
+    return out;
+  });
+  for (const LevelTry& one : tried) one.put_into(&state_);
+}
+
+void LevelSearch::each_keeping(const std::vector<AutoChoice>& choices) {
+  each(choices.size(), [&](LevelTry& one, size_t i) { one.attempt_keeping(choices[i]); });
+}
+
+void LevelSearch::attempt(const AutoChoice& choice) {
+  each(1, [&](LevelTry& one, size_t) { one.attempt(choice); });
+}
+
+// By what they are expected to cost; others only until one fits. Where the optimizer runs decides
+// how well copies hide, and it seldom runs best by itself.
 void LevelSearch::try_recipes() {
-  const std::vector<Recipe> order = recipes_.by_cost(plain_peak_ - builder_.budget());
-  const size_t count = left_ > kPlenty ? order.size() : std::min(kRecipes, order.size());
-  for (size_t i = 0; i < order.size() && (i < count || !best_.trial.fits); ++i) {
-    try_recipe(order[i], kRoom);
-    if (i == 0) try_spread();
+  state_.best.choice.place = spread();
+  state_.best.choice.ahead = kRunsAhead[0];
+  const std::vector<Recipe> order = recipes_.by_cost(state_.plain_peak - budget());
+  const auto try_some = [&](size_t first, size_t last) {
+    each(last - first, [&](LevelTry& one, size_t i) { one.try_recipe(order[first + i], kRoom); });
+  };
+  const size_t count = state_.left > kPlenty ? order.size() : std::min(kRecipes, order.size());
+  try_some(0, count);
+  if (!best().trial.fits) try_some(count, order.size());
+  if (state_.left > kPlenty || !best().trial.fits) {
+    const std::vector<Recipe> tight = Recipes::tight();
+    each(tight.size(), [&](LevelTry& one, size_t i) {
+      one.try_recipe(tight[i], kRoom);
+      one.only_if_it_helps(kHelps);
+    });
   }
-  for (const Recipe& recipe : Recipes::tight()) {
-    if (left_ <= kPlenty && best_.trial.fits) break;
-    const Found before = best_;
-    const Recipe by = recipe_;
-    try_recipe(recipe, kRoom);
-    if (!before.trial.fits) continue;
-    const int64_t less = before.trial.time.value - best_.trial.time.value;
-    if (less * kHelps < before.trial.time.value) best_ = before, recipe_ = by;
-  }
-  if (best_.trial.fits) {
-    try_recipe(Recipe(recipe_), kTight);
-    try_spread();
-    return;
-  }
-  try_smallest();
+  if (!best().trial.fits) return try_smallest();
+  each(1, [&](LevelTry& one, size_t) { one.try_recipe(Recipe(state_.recipe), kTight); });
+  AutoChoice together = best().choice;
+  together.place = Place::kStep;
+  together.ahead = 1;
+  attempt(together);
 }
 
 // The smallest peak, however long the step: everything that can wait on the host does, and comes in
@@ -180,103 +239,92 @@ void LevelSearch::try_recipes() {
 // where its activations come in one by one. The budget has no part in it: what is found here is
 // found under any other.
 void LevelSearch::try_smallest() {
-  left_ = std::max(left_, kSmallest);
+  state_.left = std::max(state_.left, kSmallest);
   AutoChoice all = recipes_.everything_away();
-  all.spare = builder_.budget();
-  for (const Place place : {Place::kStep, spread()}) {
-    all.place = place;
-    attempt(all);
-  }
-  if (!best_.trial.fits) return;
-  AutoChoice choice = best_.choice;
+  all.spare = budget();
+  const std::vector<Place> places = {Place::kStep, spread()};
+  each(places.size(), [&](LevelTry& one, size_t i) {
+    AutoChoice choice = all;
+    choice.place = places[i];
+    one.attempt(choice);
+  });
+  if (!best().trial.fits) return;
+  AutoChoice choice = best().choice;
   choice.prefetch = kAhead;
   attempt(choice);
   // Now copies may come in earlier, as far as there is room.
-  for (const double part : kEarlier) {
-    choice = best_.choice;
-    choice.spare = part_of(builder_.budget(), part);
-    attempt(choice);
-  }
+  each(std::size(kEarlier), [&](LevelTry& one, size_t i) {
+    AutoChoice earlier = best().choice;
+    earlier.spare = part_of(budget(), kEarlier[i]);
+    one.attempt(earlier);
+  });
 }
 
 void LevelSearch::try_places() {
+  std::vector<AutoChoice> choices;
   for (const int ahead : kRunsAhead) {
-    AutoChoice choice = best_.choice;
+    AutoChoice choice = best().choice;
     choice.place = spread();
     choice.ahead = ahead;
-    if (choice != best_.choice && !attempt_keeping(choice)) break;
+    if (choice != best().choice) choices.push_back(std::move(choice));
     if (spread() == Place::kBackward) break;  // it has no `ahead`
   }
-  if (spread() != Place::kBackward || plain_peak_ <= builder_.budget()) return;
+  each_keeping(choices);
+  if (spread() != Place::kBackward || state_.plain_peak <= budget()) return;
   // There states come and go as gradients do: all of them may be away.
-  const Recipe recipe = Recipes::all_states();
-  AutoChoice choice =
-      fit(recipe, builder_.budget() - part_of(builder_.budget(), kRoom), Place::kBackward);
-  choice.keep = best_.choice.keep;
-  choice.reserve = best_.choice.reserve;
-  choice.prefetch = best_.choice.prefetch;
-  if (attempt_keeping(choice)) recipe_ = recipe;
+  if (best().choice.place != Place::kBackward) return;
+  each(1, [&](LevelTry& one, size_t) { one.try_recipe(Recipes::all_states(), kRoom); });
 }
 
 void LevelSearch::try_ahead() {
-  const Bytes now = best_.choice.prefetch.value_or(kAhead);
+  const Bytes now = best().choice.prefetch.value_or(kAhead);
+  std::vector<AutoChoice> choices;
   for (const int64_t part : {4, 16}) {
-    AutoChoice choice = best_.choice;
-    choice.prefetch = Bytes{now.value / part};
-    if (!attempt_keeping(choice)) break;
+    choices.push_back(best().choice);
+    choices.back().prefetch = Bytes{now.value / part};
   }
+  each_keeping(choices);
 }
 
 void LevelSearch::try_reserve() {
+  std::vector<AutoChoice> choices;
   for (const double part : kReserve) {
-    AutoChoice choice = best_.choice;
+    AutoChoice choice = best().choice;
     choice.keep = std::nullopt;
-    choice.reserve = part_of(builder_.budget(), part);
-    if (choice == best_.choice) continue;
-    attempt_keeping(choice);
+    choice.reserve = part_of(budget(), part);
+    if (choice != best().choice) choices.push_back(std::move(choice));
   }
+  each_keeping(choices);
   // And what is left over.
-  const Bytes over = part_of(builder_.budget() - best_.trial.peak, 0.9);
-  if (best_.choice.keep || best_.choice.reserve == Bytes{0} || over <= Bytes{0}) return;
-  AutoChoice choice = best_.choice;
+  const Bytes over = part_of(budget() - best().trial.peak, 0.9);
+  if (best().choice.keep || best().choice.reserve == Bytes{0} || over <= Bytes{0}) return;
+  AutoChoice choice = best().choice;
   choice.reserve = std::max(Bytes{0}, choice.reserve - over);
   attempt(choice);
 }
 
 // Whether keeping more whole would want memory that is not there.
 bool LevelSearch::is_short() const {
-  if (!builder_.environment().memory_budget) return false;
-  const Bytes free = builder_.budget() - best_.trial.peak;
-  return free < std::max(best_.choice.reserve, part_of(builder_.budget(), kReserve[0])) * kAmple;
+  if (!builder().environment().memory_budget) return false;
+  const Bytes free = budget() - best().trial.peak;
+  return free < std::max(best().choice.reserve, part_of(budget(), kReserve[0])) * kAmple;
 }
 
-// Frees more than the step needs, to keep more whole. What it moves for that
-// must pay: not every copy's cost is simulated.
+// Frees more than the step needs, to keep more whole.
 void LevelSearch::try_more_memory() {
   if (!is_short()) return;
   const Recipe hidden{{RecipeKind::kStates, true}, {RecipeKind::kRecompute, false}};
-  std::vector<Recipe> tried = {recipe_.empty() ? hidden : recipe_};
-  if (left_ > kPlenty / 2) {
-    tried = Recipes::all();
-  } else if (best_.choice.place == Place::kBackward && tried.front() != Recipes::all_states()) {
-    tried.push_back(Recipes::all_states());
+  std::vector<Recipe> recipes = {state_.recipe.empty() ? hidden : state_.recipe};
+  if (state_.left > kPlenty / 2) {
+    recipes = Recipes::all();
+  } else if (best().choice.place == Place::kBackward && recipes.front() != Recipes::all_states()) {
+    recipes.push_back(Recipes::all_states());
   }
-  const Bytes most = std::min(plain_peak_, builder_.budget());
+  const Bytes most = std::min(state_.plain_peak, budget());
   for (const double part : kMore) {
-    for (const Recipe& recipe : tried) {
-      if (left_ <= 0) return;
-      AutoChoice choice = fit(recipe, most - part_of(builder_.budget(), part), best_.choice.place);
-      choice.keep = std::nullopt;
-      choice.reserve = best_.choice.reserve;
-      choice.prefetch = best_.choice.prefetch;
-      const Found before = best_;
-      if (!attempt_keeping(choice)) continue;
-      if (best_.trial.time < before.trial.time) {
-        recipe_ = recipe;
-      } else {
-        best_ = before;
-      }
-    }
+    each(recipes.size(), [&](LevelTry& one, size_t i) {
+      one.try_more(recipes[i], most - part_of(budget(), part));
+    });
   }
 }
 
@@ -284,42 +332,35 @@ void LevelSearch::try_more_memory() {
 // whole. It may be worth its compute only once the link is ordered.
 void LevelSearch::try_recompute_all() {
   if (!is_short()) return;
-  AutoChoice choice = recipes_.fill({{RecipeKind::kRecompute, false}}, Bytes{INT64_MAX / 2});
-  choice.place = best_.choice.place;
-  choice.ahead = best_.choice.ahead;
-  choice.keep = std::nullopt;
-  choice.reserve = part_of(builder_.budget(), kReserve[0]);
-  choice.prefetch = best_.choice.prefetch;
-  if (choice.recompute.empty()) return;
-  --left_;
-  if (builder_.peak_of_memory_choices(choice) > builder_.budget()) return;
-  all_again_ = choice;
-  if (attempt_keeping(choice)) recipe_ = {{RecipeKind::kRecompute, false}};
+  each(1, [&](LevelTry& one, size_t) { one.try_all_again(&all_again_); });
 }
 
 Found LevelSearch::run() {
-  best_.trial = {Nanos{INT64_MAX}, Bytes{INT64_MAX}, false};
+  state_.best.trial = {Nanos{INT64_MAX}, Bytes{INT64_MAX}, false};
   attempt({});
-  classical_ = best_;
-  plain_peak_ = builder_.peak_of_memory_choices({});
-  AutoChoice ahead = best_.choice;  // never worse than useful, and it is what all others build on
+  classical_ = best();
+  state_.plain_peak = builders_.first().peak_of_memory_choices({});
+  AutoChoice ahead = best().choice;  // never worse than useful, and it is what all others build on
   ahead.prefetch = kAhead;
-  if (best_.trial.fits) attempt(ahead);
-  best_.choice.prefetch = best_.trial.fits ? best_.choice.prefetch : ahead.prefetch;
-  if (!best_.trial.fits) try_recipes();
-  if (!best_.trial.fits) return best_;
-  AutoChoice keeping = best_.choice;
+  if (best().trial.fits) {
+    attempt(ahead);
+  } else {
+    state_.best.choice.prefetch = ahead.prefetch;
+    try_recipes();
+  }
+  if (!best().trial.fits) return best();
+  AutoChoice keeping = best().choice;
   keeping.keep = std::nullopt;
-  attempt_keeping(keeping);
+  each_keeping({keeping});
   try_places();
   try_recompute_all();
-  for (Trial before{}; left_ > 0 && before != best_.trial;) {
-    before = best_.trial;
+  for (Trial before{}; state_.left > 0 && before != best().trial;) {
+    before = best().trial;
     try_ahead();
     try_reserve();
     try_more_memory();
   }
-  return best_;
+  return best();
 }
 
 }  // namespace deepcompile

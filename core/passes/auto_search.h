@@ -12,7 +12,7 @@
 #include <optional>
 #include <vector>
 
-#include "passes/auto_builder.h"
+#include "passes/builders.h"
 #include "passes/memory_menu.h"
 #include "passes/recipes.h"
 
@@ -30,10 +30,58 @@ inline Bytes part_of(Bytes bytes, double part) {
 // How many of these a search of this program may make.
 int simulations_for(const StepProgram& classical);
 
+// How far a search by levels has come.
+struct LevelState {
+  Found best;
+  Recipe recipe;  // of best
+  Bytes plain_peak;
+  std::map<Recipe, Bytes> bias;  // of the estimates, as found before
+  std::vector<Found> measured;
+  int left = 0;  // simulations, and programs built to see their peak
+};
+
+// Choices tried one after the other, from a state that others start from too.
+class LevelTry {
+ public:
+  LevelTry(AutoBuilder& builder, const Recipes& recipes, const LevelState& from)
+      : builder_(builder), recipes_(recipes), from_(from), best_(from.best), left_(from.left) {}
+
+  // Each takes the choice if it is better than the best so far.
+  bool attempt(const AutoChoice& choice);
+  bool attempt_keeping(AutoChoice choice);
+  void try_recipe(const Recipe& recipe, double room);
+  // `most`: of the peak.
+  void try_more(const Recipe& recipe, Bytes most);
+  void try_all_again(std::optional<AutoChoice>* all_again);
+
+  const Found& best() const { return best_; }
+  // What was found stays only if it makes the step so many times shorter.
+  void only_if_it_helps(int64_t times);
+  // Makes what was found here, if it is better than what was found since, part of the state.
+  void put_into(LevelState* state) const;
+
+ private:
+  Trial measure(const AutoChoice& choice);
+  AutoChoice fit(const Recipe& recipe, Bytes target, Place place);
+  bool take(AutoChoice choice, const Trial& trial);
+
+  AutoBuilder& builder_;
+  const Recipes& recipes_;
+  const LevelState& from_;
+  Found best_;
+  Recipe recipe_;  // of best_, if that was found by one
+  bool found_ = false;
+  std::map<Recipe, Bytes> bias_;
+  std::vector<Found> measured_;
+  int left_;
+};
+
 class LevelSearch {
  public:
-  LevelSearch(AutoBuilder& builder, const MemoryMenu& menu, int simulations)
-      : builder_(builder), recipes_(menu, builder.classical().regions.size()), left_(simulations) {}
+  LevelSearch(Builders& builders, const MemoryMenu& menu, int simulations)
+      : builders_(builders), recipes_(menu, builders.first().classical().regions.size()) {
+    state_.left = simulations;
+  }
 
   // Updates are together, or in the backward if they may be there, else in the next forward.
   // Starts from the classical plan; the result may be above the budget, and is
@@ -44,14 +92,20 @@ class LevelSearch {
   const std::optional<AutoChoice>& all_again() const { return all_again_; }
 
  private:
+  const AutoBuilder& builder() const { return builders_.first(); }
+  Bytes budget() const { return builder().budget(); }
+  const Found& best() const { return state_.best; }
   // Where updates are beside something else.
-  Place spread() const { return builder_.early_updates() ? Place::kBackward : Place::kNextForward; }
-  Trial measure(const AutoChoice& choice);
-  bool attempt(const AutoChoice& choice);
-  bool attempt_keeping(const AutoChoice& choice);
-  AutoChoice fit(const Recipe& recipe, Bytes target, Place place);
-  void try_recipe(const Recipe& recipe, double room);
-  void try_spread();
+  Place spread() const {
+    return builder().early_updates() ? Place::kBackward : Place::kNextForward;
+  }
+  // ask(a try, i) for each i below `count`, side by side, from the state as it is; then the best of
+  // them is part of it.
+  template <typename Ask>
+  void each(size_t count, const Ask& ask);
+  void each_keeping(const std::vector<AutoChoice>& choices);
+  void attempt(const AutoChoice& choice);
+
   void try_recipes();
   void try_smallest();
   void try_places();
@@ -61,15 +115,11 @@ class LevelSearch {
   void try_more_memory();
   void try_recompute_all();
 
-  AutoBuilder& builder_;
+  Builders& builders_;
   Recipes recipes_;
-  int left_;
-  Bytes plain_peak_;
-  Found classical_, best_;
-  Recipe recipe_;  // of best_
+  LevelState state_;
+  Found classical_;
   std::optional<AutoChoice> all_again_;
-  std::map<Recipe, Bytes> bias_;
-  std::vector<Found> measured_;
 };
 
 // Improves `start` one toggle, then two, at a time.

@@ -28,10 +28,12 @@ PassEnvironment environment_for(const Estimator& costs, Bytes budget) {
   return planned_for(costs, budget).environment;
 }
 
-Found searched(const StepProgram& plain, const Estimator& costs, Bytes budget) {
-  AutoBuilder builder(plain, environment_for(costs, budget));
+Found searched(const StepProgram& plain, const Estimator& costs, Bytes budget, size_t threads = 2) {
+  const PassEnvironment environment = environment_for(costs, budget);
+  AutoBuilder builder(plain, environment);
+  Builders builders(builder, plain, environment, threads);
   const MemoryMenu menu(builder.classical(), costs);
-  return LevelSearch(builder, menu, simulations_for(builder.classical())).run();
+  return LevelSearch(builders, menu, simulations_for(builder.classical())).run();
 }
 
 Bytes classical_peak(const StepProgram& plain, const Estimator& costs) {
@@ -69,6 +71,21 @@ TEST(AutoSearch, FindsTheSmallestPeakUnderAnyBudget) {
 }
 
 // As many equal activations as a deep model has: each is little of the whole.
+TEST(AutoSearch, FindsTheSameWithAnyNumberOfThreads) {
+  const StepProgram plain = parse_program(layered_program({.layers = 8}));
+  const UnitCost costs = fast_host();
+  const Bytes peak = classical_peak(plain, costs);
+  for (const int64_t percent : {75, 90, 120}) {
+    const Bytes budget{peak.value * percent / 100};
+    const Found alone = searched(plain, costs, budget, 1);
+    for (const size_t threads : {2, 3, 7}) {
+      const Found found = searched(plain, costs, budget, threads);
+      EXPECT_EQ(found.choice, alone.choice) << percent << " " << threads;
+      EXPECT_EQ(found.trial, alone.trial) << percent << " " << threads;
+    }
+  }
+}
+
 TEST(AutoSearch, FindsItInADeepStep) {
   const int layers = kSanitized ? 40 : 1200;
   const StepProgram plain = parse_program(overlapping_program({.layers = layers, .numel = 4}));
