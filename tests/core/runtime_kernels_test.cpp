@@ -423,7 +423,7 @@ int sum_by_blocks(const std::vector<SumArgument>& sums, int64_t pieces, int type
     }
     return 0;
   };
-  const int64_t chunk = kPieceChunk<T>;
+  const int64_t chunk = scale ? kPieceChunk<T, TotalsOut<T>> : kPieceChunk<T, SumsOut<T>>;
   EXPECT_EQ(for_each_piece_table(sums.data(), count, pieces, scale.value_or(1), chunk, launch), 0);
   return launches;
 }
@@ -465,7 +465,8 @@ void compare_piece_sums(int type, int count) {
   };
   std::mt19937 random(7);
   std::normal_distribution<double> normal;
-  const int64_t chunk = kPieceChunk<T>;
+  const int64_t chunk = kPieceChunk<T, SumsOut<T>>;  // a multiple of a total's
+  static_assert(kPieceChunk<T, SumsOut<T>> % kPieceChunk<T, TotalsOut<T>> == 0);
   for (const int64_t numel : {int64_t{1}, int64_t{7}, chunk - 1, chunk, 2 * chunk + 3}) {
     for (const int offset : {0, 1}) {
       const auto groups = static_cast<size_t>((numel + offset) * sizeof(T) / 16 + 1);
@@ -506,7 +507,7 @@ TEST(KernelPieceSum, AddsUpInOrderAndRoundsOnce) {
 
 TEST(KernelPieceSum, ManySumsInSeveralLaunches) {
   constexpr int kMany = 2 * kSums + 3;
-  const int64_t largest = 2 * kPieceChunk<float> + 1;
+  const int64_t largest = 2 * kPieceChunk<float, SumsOut<float>> + 1;
   std::vector<float> ones(static_cast<size_t>(largest), 1.0f);
   std::vector<std::vector<float>> outs;
   std::vector<SumArgument> sums;

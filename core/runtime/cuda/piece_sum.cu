@@ -36,7 +36,7 @@ Launch launch_for(int64_t count) {
     if (count == 8) return piece_sums<T, 8, kTotals>;
     return piece_sums<T, 0, kTotals>;
   };
-  return {of(), kPieceChunk<T>};
+  return {of(), kTotals ? kPieceChunk<T, TotalsOut<T>> : kPieceChunk<T, SumsOut<T>>};
 }
 
 template <bool kTotals>
