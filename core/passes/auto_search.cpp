@@ -53,7 +53,7 @@ int simulations_for(const StepProgram& classical) {
 // Levels come to the same choice again and again. One that is asked for again counts as a
 // simulation, though it is none.
 Trial LevelTry::measure(const AutoChoice& choice) {
-  --left_;
+  ++used_;
   for (const std::vector<Found>* known : {&from_.measured, &std::as_const(measured_)}) {
     const auto found = std::find_if(known->begin(), known->end(),
                                     [&](const Found& each) { return each.choice == choice; });
@@ -71,16 +71,16 @@ bool LevelTry::take(AutoChoice choice, const Trial& trial) {
 }
 
 bool LevelTry::attempt(const AutoChoice& choice) {
-  return left_ > 0 && take(choice, measure(choice));
+  return left() > 0 && take(choice, measure(choice));
 }
 
 // A reserve above what is free keeps nothing; without one, keeping may leave no
 // room for what only a simulation sees in flight. Tries once more with room.
 bool LevelTry::attempt_keeping(AutoChoice choice) {
-  if (left_ <= 0) return false;
+  if (left() <= 0) return false;
   Trial trial = measure(choice);
   const Bytes over = trial.peak - builder_.budget();
-  if (!trial.fits && over < part_of(builder_.budget(), 0.2) && left_ > 0) {
+  if (!trial.fits && over < part_of(builder_.budget(), 0.2) && left() > 0) {
     choice.reserve += over + part_of(builder_.budget(), 0.002);
     trial = measure(choice);
   }
@@ -99,13 +99,13 @@ AutoChoice LevelTry::fit(const Recipe& recipe, Bytes target, Place place) {
   AutoChoice best;
   Bytes least{INT64_MAX};  // peak of `best`
   bool found = false;
-  for (int i = 0; i < kFitSteps && need > Bytes{0} && (i == 0 || left_ > 0); ++i) {
+  for (int i = 0; i < kFitSteps && need > Bytes{0} && (i == 0 || left() > 0); ++i) {
     bool all = false;
     AutoChoice choice = recipes_.fill(recipe, need, &all);
     choice.place = place;
     choice.ahead = from_.best.choice.ahead;
     choice.spare = spare;
-    --left_;
+    ++used_;
     const Bytes peak = builder_.peak_of_memory_choices(choice);
     const Bytes over = peak - target;
     if (!found && peak < least) least = peak, best = choice;
@@ -131,7 +131,7 @@ AutoChoice LevelTry::fit(const Recipe& recipe, Bytes target, Place place) {
 void LevelTry::try_recipe(const Recipe& recipe, double room) {
   const AutoChoice& from = from_.best.choice;
   Bytes target = builder_.budget() - part_of(builder_.budget(), room);
-  for (int tries = 0; tries < kTries && left_ > 0; ++tries) {
+  for (int tries = 0; tries < kTries && left() > 0; ++tries) {
     AutoChoice choice = fit(recipe, target, from.place);
     choice.keep = from.keep;
     choice.reserve = from.reserve;
@@ -166,7 +166,7 @@ void LevelTry::try_all_again(std::optional<AutoChoice>* all_again) {
   choice.reserve = part_of(builder_.budget(), kReserve[0]);
   choice.prefetch = from.prefetch;
   if (choice.recompute.empty()) return;
-  --left_;
+  ++used_;
   if (builder_.peak_of_memory_choices(choice) > builder_.budget()) return;
   *all_again = choice;
   if (attempt_keeping(std::move(choice))) recipe_ = recipe;
@@ -179,7 +179,7 @@ void LevelTry::only_if_it_helps(int64_t times) {
 }
 
 void LevelTry::put_into(LevelState* state) const {
-  state->left -= from_.left - left_;
+  state->left -= used_;
   state->measured.insert(state->measured.end(), measured_.begin(), measured_.end());
   for (const auto& [recipe, bias] : bias_) state->bias[recipe] = bias;
   if (!found_ || !better(best_.trial, state->best.trial)) return;
@@ -190,9 +190,8 @@ void LevelTry::put_into(LevelState* state) const {
 template <typename Ask>
 void LevelSearch::each(size_t count, const Ask& ask) {
   if (state_.left <= 0) return;
-  const LevelState from = state_;
   const std::vector<LevelTry> tried = builders_.each(count, [&](AutoBuilder& builder, size_t i) {
-    LevelTry out(builder, recipes_, from);
+    LevelTry out(builder, recipes_, state_);
     ask(out, i);
     return out;
   });

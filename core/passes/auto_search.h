@@ -44,7 +44,7 @@ struct LevelState {
 class LevelTry {
  public:
   LevelTry(AutoBuilder& builder, const Recipes& recipes, const LevelState& from)
-      : builder_(builder), recipes_(recipes), from_(from), best_(from.best), left_(from.left) {}
+      : builder_(builder), recipes_(recipes), from_(from), best_(from.best) {}
 
   // Each takes the choice if it is better than the best so far.
   bool attempt(const AutoChoice& choice);
@@ -57,13 +57,15 @@ class LevelTry {
   const Found& best() const { return best_; }
   // What was found stays only if it makes the step so many times shorter.
   void only_if_it_helps(int64_t times);
-  // Makes what was found here, if it is better than what was found since, part of the state.
+  // Makes what was found here, if it is better than what was found since, part of the state. All
+  // that start from it have ended.
   void put_into(LevelState* state) const;
 
  private:
   Trial measure(const AutoChoice& choice);
   AutoChoice fit(const Recipe& recipe, Bytes target, Place place);
   bool take(AutoChoice choice, const Trial& trial);
+  int left() const { return from_.left - used_; }
 
   AutoBuilder& builder_;
   const Recipes& recipes_;
@@ -73,7 +75,7 @@ class LevelTry {
   bool found_ = false;
   std::map<Recipe, Bytes> bias_;
   std::vector<Found> measured_;
-  int left_;
+  int used_ = 0;
 };
 
 class LevelSearch {
