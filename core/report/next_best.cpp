@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/lists.h"
 #include "ir/text.h"
+#include "passes/auto_plan.h"
 #include "passes/memory_menu.h"
 #include "passes/read_choice.h"
 
@@ -195,6 +196,35 @@ class Asker {
   std::vector<std::string> order_;             // of keys
 };
 
+bool by_auto(const StepProgram& plan) {
+  return std::any_of(plan.reasons.begin(), plan.reasons.end(),
+                     [](const Reason& reason) { return reason.pass == "auto"; });
+}
+
+// The same plan if backwards might update, which is the user's to allow: no one choice of the plan
+// shows what others would follow from it.
+std::optional<Alternative> with_early_updates(const StepProgram& plain, const StepProgram& plan,
+                                              PassEnvironment environment) {
+  const bool whole = plain.find_section(SectionKind::kUpdate, 0).has_value();
+  if (environment.early_updates || plain.clip || !whole || !by_auto(plan)) return std::nullopt;
+  environment.early_updates = true;
+  environment.reasons = false;
+  environment.held = nullptr;
+  StepProgram other = plain;
+  PassContext context(other, "auto", environment);
+  try {
+    AutoPlan().run(other, context);
+  } catch (const UserError&) {
+    return std::nullopt;  // above the budget
+  }
+  const SimSummary now = environment.simulate(plan), then = environment.simulate(other);
+  return Alternative{{},
+                     "no update in the backward (compile.early_updates is off)",
+                     "planned with leave to update there",
+                     then.time - now.time,
+                     then.peak - now.peak};
+}
+
 }  // namespace
 
 std::vector<Alternative> next_best(const StepProgram& plain, const StepProgram& plan,
@@ -212,7 +242,9 @@ std::vector<Alternative> next_best(const StepProgram& plain, const StepProgram& 
         "[report] next_best: the plan was not made from this program. Give the compute-only "
         "program that its passes started from.");
   }
-  return Asker(plain, plan, environment).ask();
+  std::vector<Alternative> out = Asker(plain, plan, environment).ask();
+  if (auto early = with_early_updates(plain, plan, environment)) out.push_back(std::move(*early));
+  return out;
 }
 
 std::string print(const Alternative& alternative) {

@@ -2,8 +2,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <optional>
 
 #include "base/error.h"
+#include "layered_program.h"
 #include "planned_for.h"
 #include "report/explain.h"
 #include "report/next_best.h"
@@ -49,6 +51,38 @@ TEST(NextBest, ComparesEachSingleChoice) {
                                  [](const Alternative& each) { return each.objects.empty(); });
   ASSERT_NE(step, all.end());
   EXPECT_EQ(step->chosen, "updates in step");
+}
+
+// What a planner's plan would be with leave that only the user can give.
+TEST(NextBest, SaysWhatUpdatesInTheBackwardWouldGive) {
+  const UnitCost costs;
+  const StepProgram plain = parse_program(layered_program({.layers = 8, .numel = 4096}));
+  StepProgram classical = plain;
+  run_pipeline(classical, PassRegistry::with_builtins(), {"zero3_compile"});
+  const Bytes budget{simulate(classical, costs).peak.value * 8 / 10};
+  const auto planned = [&](bool early) {
+    PipelineOptions options = planned_for(costs, budget);
+    options.environment.early_updates = early;
+    StepProgram plan = plain;
+    run_pipeline(plan, PassRegistry::with_builtins(), {"auto"}, options);
+    return plan;
+  };
+  const auto early_in = [&](const StepProgram& plan, bool early) -> std::optional<Alternative> {
+    PassEnvironment environment = planned_for(costs, budget).environment;
+    environment.early_updates = early;
+    for (const Alternative& each : next_best(plain, plan, environment)) {
+      if (each.instead == "planned with leave to update there") return each;
+    }
+    return std::nullopt;
+  };
+  const StepProgram plan = planned(false), other = planned(true);
+  const auto found = early_in(plan, false);
+  ASSERT_TRUE(found);
+  EXPECT_EQ(found->time, simulate(other, costs).time - simulate(plan, costs).time);
+  EXPECT_LT(found->time, Nanos{0});
+  EXPECT_TRUE(found->objects.empty());
+  EXPECT_FALSE(early_in(other, true));
+  EXPECT_FALSE(early_in(classical, false));  // not the planner's
 }
 
 TEST(NextBest, SaysWhatWouldNotFit) {
