@@ -275,18 +275,14 @@ void LevelSearch::try_places() {
   each(1, [&](LevelTry& one, size_t) { one.try_recipe(Recipes::all_states(), kRoom); });
 }
 
-void LevelSearch::try_ahead() {
-  const Bytes now = best().choice.prefetch.value_or(kAhead);
+// How much is gathered ahead of use, and how much of the budget keeping leaves free for that.
+void LevelSearch::try_room() {
   std::vector<AutoChoice> choices;
+  const Bytes now = best().choice.prefetch.value_or(kAhead);
   for (const int64_t part : {4, 16}) {
     choices.push_back(best().choice);
     choices.back().prefetch = Bytes{now.value / part};
   }
-  each_keeping(choices);
-}
-
-void LevelSearch::try_reserve() {
-  std::vector<AutoChoice> choices;
   for (const double part : kReserve) {
     AutoChoice choice = best().choice;
     choice.keep = std::nullopt;
@@ -320,11 +316,10 @@ void LevelSearch::try_more_memory() {
     recipes.push_back(Recipes::all_states());
   }
   const Bytes most = std::min(state_.plain_peak, budget());
-  for (const double part : kMore) {
-    each(recipes.size(), [&](LevelTry& one, size_t i) {
-      one.try_more(recipes[i], most - part_of(budget(), part));
-    });
-  }
+  each(std::size(kMore) * recipes.size(), [&](LevelTry& one, size_t i) {
+    const double part = kMore[i / recipes.size()];
+    one.try_more(recipes[i % recipes.size()], most - part_of(budget(), part));
+  });
 }
 
 // The far end: everything runs again, and what that frees keeps parameters
@@ -355,8 +350,7 @@ Found LevelSearch::run() {
   try_recompute_all();
   for (Trial before{}; state_.left > 0 && before != best().trial;) {
     before = best().trial;
-    try_ahead();
-    try_reserve();
+    try_room();
     try_more_memory();
   }
   return best();

@@ -111,8 +111,7 @@ class LevelSearch {
   void try_recipes();
   void try_smallest();
   void try_places();
-  void try_ahead();
-  void try_reserve();
+  void try_room();
   bool is_short() const;
   void try_more_memory();
   void try_recompute_all();
