@@ -181,12 +181,11 @@ class Planning {
     LevelSearch levels(builders, menu, most);
     Found best = levels.run();
     beside_ += builders.simulations();
+    const int left = most - builder.simulations() - builders.simulations();
     const Found& classical = levels.classical();
     const bool small = count_forward_runs(plain_) <= kSmallRuns &&
                        count_instrs(builder.classical()) <= kSmallInstrs;
-    if (small) {
-      best = toggle_search(builder, menu, {best, classical}, most - builder.simulations());
-    }
+    if (small) best = toggle_search(builder, menu, {best, classical}, left);
     if (!best.trial.fits) return {best, classical};
     const int orders = small ? kOrderSmall : kOrderLarge;
     std::future<Found> again;
