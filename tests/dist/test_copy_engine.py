@@ -194,6 +194,28 @@ def absent_peer(rank, world, library):
     return messages, time.monotonic() - begin
 
 
+def slow_alone(rank, world, library, pull_ms):
+    """What rank 0, which is impatient and slow itself, says of a gather."""
+    toy = pulling(rank, world, library, timeout_s=1.0 if rank == 0 else 20.0)
+    toy.full_values()
+    dist.barrier()
+    Fake(library).set(pull_ms=pull_ms * (rank == 0))
+    try:
+        for _ in range(2):
+            toy.runtime.gather(["w1"])
+            toy.runtime.wait(["w1"])
+            Fake(library).set(pull_ms=0)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_who_is_late_itself_blames_nobody_and_has_as_long_again(driver):
+    assert run_ranks(slow_alone, 2, driver, 1500) == ["", ""]
+    said = run_ranks(slow_alone, 2, driver, 4000, timeout=60)[0]
+    assert "waited 1 s for its own stream: all ranks were there" in said
+
+
 # ---- where it is taken
 
 

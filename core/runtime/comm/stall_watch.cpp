@@ -66,9 +66,16 @@ void StallWatch::watch() {
     changed_.wait_for(lock, nap);
     while (!waits_.empty() && is_over(waits_.front())) waits_.pop_front();
     if (waits_.empty()) continue;
-    const auto late = steady_clock::now() - waits_.front().since;
+    WatchedWait& first = waits_.front();
+    const auto now = steady_clock::now();
+    const auto late = now - first.since;
     if (failure_.empty() && late > timeout_) {
-      failure_ = diagnose(waits_.front());
+      failure_ = diagnose(first);
+      if (failure_.empty()) {  // all came; what the stream does before and after takes long
+        first.late_alone = true;
+        first.since = now;
+        continue;
+      }
       std::fprintf(stderr, "[runtime] %s\n", failure_.c_str());
       release(waits_);
     } else if (!failure_.empty() && late > timeout_ + kGrace) {
@@ -99,7 +106,8 @@ std::string StallWatch::diagnose(const WatchedWait& wait) const {
   } catch (const std::exception& error) {
     return begin(wait.awaited.front()) + " peers (" + error.what() + ")";
   }
-  return begin(wait.awaited.front());
+  if (!wait.late_alone) return "";
+  return begin(wait.awaited.front()) + " its own stream: all ranks were there";
 }
 
 void StallWatch::release(const std::deque<WatchedWait>& waits) const {

@@ -42,6 +42,7 @@ struct WatchedWait {
   std::vector<AwaitedWords> awaited;
   std::function<bool()> over;  // any thread may ask
   std::chrono::steady_clock::time_point since = std::chrono::steady_clock::now();
+  bool late_alone = false;  // all words were there when it was late: it has once more as long
 };
 
 class StallWatch {
@@ -55,6 +56,7 @@ class StallWatch {
 
  private:
   void watch();
+  // Empty if nobody is missing, for the first time.
   std::string diagnose(const WatchedWait& wait) const;
   void release(const std::deque<WatchedWait>& waits) const;
 
