@@ -58,6 +58,9 @@ class Bench:
         self.work = [Work(gpu, numel, most) for gpu in range(self.world)]
         self.copies = Copies(copied) if self.world > 1 else None
         self.streams = [torch.cuda.Stream(gpu) for gpu in range(self.world)]
+        self.copying = self.streams
+        if self.copies:
+            self.copying = [self.copies.streams[gpu][gpu] for gpu in range(self.world)]
 
     def enqueue_copies(self, push: bool) -> None:
         """Rounds of copies; a GPU begins each when the one that had that peer before is done."""
@@ -67,7 +70,7 @@ class Bench:
             done = []
             for gpu in range(self.world):
                 torch.cuda.set_device(gpu)
-                stream = self.copies.streams[gpu][gpu]
+                stream = self.copying[gpu]
                 if before:
                     stream.wait_event(before[(gpu + (1 if away > 1 else 2)) % self.world])
                 self.copies.copy(gpu, (gpu + away) % self.world, stream, push)
@@ -81,7 +84,7 @@ class Bench:
             torch.cuda.synchronize(gpu)
         for gpu in range(self.world):
             torch.cuda.set_device(gpu)
-            copying = self.copies.streams[gpu][gpu] if self.copies else self.streams[gpu]
+            copying = self.copying[gpu]
             for stream in (self.streams[gpu], copying):
                 with torch.cuda.stream(stream):
                     torch.cuda._sleep(CYCLES)
@@ -97,7 +100,7 @@ class Bench:
             self.enqueue_copies(push)
         for gpu in range(self.world):
             torch.cuda.set_device(gpu)
-            copying = self.copies.streams[gpu][gpu] if self.copies else self.streams[gpu]
+            copying = self.copying[gpu]
             spans[gpu][3].record(copying)
         for gpu in range(self.world):
             torch.cuda.synchronize(gpu)

@@ -170,10 +170,6 @@ AutoBuilder::AutoBuilder(const StepProgram& plain, PassEnvironment environment)
   classical_instrs_ = instrs_of(classical_);
 }
 
-void AutoBuilder::restore(const SectionInstrs& instrs) {
-  replace_instrs(instrs, &scratch_);
-}
-
 // The stage of a choice that is `same`, first in line from here on.
 AutoBuilder::Stage* AutoBuilder::find(std::vector<Stage>& stages, const AutoChoice& choice,
                                       Same same) {
@@ -182,6 +178,14 @@ AutoBuilder::Stage* AutoBuilder::find(std::vector<Stage>& stages, const AutoChoi
   if (found == stages.end()) return nullptr;
   std::rotate(stages.begin(), found, found + 1);
   return &stages.front();
+}
+
+// The same, with the program as that stage left it.
+AutoBuilder::Stage* AutoBuilder::restore(std::vector<Stage>& stages, const AutoChoice& choice,
+                                         Same same) {
+  Stage* known = find(stages, choice, same);
+  if (known != nullptr) replace_instrs(known->instrs, &scratch_);
+  return known;
 }
 
 // The program as it is, as this choice's stage; the one asked for longest ago goes.
@@ -199,21 +203,15 @@ const MemoryTimeline& AutoBuilder::timeline_of(Stage& stage) const {
 
 // What runs, and where the optimizer does.
 AutoBuilder::Stage& AutoBuilder::runs_stage(const AutoChoice& choice) {
-  if (Stage* known = find(runs_stages_, choice, same_runs)) {
-    restore(known->instrs);
-    return *known;
-  }
-  restore(classical_instrs_);
+  if (Stage* known = restore(runs_stages_, choice, same_runs)) return *known;
+  replace_instrs(classical_instrs_, &scratch_);
   if (!choice.recompute.empty()) recompute_quickly(graphs_, choice.recompute, scratch_);
   run_place(choice, scratch_, trial_environment_);
   return remember(runs_stages_, choice);
 }
 
 AutoBuilder::Stage& AutoBuilder::memory_stage(const AutoChoice& choice) {
-  if (Stage* known = find(memory_stages_, choice, same_memory)) {
-    restore(known->instrs);
-    return *known;
-  }
+  if (Stage* known = restore(memory_stages_, choice, same_memory)) return *known;
   Stage& runs = runs_stage(choice);
   if (choice.offload_values.empty() && choice.offload_states.empty()) return runs;
   const MemoryTimeline* timeline = &timeline_of(runs);
@@ -227,10 +225,7 @@ AutoBuilder::Stage& AutoBuilder::memory_stage(const AutoChoice& choice) {
 // hold the program.
 AutoBuilder::Stage& AutoBuilder::keep_stage(const AutoChoice& choice, Stage& memory) {
   if (!keeps(choice)) return memory;
-  if (Stage* known = find(keep_stages_, choice, same_keep)) {
-    restore(known->instrs);
-    return *known;
-  }
+  if (Stage* known = restore(keep_stages_, choice, same_keep)) return *known;
   const MemoryTimeline* timeline = choice.keep ? nullptr : &timeline_of(memory);
   run_keep(choice, scratch_, trial_environment_, timeline);
   return remember(keep_stages_, choice);
@@ -238,7 +233,7 @@ AutoBuilder::Stage& AutoBuilder::keep_stage(const AutoChoice& choice, Stage& mem
 
 // After memory_stage: all but what starts together. Throws as keep_stage does.
 void AutoBuilder::link_stage(const AutoChoice& choice, Stage& memory) {
-  if (Stage* known = find(link_stages_, choice, same_link)) return restore(known->instrs);
+  if (restore(link_stages_, choice, same_link) != nullptr) return;
   Stage& kept = keep_stage(choice, memory);
   if (prefetches(choice)) run_prefetch(choice, scratch_, trial_environment_, &timeline_of(kept));
   if (choice.order_simulations == 0) return;

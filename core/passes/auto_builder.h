@@ -58,8 +58,8 @@ class AutoBuilder {
   };
   using Same = bool (*)(const AutoChoice&, const AutoChoice&);
 
-  void restore(const SectionInstrs& instrs);
   Stage* find(std::vector<Stage>& stages, const AutoChoice& choice, Same same);
+  Stage* restore(std::vector<Stage>& stages, const AutoChoice& choice, Same same);
   Stage& remember(std::vector<Stage>& stages, const AutoChoice& choice);
   const MemoryTimeline& timeline_of(Stage& stage) const;
   Stage& runs_stage(const AutoChoice& choice);

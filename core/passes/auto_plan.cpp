@@ -137,21 +137,24 @@ class Planning {
  public:
   // `simulations`: of each search; 0: by the program's size.
   Planning(const StepProgram& plain, const PassEnvironment& environment, int simulations)
-      : plain_(plain), environment_(environment), late_(environment), most_(simulations) {
+      : plain_(plain),
+        environment_(environment),
+        late_(environment),
+        most_(simulations),
+        builder_(plain, environment) {
     late_.early_updates = false;
-    builder_.emplace(plain, environment);
   }
 
-  AutoBuilder& builder() { return *builder_; }
-  int simulated() const { return beside_ + builder_->simulations(); }
+  AutoBuilder& builder() { return builder_; }
+  int simulated() const { return beside_ + builder_.simulations(); }
 
   // Where updates may be in the backward, with them there, and beside it without.
   Searched search() {
     std::future<Searched> late;
-    if (builder_->early_updates()) {
+    if (builder_.early_updates()) {
       late = beside(late_, [&](AutoBuilder& other) { return search_with(other, late_); });
     }
-    Searched out = search_with(*builder_, environment_);
+    Searched out = search_with(builder_, environment_);
     if (!late.valid()) return out;
     Searched other = late.get();
     if (better(other.best.trial, out.best.trial)) out.best = std::move(other.best);
@@ -207,7 +210,7 @@ class Planning {
   const PassEnvironment& environment_;
   PassEnvironment late_;  // without updates in the backward
   int most_;
-  std::optional<AutoBuilder> builder_;
+  AutoBuilder builder_;
   std::atomic<int> beside_ = 0;  // simulations of other builders
 };
 

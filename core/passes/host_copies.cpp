@@ -12,8 +12,7 @@ Bytes peak_with(const StepProgram& program, const SectionInstrs& instrs) {
 }
 
 std::vector<Bytes> bytes_during(const MemoryTimeline& timeline) {
-  std::vector<Bytes> out;
-  for (const MemoryAt& point : timeline.points) out.push_back(point.during);
+  std::vector<Bytes> out = bytes_during(std::span(timeline.points));
   out.push_back(timeline.points.empty() ? timeline.base : timeline.points.back().after);
   return out;
 }

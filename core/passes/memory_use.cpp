@@ -14,6 +14,13 @@ constexpr Bytes kNone{std::numeric_limits<int64_t>::min() / 4};
 
 }  // namespace
 
+std::vector<Bytes> bytes_during(std::span<const MemoryAt> points) {
+  std::vector<Bytes> out;
+  out.reserve(points.size() + 1);
+  for (const MemoryAt& point : points) out.push_back(point.during);
+  return out;
+}
+
 MemoryUse::MemoryUse(const std::vector<Bytes>& bytes) : size_(bytes.size()) {
   DC_CHECK(size_ > 0, "memory without places");
   while (leaves_ < size_ + 2) leaves_ *= 2;

@@ -6,11 +6,16 @@
 
 #include <cstddef>
 #include <optional>
+#include <span>
 #include <vector>
 
+#include "analysis/memory_timeline.h"
 #include "base/units.h"
 
 namespace deepcompile {
+
+// The bytes at each of some points of a step.
+std::vector<Bytes> bytes_during(std::span<const MemoryAt> points);
 
 class MemoryUse {
  public:

@@ -46,7 +46,7 @@ class SectionGathers {
       }
       earliest = i + 1;
     }
-    if (budget && !gathers_.empty()) use_.emplace(bytes_in(section, points));
+    if (budget && !gathers_.empty()) use_.emplace(bytes_during({points, section.instrs.size()}));
     latest_.assign(section.instrs.size() + 1, section.instrs.size());
     for (size_t i = section.instrs.size(); i-- > 0;) {
       const Op op = section.instrs[i].op;
@@ -134,13 +134,6 @@ class SectionGathers {
     const size_t slot = full ? *full + 1 : wanted;
     use->add(slot, each.at, each.grows);
     return slot;
-  }
-
-  static std::vector<Bytes> bytes_in(const Section& section, const MemoryAt* points) {
-    std::vector<Bytes> out;
-    out.reserve(section.instrs.size());
-    for (size_t i = 0; i < section.instrs.size(); ++i) out.push_back(points[i].during);
-    return out;
   }
 
   const Section& section_;

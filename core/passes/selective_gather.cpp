@@ -21,7 +21,9 @@ class Budget {
  public:
   // A step without instructions has one point, which is never asked for.
   Budget(const MemoryTimeline& timeline, Bytes limit)
-      : timeline_(timeline), limit_(limit), use_(bytes_during(timeline)) {}
+      : timeline_(timeline),
+        limit_(limit),
+        use_(at_least_one(bytes_during(std::span(timeline.points)))) {}
 
   // The first of the fullest points inside of the gap; none if nothing is inside.
   std::optional<size_t> fullest(const Gap& gap) const {
@@ -45,11 +47,9 @@ class Budget {
   }
 
  private:
-  static std::vector<Bytes> bytes_during(const MemoryTimeline& timeline) {
-    std::vector<Bytes> out;
-    for (const MemoryAt& point : timeline.points) out.push_back(point.during);
-    if (out.empty()) out.emplace_back();
-    return out;
+  static std::vector<Bytes> at_least_one(std::vector<Bytes> bytes) {
+    if (bytes.empty()) bytes.emplace_back();
+    return bytes;
   }
 
   const MemoryTimeline& timeline_;

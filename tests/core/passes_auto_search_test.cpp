@@ -70,7 +70,6 @@ TEST(AutoSearch, FindsTheSmallestPeakUnderAnyBudget) {
   check_all_budgets(plain, none.trial.peak, 99, 9);
 }
 
-// As many equal activations as a deep model has: each is little of the whole.
 TEST(AutoSearch, FindsTheSameWithAnyNumberOfThreads) {
   const StepProgram plain = parse_program(layered_program({.layers = 8}));
   const UnitCost costs = fast_host();
@@ -86,6 +85,7 @@ TEST(AutoSearch, FindsTheSameWithAnyNumberOfThreads) {
   }
 }
 
+// As many equal activations as a deep model has: each is little of the whole.
 TEST(AutoSearch, FindsItInADeepStep) {
   const int layers = kSanitized ? 40 : 1200;
   const StepProgram plain = parse_program(overlapping_program({.layers = layers, .numel = 4}));
