@@ -216,7 +216,7 @@ void compare_sizes_and_offsets() {
   const std::array<int, 5> offsets[] = {{0, 0, 0, 0, 0}, {1, 1, 1, 1, 1}, {3, 3, 7, 3, 3},
                                         {2, 2, 2, 1, 2}, {0, 1, 2, 3, 5}, {0, 0, 0, 0, 1}};
   for (const auto& offset : offsets) {
-    for (const int64_t numel : {1, 2, 3, 4, 5, 8, 1023, 1031, 4095, 4096, 4099, 4103, 9001}) {
+    for (const int64_t numel : {1, 2, 3, 4, 5, 8, 1023, 1031, 8191, 8192, 8195, 8199, 17001}) {
       Arrays<Grad, Weight> arrays(numel, offset, ++seed), expected = arrays;
       const SegmentArgument s = settings(1 + seed, seed % 2);
       const float* given = seed % 3 ? &factor : nullptr;
@@ -410,20 +410,17 @@ int sum_by_blocks(const std::vector<SumArgument>& sums, int64_t pieces, int type
   const auto launch = [&](const PieceTable& table, uint32_t blocks) {
     ++launches;
     for (uint32_t block = 0; block < blocks; ++block) {
-      const int s = entry_of(table.first_block, table.sums, block);
-      const uint32_t of_sum = block - table.first_block[s];
-      const TotalsOut<T> totals{static_cast<Wide<T>>(table.scale), table.sum[s].first};
       for (int thread = 0; thread < kPieceThreads; ++thread) {
         if (scale) {
-          piece_sum_thread<T, kCount>(table.sum[s], totals, table.count, of_sum, thread);
+          piece_sum_of_table<T, kCount, true>(table, block, thread);
         } else {
-          piece_sum_thread<T, kCount>(table.sum[s], SumsOut<T>(), table.count, of_sum, thread);
+          piece_sum_of_table<T, kCount, false>(table, block, thread);
         }
       }
     }
     return 0;
   };
-  const int64_t chunk = scale ? kPieceChunk<T, TotalsOut<T>> : kPieceChunk<T, SumsOut<T>>;
+  const int64_t chunk = scale ? kPieceChunk<T, true> : kPieceChunk<T, false>;
   EXPECT_EQ(for_each_piece_table(sums.data(), count, pieces, scale.value_or(1), chunk, launch), 0);
   return launches;
 }
@@ -465,8 +462,8 @@ void compare_piece_sums(int type, int count) {
   };
   std::mt19937 random(7);
   std::normal_distribution<double> normal;
-  const int64_t chunk = kPieceChunk<T, SumsOut<T>>;  // a multiple of a total's
-  static_assert(kPieceChunk<T, SumsOut<T>> % kPieceChunk<T, TotalsOut<T>> == 0);
+  const int64_t chunk = kPieceChunk<T, false>;  // a multiple of a total's
+  static_assert(kPieceChunk<T, false> % kPieceChunk<T, true> == 0);
   for (const int64_t numel : {int64_t{1}, int64_t{7}, chunk - 1, chunk, 2 * chunk + 3}) {
     for (const int offset : {0, 1}) {
       const auto groups = static_cast<size_t>((numel + offset) * sizeof(T) / 16 + 1);
@@ -507,7 +504,7 @@ TEST(KernelPieceSum, AddsUpInOrderAndRoundsOnce) {
 
 TEST(KernelPieceSum, ManySumsInSeveralLaunches) {
   constexpr int kMany = 2 * kSums + 3;
-  const int64_t largest = 2 * kPieceChunk<float, SumsOut<float>> + 1;
+  const int64_t largest = 2 * kPieceChunk<float, false> + 1;
   std::vector<float> ones(static_cast<size_t>(largest), 1.0f);
   std::vector<std::vector<float>> outs;
   std::vector<SumArgument> sums;

@@ -9,7 +9,8 @@ namespace deepcompile::kernels {
 namespace {
 
 template <typename Grad, typename Weight>
-__global__ void __launch_bounds__(kAdamThreads) adamw(const __grid_constant__ AdamTable table) {
+__global__ void __launch_bounds__(kAdamThreads, kMemoryBlocks)
+    adamw(const __grid_constant__ AdamTable table) {
   const float factor = table.factor == nullptr ? 1.0f : *table.factor;
   const int s = entry_of(table.first_block, table.segments, blockIdx.x);
   adamw_thread<Grad, Weight>(table.segment[s], factor, blockIdx.x - table.first_block[s],
@@ -68,7 +69,7 @@ extern "C" int deepcompile_cuda_adamw(int device, void* stream,
   if (status != 0) return status;
   const Kernel kernel = kernel_for(gradient_type, weight_type);
   int shared_bytes = 0;
-  status = two_blocks(kernel, device, &shared_bytes);
+  status = limit_blocks(kernel, device, &shared_bytes);
   if (status != 0) return status;
   const auto launch = [&](const AdamTable& table, uint32_t blocks) {
     kernel<<<blocks, kAdamThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(table);

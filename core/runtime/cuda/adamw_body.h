@@ -15,8 +15,8 @@
 
 namespace deepcompile::kernels {
 
-constexpr int kAdamThreads = 256;
-constexpr int kAdamChunk = 4096;     // elements of a block
+constexpr int kAdamThreads = 512;
+constexpr int kAdamChunk = 8192;     // elements of a block
 constexpr int kAdamSegments = 42;    // of one launch
 constexpr int kSingleElements = -1;  // AdamSegment::head where no groups are possible
 
@@ -44,11 +44,11 @@ static_assert(sizeof(AdamTable) <= kMaxTable, "too many segments");
 // Four elements on their way through a thread.
 template <typename Grad, typename Weight>
 struct AdamFour {
-  Four<Grad> gradient;
-  Four<float> master, exp_avg, exp_avg_sq;
+  Pack<Grad, 4> gradient;
+  Pack<float, 4> master, exp_avg, exp_avg_sq;
 
   DC_HOST_DEVICE void update(const AdamFactors<float>& factors, float grad_scale, float factor,
-                             Four<Weight>* weight) {
+                             Pack<Weight, 4>* weight) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
@@ -70,21 +70,21 @@ struct AdamChunk {
   Weight* weight;
 
   DC_HOST_DEVICE AdamFour<Grad, Weight> load(int at) const {
-    return {load_four(gradient + at), load_four(master + at), load_four(exp_avg + at),
-            load_four(exp_avg_sq + at)};
+    return {load_pack<4>(gradient + at), load_pack<4>(master + at), load_pack<4>(exp_avg + at),
+            load_pack<4>(exp_avg_sq + at)};
   }
   DC_HOST_DEVICE void store(int at, const AdamFour<Grad, Weight>& four,
-                            const Four<Weight>& rounded) const {
-    store_four(four.master, master + at);
-    store_four(four.exp_avg, exp_avg + at);
-    store_four(four.exp_avg_sq, exp_avg_sq + at);
-    if constexpr (sizeof(Weight) == 2) store_four(rounded, weight + at);
+                            const Pack<Weight, 4>& rounded) const {
+    store_pack(four.master, master + at);
+    store_pack(four.exp_avg, exp_avg + at);
+    store_pack(four.exp_avg_sq, exp_avg_sq + at);
+    if constexpr (sizeof(Weight) == 2) store_pack(rounded, weight + at);
   }
   // Elements at, at + kAdamThreads, ...: four, or as many as there are before `end`.
   DC_HOST_DEVICE void singles(int at, int end, const AdamFactors<float>& factors, float grad_scale,
                               float factor) const {
     AdamFour<Grad, Weight> four = {};
-    Four<Weight> rounded = {};
+    Pack<Weight, 4> rounded = {};
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
@@ -127,20 +127,11 @@ DC_HOST_DEVICE void adamw_thread(const AdamSegment& segment, float factor, uint3
   const AdamFactors<float> factors = segment.factors;
   const float grad_scale = segment.grad_scale;
   constexpr int kRound = 4 * kAdamThreads;
-  int at = 4 * thread;
-  for (; at + kRound < grouped; at += 2 * kRound) {  // two groups at once: more loads under way
-    AdamFour<Grad, Weight> a = chunk.load(at), b = chunk.load(at + kRound);
-    Four<Weight> rounded_a, rounded_b;
-    a.update(factors, grad_scale, factor, &rounded_a);
-    chunk.store(at, a, rounded_a);
-    b.update(factors, grad_scale, factor, &rounded_b);
-    chunk.store(at + kRound, b, rounded_b);
-  }
-  if (at < grouped) {
-    AdamFour<Grad, Weight> a = chunk.load(at);
-    Four<Weight> rounded;
-    a.update(factors, grad_scale, factor, &rounded);
-    chunk.store(at, a, rounded);
+  for (int at = 4 * thread; at < grouped; at += kRound) {
+    AdamFour<Grad, Weight> four = chunk.load(at);
+    Pack<Weight, 4> rounded;
+    four.update(factors, grad_scale, factor, &rounded);
+    chunk.store(at, four, rounded);
   }
   for (int i = grouped + thread; i < count; i += kRound) {
     chunk.singles(i, count, factors, grad_scale, factor);

@@ -4,6 +4,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <utility>
@@ -19,13 +20,16 @@ inline int use_device(int device) {
   return static_cast<int>(cudaSetDevice(device));
 }
 
-// Lets no more than two blocks of a kernel be on a multiprocessor at once, by the shared memory
-// that launches are to ask for, which nobody uses. For kernels that do nothing but move memory: two
-// blocks of theirs have more loads under way than the memory can serve, and each load and copy of
-// others waits behind them. On an H200 two are as fast as four or faster, and copies from and to
-// peers beside them too (docs/performance.md). 0, or what went wrong.
+// Blocks on a multiprocessor of kernels that do nothing but move memory. With more they have more
+// loads under way than the memory can serve, and each load and copy of others waits behind them;
+// two of 512 threads are as fast as a device copy but for 4 to 8% (docs/performance.md). To be
+// given to __launch_bounds__ too: the compiler otherwise saves registers by putting loads off.
+constexpr int kMemoryBlocks = 2;
+
+// Lets no more than those be there at once, by the shared memory that launches are to ask for,
+// which nobody uses. 0, or what went wrong.
 template <typename Kernel>
-int two_blocks(Kernel kernel, int device, int* shared_bytes) {
+int limit_blocks(Kernel kernel, int device, int* shared_bytes) {
   // Of each kernel on each device: asking takes longer than a launch.
   static std::mutex mutex;
   static std::map<std::pair<Kernel, int>, int> known;
@@ -42,7 +46,7 @@ int two_blocks(Kernel kernel, int device, int* shared_bytes) {
   cudaError_t status = ask(&whole, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   if (status == cudaSuccess) status = ask(&reserved, cudaDevAttrReservedSharedMemoryPerBlock);
   if (status == cudaSuccess) status = ask(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin);
-  const int bytes = whole / 2 - reserved < most ? whole / 2 - reserved : most;
+  const int bytes = std::min(whole / kMemoryBlocks - reserved, most);
   if (status == cudaSuccess) {
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   }

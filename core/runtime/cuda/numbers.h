@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Element types of the kernels, and groups of four of them, for nvcc and for a
+// Element types of the kernels, and packs of neighbours, for nvcc and for a
 // plain C++ compiler: the tests run the kernels' bodies on a CPU.
 //
 // C++17, because older nvcc stops there.
@@ -95,71 +95,53 @@ DC_HOST_DEVICE void round_to(float value, F16* out) {
 
 #endif
 
-// Four elements that are read or written at once: 16 bytes of f32, 8 of 16-bit types.
-template <typename T>
-struct alignas(4 * sizeof(T)) Four {
-  T at[4];
-};
-
-// The device streams: what a kernel reads and writes once shall not push other
-// data out of its caches. A misaligned group ends a CPU test.
-template <typename T>
-DC_HOST_DEVICE Four<T> load_four(const T* from) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(T) == 4) {
-    return bit_cast<Four<T>>(__ldcs(reinterpret_cast<const uint4*>(from)));
-  } else {
-    return bit_cast<Four<T>>(__ldcs(reinterpret_cast<const uint2*>(from)));
-  }
-#else
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Four<T>) != 0) std::abort();
-  Four<T> four;
-  memcpy(&four, from, sizeof(four));
-  return four;
-#endif
-}
-
-template <typename T>
-DC_HOST_DEVICE void store_four(const Four<T>& four, T* to) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (sizeof(T) == 4) {
-    __stcs(reinterpret_cast<uint4*>(to), bit_cast<uint4>(four));
-  } else {
-    // Weights are gathered soon: these may stay in the cache.
-    *reinterpret_cast<uint2*>(to) = bit_cast<uint2>(four);
-  }
-#else
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(Four<T>) != 0) std::abort();
-  memcpy(to, &four, sizeof(four));
-#endif
-}
-
-// Sixteen bytes of elements.
-template <typename T>
-struct alignas(16) SixteenBytes {
-  static constexpr int kCount = 16 / sizeof(T);
+// Neighbouring elements that are read or written at once, 8 or 16 bytes. Where the threads of a
+// warp work on neighbouring packs of several arrays, all must have the same kCount: else each of
+// its loads has half of every sector that it touches.
+template <typename T, int kCount>
+struct alignas(kCount * sizeof(T)) Pack {
   T at[kCount];
 };
 
-template <typename T>
-DC_HOST_DEVICE SixteenBytes<T> load_sixteen(const T* from) {
+template <typename T>  // elements of 16 bytes
+constexpr int kSixteen = 16 / static_cast<int>(sizeof(T));
+
+#if defined(__CUDACC__)
+template <size_t kBytes>
+struct WordOf;
+template <>
+struct WordOf<8> {
+  using Type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using Type = uint4;
+};
+#endif
+
+// What a kernel reads once shall not push other data out of its caches. A misaligned pack ends a
+// CPU test.
+template <int kCount, typename T>
+DC_HOST_DEVICE Pack<T, kCount> load_pack(const T* from) {
 #if defined(__CUDA_ARCH__)
-  return bit_cast<SixteenBytes<T>>(__ldcs(reinterpret_cast<const uint4*>(from)));
+  using Word = typename WordOf<sizeof(Pack<T, kCount>)>::Type;
+  return bit_cast<Pack<T, kCount>>(__ldcs(reinterpret_cast<const Word*>(from)));
 #else
-  if (reinterpret_cast<uintptr_t>(from) % 16 != 0) std::abort();
-  SixteenBytes<T> loaded;
-  memcpy(&loaded, from, sizeof(loaded));
-  return loaded;
+  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack<T, kCount>) != 0) std::abort();
+  Pack<T, kCount> pack;
+  memcpy(&pack, from, sizeof(pack));
+  return pack;
 #endif
 }
 
-template <typename T>
-DC_HOST_DEVICE void store_sixteen(const SixteenBytes<T>& sixteen, T* to) {
+template <typename T, int kCount>
+DC_HOST_DEVICE void store_pack(const Pack<T, kCount>& pack, T* to) {
 #if defined(__CUDA_ARCH__)
-  *reinterpret_cast<uint4*>(to) = bit_cast<uint4>(sixteen);
+  using Word = typename WordOf<sizeof(pack)>::Type;
+  __stwb(reinterpret_cast<Word*>(to), bit_cast<Word>(pack));  // by `=` it may be cut in two
 #else
-  if (reinterpret_cast<uintptr_t>(to) % 16 != 0) std::abort();
-  memcpy(to, &sixteen, sizeof(sixteen));
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(pack) != 0) std::abort();
+  memcpy(to, &pack, sizeof(pack));
 #endif
 }
 

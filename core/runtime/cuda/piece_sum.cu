@@ -8,17 +8,9 @@ namespace deepcompile::kernels {
 namespace {
 
 template <typename T, int kCount, bool kTotals>
-__global__ void __launch_bounds__(kPieceThreads)
+__global__ void __launch_bounds__(kPieceThreads, kMemoryBlocks)
     piece_sums(const __grid_constant__ PieceTable table) {
-  const int s = entry_of(table.first_block, table.sums, blockIdx.x);
-  const uint32_t block = blockIdx.x - table.first_block[s];
-  const int thread = static_cast<int>(threadIdx.x);
-  if constexpr (kTotals) {
-    const TotalsOut<T> to{static_cast<Wide<T>>(table.scale), table.sum[s].first};
-    piece_sum_thread<T, kCount>(table.sum[s], to, table.count, block, thread);
-  } else {
-    piece_sum_thread<T, kCount>(table.sum[s], SumsOut<T>(), table.count, block, thread);
-  }
+  piece_sum_of_table<T, kCount, kTotals>(table, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
 using Kernel = void (*)(PieceTable);
@@ -36,7 +28,7 @@ Launch launch_for(int64_t count) {
     if (count == 8) return piece_sums<T, 8, kTotals>;
     return piece_sums<T, 0, kTotals>;
   };
-  return {of(), kTotals ? kPieceChunk<T, TotalsOut<T>> : kPieceChunk<T, SumsOut<T>>};
+  return {of(), kPieceChunk<T, kTotals>};
 }
 
 template <bool kTotals>
@@ -62,7 +54,7 @@ int run(int device, void* stream, const deepcompile_cuda_sum* sums, int64_t coun
   if (status != 0) return status;
   const Launch by = launch_for<kTotals>(type, pieces);
   int shared_bytes = 0;
-  status = two_blocks(by.kernel, device, &shared_bytes);
+  status = limit_blocks(by.kernel, device, &shared_bytes);
   if (status != 0) return status;
   const auto launch = [&](const PieceTable& table, uint32_t blocks) {
     by.kernel<<<blocks, kPieceThreads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(table);

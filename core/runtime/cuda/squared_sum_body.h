@@ -41,7 +41,7 @@ DC_HOST_DEVICE double to_f64(T value) {
 // elements, and in which order, is the same for aligned arrays and others.
 template <typename T>
 DC_HOST_DEVICE double squared_sum_thread(const T* chunk, int count, int thread) {
-  constexpr int kWide = SixteenBytes<T>::kCount;
+  constexpr int kWide = kSixteen<T>;
   double sums[kWide] = {};
   int at = kWide * thread;
   if (reinterpret_cast<uintptr_t>(chunk) % 16 == 0) {
@@ -49,7 +49,7 @@ DC_HOST_DEVICE double squared_sum_thread(const T* chunk, int count, int thread) 
 #pragma unroll 4
 #endif
     for (; at + kWide <= count; at += kWide * kSumThreads) {
-      const SixteenBytes<T> loaded = load_sixteen(chunk + at);
+      const Pack<T, kWide> loaded = load_pack<kWide>(chunk + at);
       for (int k = 0; k < kWide; ++k) {
         const double value = to_f64(loaded.at[k]);
         sums[k] = std::fma(value, value, sums[k]);
