@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """At what rate do the library's kernels move memory, alone and beside copies between GPUs?
 
-All GPUs at once: the AdamW update, sums of bf16 pieces, and sums into f32 totals, each over and
-over on its stream; beside it copies from (pull) or to (push) each peer in turn, in step: no two
-GPUs copy from or to the same one. TB/s are of the bytes that a kernel reads and writes, GB/s of
-what each GPU copies. One GPU measures the kernels alone.
+All GPUs at once: the AdamW update, the gradients' norm, sums of bf16 pieces, and sums into f32
+totals, each over and over on its stream; beside it copies from (pull) or to (push) each peer in
+turn, in step: no two GPUs copy from or to the same one. TB/s are of the bytes that a kernel reads
+and writes, GB/s of what each GPU copies. One GPU measures the kernels alone.
 
     python benchmarks/micro/kernels_beside_copies.py --elements 256 --pieces 2,4
 """
@@ -35,11 +35,16 @@ class Work:
         self.segment = Segment(array(f32), array(f32), array(f32, 1), array(bf16), array(bf16))
         self.pieces = [array(bf16, 1) for _ in range(most)]
         self.sum, self.total = array(bf16), array(f32)
+        self.norm = torch.zeros((), dtype=f32, device=f"cuda:{gpu}")
 
 
 def kernels(library: Kernels, counts: list[int]) -> list[tuple[str, int, Callable[[Work], None]]]:
     """Name, bytes an element, call."""
-    out = [("adamw", 28, lambda work: library.adamw([work.segment]))]
+
+    def norm(work: Work) -> None:
+        library.squared_sum([work.segment.gradient], [1.0], work.norm)
+
+    out = [("adamw", 28, lambda work: library.adamw([work.segment])), ("norm", 2, norm)]
     for n in counts:
 
         def sums(work: Work, n: int = n) -> None:

@@ -113,15 +113,20 @@ void prefer_classical(const Found& classical, Found* best) {
   *best = classical;
 }
 
-// What the plan that holds comes to today, and what its choice does, made again: its copies may
+// The plan that holds, what it comes to today, and what its choice does, made again: its copies may
 // stand elsewhere by these costs.
 struct HeldTrials {
+  StepProgram plan;
   Trial as_it_is;
   Found again;
 };
 
-HeldTrials try_held(AutoBuilder& builder, const StepProgram& held) {
-  HeldTrials out{builder.measure_plan(held), {read_choice(builder, held), {}}};
+std::optional<HeldTrials> try_held(AutoBuilder& builder, const StepProgram& plain) {
+  std::optional<StepProgram> plan = held_plan(builder, plain);
+  if (!plan) return std::nullopt;
+  HeldTrials out{std::move(*plan), {}, {}};
+  out.as_it_is = builder.measure_plan(out.plan);
+  out.again.choice = read_choice(builder, out.plan);
   out.again.trial = builder.measure(out.again.choice);
   return out;
 }
@@ -161,8 +166,8 @@ class Planning {
     return out;
   }
 
-  std::future<HeldTrials> try_beside(const StepProgram& held) {
-    return beside(environment_, [&](AutoBuilder& other) { return try_held(other, held); });
+  std::future<std::optional<HeldTrials>> try_held_beside() {
+    return beside(environment_, [&](AutoBuilder& other) { return try_held(other, plain_); });
   }
 
  private:
@@ -236,19 +241,15 @@ void AutoPlan::run(StepProgram& program, PassContext& context) const {
   check(program, context.environment());
   Planning planning(program, context.environment(), options_.simulations);
   AutoBuilder& builder = planning.builder();
-  const std::optional<StepProgram> held = held_plan(builder, program);
-  std::future<HeldTrials> of_held;
-  if (held) of_held = planning.try_beside(*held);
+  std::future<std::optional<HeldTrials>> of_held;
+  if (context.environment().held != nullptr) of_held = planning.try_held_beside();
   auto [best, classical] = planning.search();
-  std::optional<HeldTrials> tried;
-  if (held) {
-    tried = of_held.get();
-    if (better(tried->again.trial, best.trial)) best = tried->again;
-  }
+  const std::optional<HeldTrials> held = of_held.valid() ? of_held.get() : std::nullopt;
+  if (held && better(held->again.trial, best.trial)) best = held->again;
   if (best.trial.fits) prefer_classical(classical, &best);
-  if (tried && tried->as_it_is.fits && !better(best.trial, tried->as_it_is)) {
-    explain_step(planning, classical, tried->as_it_is, context);
-    stay_with(*held, context, &program);
+  if (held && held->as_it_is.fits && !better(best.trial, held->as_it_is)) {
+    explain_step(planning, classical, held->as_it_is, context);
+    stay_with(held->plan, context, &program);
     return;
   }
   if (!best.trial.fits) fail_budget(classical, best, builder.budget());

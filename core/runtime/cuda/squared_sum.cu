@@ -23,7 +23,7 @@ __device__ double block_sum(double value) {
   return value;
 }
 
-__global__ void __launch_bounds__(kSumThreads)
+__global__ void __launch_bounds__(kSumThreads, kMemoryBlocks)
     squared_sums(const __grid_constant__ SumTable table) {
   const int g = entry_of(table.first_block, table.gradients, blockIdx.x);
   const GradientArgument& gradient = table.gradient[g];

@@ -17,6 +17,7 @@ namespace deepcompile::kernels {
 using GradientArgument = deepcompile_cuda_gradient;
 
 constexpr int kSumThreads = 512;     // of a block of the first stage
+constexpr int kSumLoads = 4;         // of 16 bytes, that a thread has under way
 constexpr int kSumChunk = 32768;     // elements of such a block
 constexpr int kSumGradients = 112;   // of one launch
 constexpr int kTotalThreads = 1024;  // of the second stage's block
@@ -42,21 +43,24 @@ DC_HOST_DEVICE double to_f64(T value) {
 template <typename T>
 DC_HOST_DEVICE double squared_sum_thread(const T* chunk, int count, int thread) {
   constexpr int kWide = kSixteen<T>;
+  constexpr int kStride = kWide * kSumThreads;
   double sums[kWide] = {};
+  const auto add = [&](const Pack<T, kWide>& pack) {
+    for (int k = 0; k < kWide; ++k) {
+      const double value = to_f64(pack.at[k]);
+      sums[k] = std::fma(value, value, sums[k]);
+    }
+  };
   int at = kWide * thread;
   if (reinterpret_cast<uintptr_t>(chunk) % 16 == 0) {
-#if defined(__CUDA_ARCH__)
-#pragma unroll 4
-#endif
-    for (; at + kWide <= count; at += kWide * kSumThreads) {
-      const Pack<T, kWide> loaded = load_pack<kWide>(chunk + at);
-      for (int k = 0; k < kWide; ++k) {
-        const double value = to_f64(loaded.at[k]);
-        sums[k] = std::fma(value, value, sums[k]);
-      }
+    for (; at + (kSumLoads - 1) * kStride + kWide <= count; at += kSumLoads * kStride) {
+      Pack<T, kWide> loaded[kSumLoads];
+      for (int i = 0; i < kSumLoads; ++i) loaded[i] = load_pack<kWide>(chunk + at + i * kStride);
+      for (int i = 0; i < kSumLoads; ++i) add(loaded[i]);
     }
+    for (; at + kWide <= count; at += kStride) add(load_pack<kWide>(chunk + at));
   }
-  for (; at < count; at += kWide * kSumThreads) {
+  for (; at < count; at += kStride) {
     for (int k = 0; k < kWide; ++k) {
       const double value = at + k < count ? to_f64(chunk[at + k]) : 0.0;
       sums[k] = std::fma(value, value, sums[k]);
