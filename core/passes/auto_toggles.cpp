@@ -18,6 +18,7 @@ namespace {
 using Toggle = std::function<void(AutoChoice&)>;
 
 constexpr int kRunsAheadTried[] = {1, 2, 4};
+constexpr size_t kSets = 24;                    // that single gaps and limits are tried on
 constexpr Bytes kEverything{int64_t{1} << 40};  // a limit above all gathers of a small program
 
 template <typename Id>
@@ -48,12 +49,22 @@ class ToggleSearch {
       limits_.push_back(limits_of(section));
   }
 
+  // By single regions, values, parameters, gaps, limits and places.
   Found climb(const AutoChoice& start) {
-    Found best{builder_.spelled_out(start), {}};
-    best.trial = measure(best.choice);
-    while (left_ > 0 && (one(&best) || two(&best))) {
-    }
-    return best;
+    return climb(builder_.spelled_out(start), [this](const AutoChoice& c) { return toggles(c); });
+  }
+
+  // By what frees memory and places alone: what is kept follows by worth, and gathers go ahead as
+  // far as there is room. A set that frees another way seldom helps before these follow it.
+  Found climb_sets(AutoChoice start) {
+    start.keep = std::nullopt;
+    start.limits.assign(limits_.size(), kEverything);
+    start.prefetch = std::nullopt;
+    return climb(start, [this](const AutoChoice& choice) {
+      std::vector<Toggle> out = memory_toggles(choice);
+      add_places(choice, &out);
+      return out;
+    });
   }
 
   // All and nothing of each kind, with each place: far apart, so that climbs
@@ -84,12 +95,33 @@ class ToggleSearch {
     return out;
   }
 
+  // The best of all that climb_sets came by.
+  std::vector<Found> best_sets() const {
+    std::vector<Found> out = sets_;
+    std::stable_sort(out.begin(), out.end(),
+                     [](const Found& a, const Found& b) { return better(a.trial, b.trial); });
+    if (out.size() > kSets) out.resize(kSets);
+    return out;
+  }
+
  private:
+  using Toggles = std::function<std::vector<Toggle>(const AutoChoice&)>;
+
+  Found climb(const AutoChoice& start, const Toggles& toggles) {
+    Found best{start, measure(start)};
+    while (left_ > 0 && (one(toggles, &best) || two(toggles, &best))) {
+    }
+    return best;
+  }
+
   Trial measure(const AutoChoice& choice) {
-    const auto [at, is_new] = known_.try_emplace(key_of(choice));
+    const bool by_worth = !choice.keep;
+    const AutoChoice spelled = by_worth ? builder_.spelled_out(choice) : choice;
+    const auto [at, is_new] = known_.try_emplace(key_of(spelled));
     if (is_new) {
       --left_;
-      at->second = builder_.measure(choice);
+      at->second = builder_.measure(spelled);
+      if (by_worth) sets_.push_back({spelled, at->second});
     }
     return at->second;
   }
@@ -104,12 +136,12 @@ class ToggleSearch {
       total += bytes;
       largest = std::max(largest, bytes);
     }
-    std::set<Bytes> out{Bytes{-1}, Bytes{-1}};
+    std::set<Bytes> out{Bytes{-1}};
     if (total > Bytes{0}) out.insert({largest, {total.value / 2}, {total.value / 4}, total});
     return {out.begin(), out.end()};
   }
 
-  std::vector<Toggle> toggles(const AutoChoice& from) {
+  std::vector<Toggle> memory_toggles(const AutoChoice& from) const {
     std::vector<Toggle> out;
     for (const RecomputeUnit& unit : menu_.recompute()) {
       for (RegionId id : unit.regions) {
@@ -122,6 +154,11 @@ class ToggleSearch {
     for (const Movable& each : menu_.states()) {
       out.push_back([id = ParamId{each.id}](AutoChoice& c) { flip(&c.offload_states, id); });
     }
+    return out;
+  }
+
+  std::vector<Toggle> toggles(const AutoChoice& from) {
+    std::vector<Toggle> out = memory_toggles(from);
     add_gaps(from, &out);
     for (size_t s = 0; s < limits_.size(); ++s) {
       for (const Bytes limit : limits_[s]) {
@@ -161,7 +198,7 @@ class ToggleSearch {
   }
 
   // The best single toggle, if it helps.
-  bool one(Found* best) {
+  bool one(const Toggles& toggles, Found* best) {
     const AutoChoice from = best->choice;
     const Trial before = best->trial;
     for (const Toggle& toggle : toggles(from)) {
@@ -172,7 +209,7 @@ class ToggleSearch {
   }
 
   // The first pair that helps.
-  bool two(Found* best) {
+  bool two(const Toggles& toggles, Found* best) {
     const AutoChoice from = best->choice;
     const std::vector<Toggle> all = toggles(from);
     for (size_t i = 0; i < all.size(); ++i) {
@@ -198,6 +235,7 @@ class ToggleSearch {
   int left_;
   std::vector<std::vector<Bytes>> limits_;  // by section
   std::map<std::string, Trial> known_;      // by key
+  std::vector<Found> sets_;                 // of climb_sets, spelled out
 };
 
 }  // namespace
@@ -211,7 +249,10 @@ Found toggle_search(AutoBuilder& builder, const MemoryMenu& menu, const std::vec
     if (better(found.trial, best.trial)) best = std::move(found);
   };
   for (const Found& start : starts) climb(start.choice);
-  for (const AutoChoice& corner : search.corners()) climb(corner);
+  const std::vector<AutoChoice> corners = search.corners();
+  for (const AutoChoice& corner : corners) search.climb_sets(corner);
+  for (const Found& each : search.best_sets()) climb(each.choice);
+  for (const AutoChoice& corner : corners) climb(corner);
   return best;
 }
 

@@ -56,7 +56,18 @@ StepProgram chain(uint32_t seed, int layers) {
                        "end\nbackward 0 (t) -> ()\n" + backward + "end\nupdate\nend\n");
 }
 
-// Every combination of the sets, places and limits below.
+// What the bits of `set` stand for.
+template <typename T>
+std::vector<T> subset(const std::vector<T>& all, size_t set) {
+  std::vector<T> out;
+  for (size_t i = 0; i < all.size(); ++i) {
+    if (set >> i & 1) out.push_back(all[i]);
+  }
+  return out;
+}
+
+// Every subset of what can run again, of values, states and gaps, every place, and gathers ahead
+// in each section or not.
 class Exhaustive {
  public:
   Exhaustive(const StepProgram& plain, const PassEnvironment& environment)
@@ -72,18 +83,15 @@ class Exhaustive {
     Found best{{}, {Nanos{INT64_MAX}, Bytes{INT64_MAX}, false}};
     for (size_t r = 0; r < size_t{1} << regions_.size(); ++r) {
       AutoChoice choice;
-      for (size_t i = 0; i < regions_.size(); ++i) {
-        if (r >> i & 1) choice.recompute.push_back(regions_[i]);
+      choice.recompute = subset(regions_, r);
+      std::vector<ValueId> values;
+      for (const Movable& each : menu_.values(choice.recompute)) {
+        if (!made_again(choice, ValueId{each.id})) values.push_back(ValueId{each.id});
       }
-      for (const bool values : {false, true}) {
-        choice.offload_values.clear();
-        for (const Movable& each : menu_.values(choice.recompute)) {
-          if (values && !made_again(choice, ValueId{each.id})) {
-            choice.offload_values.push_back(ValueId{each.id});
-          }
-        }
-        std::sort(choice.offload_values.begin(), choice.offload_values.end());
-        if (!values || !choice.offload_values.empty()) states(choice, &best);
+      std::sort(values.begin(), values.end());
+      for (size_t v = 0; v < size_t{1} << values.size(); ++v) {
+        choice.offload_values = subset(values, v);
+        states(choice, &best);
       }
     }
     return best;
@@ -99,12 +107,11 @@ class Exhaustive {
   }
 
   void states(AutoChoice choice, Found* best) {
-    for (const bool away : {false, true}) {
-      choice.offload_states.clear();
-      for (const Movable& each : menu_.states()) {
-        if (away) choice.offload_states.push_back(ParamId{each.id});
-      }
-      std::sort(choice.offload_states.begin(), choice.offload_states.end());
+    std::vector<ParamId> all;
+    for (const Movable& each : menu_.states()) all.push_back(ParamId{each.id});
+    std::sort(all.begin(), all.end());
+    for (size_t away = 0; away < size_t{1} << all.size(); ++away) {
+      choice.offload_states = subset(all, away);
       choice.place = Place::kStep;
       keep(choice, best);
       choice.place = Place::kNextForward;
@@ -120,10 +127,7 @@ class Exhaustive {
       if (gap.saved > Nanos{0}) gaps.push_back(gap.id);
     }
     for (size_t k = 0; k < size_t{1} << gaps.size(); ++k) {
-      choice.keep->clear();
-      for (size_t i = 0; i < gaps.size(); ++i) {
-        if (k >> i & 1) choice.keep->push_back(gaps[i]);
-      }
+      choice.keep = subset(gaps, k);
       for (size_t l = 0; l < size_t{1} << sections_; ++l) {
         choice.limits.assign(builder_.classical().sections.size(), Bytes{-1});
         for (size_t s = 0; s < sections_; ++s) {
@@ -167,24 +171,31 @@ bool compare(const StepProgram& plain, Bytes budget, double* worst, size_t* trie
   return true;
 }
 
+// With two layers at several budgets; with three, at what single toggles once missed.
 TEST(AutoPlan, IsWithinAPercentOfExhaustiveSearch) {
+  struct Case {
+    uint32_t seed;
+    int layers;
+    int64_t percent;  // of the classical plan's peak
+  };
+  std::vector<Case> cases = {{3003, 3, 85}, {3017, 3, 92}, {2001, 3, 85}, {3109, 3, 92}};
+  if (kSanitized) cases.clear();
+  for (uint32_t seed = 0; seed < seeds(12); ++seed) {
+    for (const int64_t percent : {70, 90, 130}) cases.push_back({seed, 2, percent});
+  }
   double worst = 0;
-  size_t tried = 0;
-  uint32_t compared = 0;
-  for (uint32_t seed = 0; seed < seeds(24); ++seed) {
-    const StepProgram plain = chain(seed, seed % 6 == 5 ? 3 : 2);
-    const UnitCost costs = unit_costs();
+  size_t tried = 0, compared = 0;
+  for (const auto& [seed, layers, percent] : cases) {
+    SCOPED_TRACE(std::to_string(seed) + " at " + std::to_string(percent) + "%");
+    const StepProgram plain = chain(seed, layers);
     StepProgram classical = plain;
     run_pipeline(classical, PassRegistry::with_builtins(), {"zero3_compile"});
-    const Bytes peak = simulate(classical, costs).peak;
-    for (const int64_t percent : {70, 90, 130}) {
-      SCOPED_TRACE(std::to_string(seed) + " at " + std::to_string(percent) + "%");
-      compared += compare(plain, {peak.value * percent / 100}, &worst, &tried);
-    }
+    const Bytes peak = simulate(classical, unit_costs()).peak;
+    compared += compare(plain, {peak.value * percent / 100}, &worst, &tried);
   }
   std::cout << compared << " searches, " << tried << " plans, at worst " << worst
             << " of the best time\n";
-  EXPECT_GT(compared, kSanitized ? 2 * seeds(24) : 50);
+  EXPECT_GT(compared, cases.size() * 2 / 3);
 }
 
 Bytes classical_peak(const StepProgram& plain, const Estimator& costs) {
