@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
@@ -22,10 +23,19 @@ struct PythonContext {
   std::shared_ptr<PassEnvironment> environment;
 
   void because(const std::string& object, std::string text) const {
-    if (!object.empty() && !program->find_param(object) && !program->find_region(object)) {
-      throw UserError("[passes] " + pass + ": because(\"" + object +
-                      "\"): no parameter or region of that name. Use \"\" for the whole step.");
+    if (object.empty() || program->find_param(object) || program->find_region(object)) {
+      return add(object, std::move(text));
     }
+    for (const Param& param : program->params) {  // small ones are packed
+      const auto& members = param.members;
+      if (std::find(members.begin(), members.end(), object) == members.end()) continue;
+      return add(param.name, object + ": " + text);
+    }
+    throw UserError("[passes] " + pass + ": because(\"" + object +
+                    "\"): no parameter or region of that name. Use \"\" for the whole step.");
+  }
+
+  void add(const std::string& object, std::string text) const {
     if (environment->reasons) program->reasons.push_back({pass, object, std::move(text)});
   }
 

@@ -6,17 +6,19 @@ not before its number. A pass is a built-in's name, a name that the engine
 registered, an object of deepcompile.passes, or a function of (program,
 context). An entry with passes that weigh costs is *measured*: it plans the
 whole step at once, from a profile of one, and all ranks agree on the result.
+So is one with a function, unless it begins at step 0, before there is a profile.
 Any other is applied to each graph by itself as it is captured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 from . import _core
-from .errors import UserError
+from .errors import UserError, meant
 
 STAGE_PASS = {
     0: "zero0_compile",
@@ -54,6 +56,8 @@ def _resolve(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Any:
     if not isinstance(native, str):
         if native is not given or callable(given):
             return given
+        if isinstance(given, ModuleType):
+            raise UserError(f"[passes] schedule: {_of_module(given)}")
         raise UserError(
             f"[passes] schedule: {given!r} is neither a pass's name nor a function of "
             "(program, context)"
@@ -62,25 +66,49 @@ def _resolve(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Any:
         return registered[native]
     if native in _core.pass_names():
         return native
-    known = ", ".join([*_core.pass_names(), *registered])
-    raise UserError(f"[passes] schedule: no pass named {native!r}; known are {known}")
+    known = [*_core.pass_names(), *registered]
+    near = meant(native, known)
+    raise UserError(
+        f"[passes] schedule: no pass named {native!r}{near or ';'} known are {', '.join(known)}"
+    )
 
 
-def _weighs_costs(resolved: Any) -> bool:
-    """Whether it is one of the core's or a library's that is no stage's pass."""
+def _of_module(module: ModuleType) -> str:
+    """What to write in place of a module of passes."""
+    short = module.__name__.rpartition(".")[2]
+    passes = [name for name, value in vars(module).items() if hasattr(value, "native")]
+    remedy = f"write {short}.{passes[0]}" if passes else "give a pass of it"
+    return f"{short} is a module, not a pass; {remedy}"
+
+
+def _weighs_costs(resolved: Any, step: int) -> bool:
+    """Whether it is one of the core's or a library's that is no stage's pass, or a function where
+    there is a profile."""
     if isinstance(resolved, str):
         return resolved not in STAGE_PASS.values()
-    return hasattr(resolved, "native")
+    return hasattr(resolved, "native") or step > 0
 
 
 def _entry(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Entry:
     try:
         step, passes = given
-        step, passes = int(step), [passes] if isinstance(passes, str) else list(passes)
+        alone = isinstance(passes, str | ModuleType)
+        step, passes = int(step), [passes] if alone else list(passes)
     except (TypeError, ValueError):
         raise UserError(f"[passes] schedule: {given!r} is not (step, [passes])") from None
     resolved = tuple(_resolve(each, registered) for each in passes)
-    return Entry(step, resolved, any(_weighs_costs(each) for each in resolved))
+    measured = any(_weighs_costs(each, step) for each in resolved)
+    return Entry(step, resolved, measured)
+
+
+def _check_stage(entry: Entry, stage: int) -> None:
+    for name in entry.names():
+        if name in STAGE_PASS.values() and name != STAGE_PASS[stage]:
+            raise UserError(
+                f"[passes] {name}: the engine is at ZeRO stage {stage}, whose pass is "
+                f"{STAGE_PASS[stage]}, and the entry at step {entry.step} plans for another. Use "
+                "that, or another zero_optimization.stage."
+            )
 
 
 def _check_contracts(entry: Entry) -> None:
@@ -119,13 +147,22 @@ def check_schedule(
 ) -> list[Entry]:
     """The entries of a schedule; None and "auto" mean the stage's default. Raises UserError for
     what could not be applied."""
-    if given is None or given == "auto" or list(given) == ["auto"]:
+    if given is None or given == "auto":
+        given = default_schedule(stage)
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise UserError(
+            f"[passes] schedule: {given!r} is not a list of (step, [passes]); write "
+            f"[(0, [{STAGE_PASS[stage]!r}, ...])], or leave it out"
+        )
+    given = list(given)
+    if given == ["auto"]:
         given = default_schedule(stage)
     entries = [_entry(each, registered) for each in given]
     steps = [entry.step for entry in entries]
     if not steps or steps != sorted(set(steps)) or steps[0] != 0:
         raise UserError(f"[passes] schedule: steps are {steps}; they must begin at 0 and increase")
     for entry in entries:
+        _check_stage(entry, stage)
         _check_contracts(entry)
     return entries
 

@@ -217,6 +217,11 @@ def test_what_a_pass_keeps_stays_good():
     del program
     assert kept[0][0].sections[0].name == "forward 0"
     kept[0][1].because("", "late")
+    kept[0][1].because("n.bias", "later")  # a packed parameter's reason is its pack's
+    assert [(r.object, r.text) for r in kept[0][0].reasons] == [
+        ("", "late"),
+        ("small", "n.bias: later"),
+    ]
 
 
 def test_plans_freeze_and_parse():

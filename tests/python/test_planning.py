@@ -14,6 +14,7 @@ from torch import nn
 from deepcompile import UserError, _core, agreement, budget, planning
 from deepcompile.config import CompileConfig
 from deepcompile.distributed import Ranks
+from deepcompile.passes import from_deepspeed
 from deepcompile.schedule import WARMUP, check_schedule, default_schedule, entry_at
 
 SEED_STYLE = [
@@ -72,10 +73,11 @@ def test_an_entry_holds_from_the_first_step_that_is_not_before_it():
         ([(0, [3])], "3 is neither a pass's name nor a function"),
         ([(0, ["zero3_compile", "auto"])], "auto: conflicts with"),
         ([(0, ["order_link"])], "no pass that provides reductions_placed"),
+        ([(0, ["zero3_compile"]), (3, ["zero1_compile"])], "zero1_compile: the engine is at ZeRO"),
     ],
 )
 def test_schedules_that_are_refused(given, expected):
-    with pytest.raises(UserError, match="schedule|conflicts") as caught:
+    with pytest.raises(UserError, match="schedule|conflicts|stage") as caught:
         check_schedule(given, 3, {})
     assert expected in str(caught.value)
 
@@ -96,19 +98,49 @@ def test_the_configurations_schedule_is_used():
     assert history(engine) == [] and engine.compile_report()["plans"] == 0
 
 
-def test_functions_see_the_whole_step_in_a_measured_entry():
+def test_a_function_sees_each_graph_at_step_0_and_later_the_whole_step_with_its_times():
     seen = []
 
     def watch(program, context):
-        seen.append([section.kind for section in program.sections])
+        kinds = [section.kind for section in program.sections]
+        whole = kinds == ["forward", "backward", "update"]
+        known = [context.memory_budget is not None, context.simulate(program) is not None]
+        seen.append((kinds, known))
+        assert whole == all(known)
 
-    engine = compiled(schedule=[(0, ["zero3_compile"]), (2, ["zero3_compile", "prefetch", watch])])
+    engine = compiled(schedule=[(0, ["zero3_compile", watch]), (2, ["zero3_compile", watch])])
     for number in range(3):
         step(engine, number)
-    assert seen == [["forward", "backward", "update"]]
+    assert seen[-1] == (["forward", "backward", "update"], [True, True])
+    assert [kinds for kinds, _ in seen[-3:-1]] == [["update"], ["forward", "backward"]]
 
 
-# ---- whole-step plans
+def test_functions_that_edit_keep_the_bits():
+    """One that keeps a parameter whole, and one of DeepSpeed's form that moves nothing."""
+    edits, called = [], []
+
+    def keep(program, context):
+        for section in program.sections:
+            if section.kind == "forward":
+                kept = [i for i in section.instrs if i.op != "release"]
+                edits.append(len(section.instrs) - len(kept))
+                section.set_instrs(kept)
+        context.because("_0.bias", "is in a pack, and kept whole with it")
+
+    def theirs(gm, graph_id, graph_order, profile, create_inputs, mem_budget, params, bwd):
+        times = profile[graph_id].bwd_time if bwd else profile[graph_id].fwd_time
+        called.append((bwd, mem_budget > 0, max(each[1] for each in times) > 0))
+        return gm
+
+    start_with = (0, ["zero3_compile"])
+    twin = compiled(schedule=[start_with])
+    expected = [step(twin, n) for n in range(5)]
+    for each in (keep, from_deepspeed(theirs)):
+        engine = compiled(schedule=[start_with, (2, ["zero3_compile", each])])
+        assert [step(engine, n) for n in range(5)] == expected
+        assert len(history(engine)) == 1
+    assert sum(edits) > 0
+    assert called == [(False, True, True), (True, True, True)]
 
 
 def test_a_plan_changes_nothing_but_the_instructions():
