@@ -31,7 +31,7 @@ from .errors import UserError
 from .params import ParamTable
 from .schedule import Entry
 
-FORMAT = 1
+FORMAT = 2
 _SECTIONS = ("bf16", "zero_optimization")
 _COMPILE_KEYS = (
     "region_bytes", "differentiable_outputs", "memory_budget", "memory_reserve", "early_updates",
@@ -47,8 +47,8 @@ class Kept:
     agreed: Agreed
     costs: str
     """A _core.CostTable's text."""
-    region_times: dict[str, int]
-    """Key of a region's computation to nanoseconds."""
+    regions: dict[str, list[int | None]]
+    """Key of a region's computation to [nanoseconds, bytes of scratch or None]."""
 
 
 def _source(function: Any) -> str:
@@ -175,4 +175,4 @@ def _parse(text: str, key: str) -> Kept:
     agreed = Agreed(**kept["agreed"])
     agreed.reasons = [tuple(reason) for reason in agreed.reasons]
     _core.CostTable.parse(kept["costs"], "its cost table")
-    return Kept(agreed, kept["costs"], kept["region_times"])
+    return Kept(agreed, kept["costs"], kept["regions"])

@@ -110,7 +110,7 @@ class Planner:
         self.step_programs: list[Any] = []
         self.costs: Any = None
         """_core.CostTable of what was measured, from the first planning on."""
-        self._kept_times: dict[str, int] = {}
+        self._kept_regions: dict[str, list[int | None]] = {}
         self._job: dict[str, Any] | None = None
         self.update_program = self._build_update(self._entry.passes)
         self.update_plan_id = self._load(self.update_program, [])[0]
@@ -434,7 +434,7 @@ class Planner:
         if kept is None:
             return False
         self.costs = _core.CostTable.parse(kept.costs)
-        self._kept_times = kept.region_times
+        self._kept_regions = kept.regions
         self.adopt(kept.agreed, 0, "plan cache", start)
         entries = [e for e in self.schedule if e.measured]
         fitting = [e for e in entries if e.names() == kept.agreed.entry]
@@ -443,8 +443,9 @@ class Planner:
 
     def _kept(self, agreed: Agreed) -> plan_cache.Kept:
         keys = {r.code: r.key for g in self.graphs for r in g.captured.ir.regions}
-        times = {keys[c]: cost.time_ns for c, cost in self.profile.costs.items() if c in keys}
-        return plan_cache.Kept(agreed, self.costs.serialize(), times)
+        known = ((c, cost) for c, cost in self.profile.costs.items() if c in keys)
+        regions = {keys[c]: [cost.time_ns, cost.workspace] for c, cost in known}
+        return plan_cache.Kept(agreed, self.costs.serialize(), regions)
 
     def _confirm_cached(self, step: int) -> None:
         """After the first step by a cached plan: whether it fits what was captured; collective."""
@@ -465,8 +466,8 @@ class Planner:
     def profile_without_trace(self, step: int) -> Profile:
         """What is known of the last step if none was traced."""
         codes = {r.key: r.code for g in self.graphs for r in g.captured.ir.regions}
-        times = self._kept_times.items()
-        costs = {codes[key]: RegionCost(ns) for key, ns in times if key in codes}
+        kept = self._kept_regions.items()
+        costs = {codes[key]: RegionCost(*each) for key, each in kept if key in codes}
         return Profile(step, [], [], self.last_order, costs)
 
     def check_ranks(self) -> None:
