@@ -365,6 +365,16 @@ class Comparison:
         return found
 
 
+def updates_early(program: Any) -> bool:
+    """Whether a backward of it updates."""
+    return any(
+        instr.op == "update"
+        for section in program.sections
+        if section.kind == "backward"
+        for instr in section.instrs
+    )
+
+
 def compare(rank: int, world: int, jobs: list[Job], folder: str) -> list[dict[str, Any]]:
     """All plans of all jobs; what each job came to."""
     results = []
@@ -382,6 +392,7 @@ def compare(rank: int, world: int, jobs: list[Job], folder: str) -> list[dict[st
         results.append({
             "job": str(job), "problems": comparison.problems, "plans": len(plans),
             "combinations": len(combined),
+            "early": sum(updates_early(plan.program) for plan in combined),
             "compilations": (before, comparison.bench.compilations()),
             "losses": comparison.expected.losses,
             "replayed": comparison.bench.engine.runtime.replays()["replayed"],

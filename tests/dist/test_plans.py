@@ -37,8 +37,8 @@ def compared(world: int, jobs: list[Job], folder, timeout: float = 800) -> list[
     for result in results[0]:
         print(
             f"{result['job']} on {world} ranks: {result['plans']} random plans and "
-            f"{result['combinations']} combinations; seconds to capture, to plan, to run: "
-            f"{result['seconds']}"
+            f"{result['combinations']} combinations, {result['early']} of which update in a "
+            f"backward; seconds to capture, to plan, to run: {result['seconds']}"
         )
     problems = [p for result in results[0] for p in result["problems"]]
     assert not problems, "\n".join(problems)
@@ -90,7 +90,8 @@ def test_all_combinations_of_passes(tmp_path):
 
 def test_combinations_on_4_ranks(tmp_path):
     """Of the same ones, every third."""
-    compared(4, [Job("mixtral", 1, 0.0, combinations=1 if ALONE else 3)], tmp_path)
+    (result,) = compared(4, [Job("mixtral", 1, 0.0, combinations=1 if ALONE else 3)], tmp_path)
+    assert result["early"] > 0, "no combination updated in a backward"
 
 
 def test_stages_give_the_same_bits(tmp_path):

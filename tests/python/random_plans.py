@@ -525,11 +525,15 @@ def random_budget(program: Any, stage_pass: str, rng: random.Random) -> int:
 
 
 def affordable(program: Any, passes: list[str], machine: Any, budget: int) -> tuple[Any, int]:
-    """A copy with passes applied under a budget, raised until they find it enough."""
+    """A copy with passes applied under a budget, raised until they find it enough. They may update
+    in the backward, where no norm of all gradients comes before."""
+    early = not program.clip
     while True:
         planned = program.copy()
         try:
-            _core.run_passes(planned, passes, machine=machine, memory_budget=budget)
+            _core.run_passes(
+                planned, passes, machine=machine, memory_budget=budget, early_updates=early
+            )
             return planned, budget
         except UserError as error:
             if "budget" not in str(error) or budget > 1 << 40:
