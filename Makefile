@@ -6,10 +6,11 @@
 # TORCH='torch==2.11.*'  the torch to install there
 # SKIP_INSTALL=1         use PYTHON as it is, with python/deepcompile built in place
 # NEWEST=1               make test: also the end-to-end tests on the newest torch
-# STEPS=180              make demo: training steps
+# STEPS=200              make demo: training steps
 # RANKS=2                make demo: processes (one a GPU where there are GPUs)
 # WORLDS=4               make test-gpu: only with so many ranks, e.g. 4 or 2,4; default: 2 and all GPUs
 # BENCH=bench-output     make bench: folder of rows, charts and logs
+# TIME_LIMIT=1380        make bench: seconds, then what is left waits for the next make bench
 # SWEEP='--force'        make bench: more options of the sweep (deepcompile bench --help)
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -19,6 +20,7 @@ RANKS ?= 2
 STEPS ?=
 OUT ?= demo-output
 BENCH ?= bench-output
+TIME_LIMIT ?= 1380
 SWEEP ?=
 
 ifeq ($(SKIP_INSTALL),1)
@@ -43,14 +45,14 @@ demo: $(READY)  ## train a small Llama on 2 ranks, write demo-output/report.html
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m torch.distributed.run --standalone \
 	  --nproc-per-node $(RANKS) examples/demo/train.py --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
-bench: $(READY)  ## the benchmark's sweep as this machine can run it, with charts
-	@$(PY) -m deepcompile.bench.sweep here --result_dir $(BENCH) --logs $(BENCH)/logs $(SWEEP); \
-	code=$$?; [ $$code -le 1 ] || exit $$code; \
+bench: $(READY)  ## the benchmark's sweep as this machine can run it, with charts, in 25 minutes at most
+	@$(PY) -m deepcompile.bench.sweep here --time-limit $(TIME_LIMIT) --result_dir $(BENCH) \
+	  --logs $(BENCH)/logs $(SWEEP); \
+	code=$$?; [ $$code -le 1 ] || [ $$code -eq 3 ] || exit $$code; \
 	if $(PY) -c 'import matplotlib' 2>/dev/null; then \
-	  for metric in throughput iteration_time peak_mem compile_time; do \
-	    $(PY) -m deepcompile plot --result_dir $(BENCH) --metric $$metric || exit 2; \
-	  done; \
+	  $(PY) -m deepcompile plot --result_dir $(BENCH) || exit 2; \
 	else echo "no charts, as matplotlib is not installed: pip install 'deepcompile[bench]'"; fi; \
+	[ $$code -ne 3 ] || echo "the time was over: make bench again measures what is left"; \
 	exit $$code
 
 test test-dist: export FOR_TESTS := 1

@@ -152,7 +152,7 @@ phase packages "$( (cat pyproject.toml; echo "$torch") | digest)" \
   "installing $torch and what else is needed from PyPI (some minutes the first time)" install_packages
 [ "$until" != packages ] || exit 0
 phase build "$( (cat "$venv/.stamps/packages"; echo "$quick"; sources) | digest)" \
-  "building the C++ core and the extension" build
+  "building the C++ core and the extension (two to three minutes on two cores)" build
 say "ready: $("$venv/bin/python" -c 'import sys, torch, deepcompile
 from importlib.metadata import version
 print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, deepcompile {version(deepcompile.__name__)}")')"

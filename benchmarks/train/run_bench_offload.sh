@@ -7,7 +7,7 @@
 # Interrupted, the same command goes on. All options are those of the sweep, see below.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-export PROFILE_DIR=${PROFILE_DIR:-profile_offload}
+export PROFILE_DIR=${PROFILE_DIR:-profile_offload} LOG_BASE=${LOG_BASE:-logs_offload}
 # Blocks that are moved should not be cut up.
 export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-max_split_size_mb:128}
 sweep offload "$@"

@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# A sweep on several hosts, started here over ssh by `deepcompile launch --hostfile`.
+# One condition or a sweep on several hosts, started here over ssh by `deepcompile launch`.
 #
+#   NUM_NODES=4 benchmarks/train/run_multinode.sh --backend fsdp --compile --model llama-3-8b
 #   NUM_NODES=4 benchmarks/train/run_multinode.sh bench --seq-lengths 1024
-#   NUM_NODES=4 benchmarks/train/run_multinode.sh run.sh --backend fsdp --compile
+#   SLURM=1 benchmarks/train/run_multinode.sh bench         # with srun, in an allocation
 #
-# The hosts are in $HOSTFILE, or hostfile_n$NUM_NODES beside this script. All of them need this
-# folder at the same path. The first argument is a suite, or run.sh for one condition.
+# Options alone are one condition's, as in run.sh; a suite as the first word is a sweep. With one
+# node (the default) it is run.sh or the sweep on this host. The working folder has to be one that
+# all hosts share at the same path, with the same Python: the first host's rank 0 writes the rows,
+# and the sweep reads them here. This host decides for all of them what --dtype auto is, how deep a
+# model cut to memory is, and which peers can run: start on one with the same GPUs, or give --dtype
+# and --num-layers.
 set -euo pipefail
-export NUM_NODES=${NUM_NODES:-4}
 directory=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export HOSTFILE=${HOSTFILE:-$directory/hostfile_n$NUM_NODES}
-export NGPUS_PER_NODE=${NGPUS_PER_NODE:-8}
-if [ "${1:-}" = run.sh ]; then
+case "${1:-}" in
+  -h | --help | [!-]*) ;;
+  *) exec "$directory/run.sh" "$@" ;;
+esac
+if [ "$1" = run.sh ]; then
   shift
   exec "$directory/run.sh" "$@"
 fi
 source "$directory/common.sh"
-if [ ! -f "$HOSTFILE" ]; then
-  echo "run_multinode.sh: error: no hostfile $HOSTFILE. Write lines such as 'node-0 slots=8'." >&2
-  exit 2
-fi
-sweep "${@:-bench}"
+sweep "$@"

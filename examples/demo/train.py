@@ -15,9 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
+
+# Without a GPU, torch warns in each process that a CUDA toolkit is of no use.
+os.environ.setdefault("TORCH_LOGS", "-torch.utils.cpp_extension")
 
 import torch
 import torch.distributed as dist
@@ -131,14 +135,15 @@ def train(engine, dataset, arguments, micro: int, progress: Progress) -> dict:
         progress.say(f"nothing to train: step {first} of {arguments.steps} is done")
         return history
     if not history["samples"]:
-        progress.say("compiling the forward for evaluation")
+        progress.say("compiling the forward for evaluation: half a minute on two CPU cores")
         before = write_sample(engine, micro, arguments.sequence, arguments.sample_bytes // 2)
         history["samples"].append({"when": "Before training", "text": before})
+        progress.say("compiled; measuring the loss on held-out text")
         held = validate(engine, dataset, micro, arguments.sequence)
         history["validation"].append({"step": first, "loss": held})
         progress.say(f"validation loss {held:.3f} before training")
     tokens = micro * arguments.sequence * WORLD * engine.gradient_accumulation_steps()
-    progress.say("compiling forward and backward in the first step")
+    progress.say("compiling forward and backward in the first step: as long again")
     progress.start(first, arguments.steps)
     for step in range(first + 1, arguments.steps + 1):
         start = time.perf_counter()
@@ -168,6 +173,26 @@ def train(engine, dataset, arguments, micro: int, progress: Progress) -> dict:
     return history
 
 
+def tool(name: str) -> str:
+    """A command of this Python's environment, as one can type it here."""
+    path = Path(sys.executable).with_name(name)
+    here = path.is_relative_to(Path.cwd())
+    return str(path.relative_to(Path.cwd()) if here else path) if path.exists() else name
+
+
+def resume_command(steps: int) -> str:
+    """What goes on from the last checkpoint."""
+    arguments, given = [], iter(sys.argv[1:])
+    for word in given:
+        if word == "--steps":
+            next(given)
+        elif word != "--resume" and not word.startswith("--steps="):
+            arguments.append(word)
+    script = os.path.relpath(__file__)
+    words = [tool("torchrun"), "--nproc-per-node", str(WORLD), script, *arguments]
+    return shlex.join([*words, "--resume", "--steps", str(steps)])
+
+
 def main() -> None:
     arguments = parse_arguments()
     progress = Progress(quiet=RANK != 0)
@@ -189,13 +214,17 @@ def main() -> None:
     engine.report(report, title=title, notes=notes, **history)
     trace = arguments.out / "trace.json"
     engine.write_trace(trace)
+    plan = arguments.out / "plan.txt"
+    planned = engine.write_plan(plan)
     if RANK == 0:
         (arguments.out / "history.json").write_text(json.dumps(history, indent=1))
     for sample in history["samples"]:
         progress.show(sample["when"], sample["text"])
     progress.say(f"report    {report.resolve()}")
     progress.say(f"trace     {trace.resolve()}  (open it at ui.perfetto.dev)")
-    progress.say(f"resume    add --resume and a larger --steps; checkpoints are in {arguments.out}")
+    progress.say(f"resume    {resume_command(2 * arguments.steps)}")
+    if planned is not None:
+        progress.say(f"why       {tool('deepcompile')} explain {shlex.quote(str(plan))}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

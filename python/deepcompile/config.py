@@ -10,17 +10,17 @@ the nearest known name. Nothing is ignored silently.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import config_keys
-from .errors import UserError
+from . import _core, config_keys
+from . import config_values as check
+from .config_values import fail
+from .errors import UserError, meant
 
 DTYPES = {
     "fp32": "f32", "fp16": "f16", "bf16": "bf16",
@@ -29,243 +29,142 @@ DTYPES = {
 
 
 class ConfigWarning(UserWarning):
-    """A known configuration key that has no effect here."""
+    """What a configuration has that will hardly be meant: a known key without effect, for one."""
 
 
-def _fail(where: str, cause: str) -> UserError:
-    return UserError(f"[config] {where}: {cause}")
-
-
-def _bool(where: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _fail(where, f"must be true or false, not {value!r}")
-    return value
-
-
-def _number(kind: type, low: float, allow_low: bool = True) -> Callable[[str, Any], Any]:
-    bound = f"at least {low}" if allow_low else f"greater than {low}"
-
-    def check(where: str, value: Any):
-        if value == "auto":
-            raise _fail(where, '"auto" is for trainers that fill it in; give a number')
-        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _fail(where, f"must be a number, not {value!r}")
-        if kind is int and not whole:
-            raise _fail(where, f"must be a whole number, not {value!r}")
-        if not (value >= low if allow_low else value > low):
-            raise _fail(where, f"must be {bound}, not {value!r}")
-        return kind(value)
-
-    return check
-
-
-def _choice(*names: str) -> Callable[[str, Any], str]:
-    def check(where: str, value: Any) -> str:
-        if value not in names:
-            raise _fail(where, f"must be one of {', '.join(names)}, not {value!r}")
-        return value
-
-    return check
-
-
-def _text(where: str, value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise _fail(where, f"must be a string, not {value!r}")
-    return value
-
-
-def _texts(where: str, value: Any) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, list | tuple):
-        raise _fail(where, f"must be a list of strings, not {value!r}")
-    return tuple(_text(where, item) for item in value)
-
-
-def _table(where: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _fail(where, f"must be an object, not {value!r}")
-    return dict(value)
-
-
-def _stage(where: str, value: Any) -> int:
-    value = _number(int, 0)(where, value)
-    if value > 3:
-        raise _fail(where, f"stage {value} does not exist; use 0, 1, 2 or 3")
-    return value
-
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
-
-
-def _memory(where: str, value: Any) -> int | float:
-    """Bytes as an int, or a fraction of the device's memory as a float up to 1.0."""
-    if isinstance(value, str):
-        found = _SIZE.fullmatch(value.strip())
-        if found is None:
-            raise _fail(where, f'must be bytes, "20GiB" or a fraction of 1, not {value!r}')
-        scale, unit = 1, (found[2] or "").lower()
-        if unit:
-            scale = (1024 if unit.endswith("i") else 1000) ** ("kmgt".index(unit[0]) + 1)
-        value = int(float(found[1]) * scale)
-    value = _number(float, 0, allow_low=False)(where, value)
-    if value > 1 and value != int(value):
-        raise _fail(where, f"must be whole bytes or a fraction of 1, not {value!r}")
-    return value if value <= 1 else int(value)
-
-
-def _fraction(where: str, value: Any) -> float:
-    value = _number(float, 0)(where, value)
-    if value >= 1:
-        raise _fail(where, f"must be a fraction below 1, not {value!r}")
-    return value
-
-
-def _schedule(where: str, value: Any) -> Any:
-    """ "auto", or [[first step, [pass names]]]; the names are checked by engine.compile()."""
-    if value == "auto":
-        return value
-    if not isinstance(value, list | tuple):
-        raise _fail(where, f'must be "auto" or a list of [step, [passes]], not {value!r}')
-    entries = []
-    for entry in value:
-        if not isinstance(entry, list | tuple) or len(entry) != 2:
-            raise _fail(where, f"{entry!r} is not [step, [passes]]")
-        entries.append((_count(where, entry[0]), _texts(where, entry[1])))
-    return tuple(entries)
-
-
-def _key(check: Callable[[str, Any], Any], default: Any = None, **kwargs: Any) -> Any:
+def _key(rule: Callable[[str, Any], Any], default: Any = None, **kwargs: Any) -> Any:
     if "default_factory" not in kwargs:
         kwargs["default"] = default
-    return field(metadata={"check": check}, **kwargs)
+    return field(metadata={"check": rule}, **kwargs)
 
 
-_positive = _number(int, 1)
-_count = _number(int, 0)
+_positive = check.number(int, 1)
+_count = check.number(int, 0)
 
 
 @dataclass(frozen=True)
 class Bf16Config:
-    enabled: bool = _key(_bool, False)
+    enabled: bool = _key(check.boolean, False)
     """Parameters, activations and gradients in bfloat16; master weights and states in fp32."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    type: str = _key(_choice("Adam", "AdamW"), "AdamW")
+    type: str = _key(check.choice("Adam", "AdamW"), "AdamW")
     """Adam is AdamW unless params.adam_w_mode is false, as in DeepSpeed."""
-    params: dict = _key(_table, default_factory=dict)
-    """lr (1e-3), betas, eps, weight_decay (0, as in DeepSpeed), adam_w_mode. initialize() may be
-    given an optimizer instead of the section."""
+    params: dict = _key(check.adam_params, default_factory=dict)
+    """lr (1e-3), betas, eps, weight_decay (0, as in DeepSpeed), adam_w_mode; a number may be text,
+    as YAML gives 3e-4. initialize() may be given an optimizer instead of the section."""
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    type: str = _key(_text, "")
+    type: str = _key(check.text, "")
     """WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, or a torch.optim.lr_scheduler name."""
-    params: dict = _key(_table, default_factory=dict)
-    """Keyword arguments of that schedule."""
+    params: dict = _key(check.table, default_factory=dict)
+    """Keyword arguments of that schedule; a number may be text. warmup_num_steps is 1000 where it
+    is not given: set it for shorter runs, whose rate would never be reached."""
 
 
 @dataclass(frozen=True)
 class LeafModuleConfig:
-    classes: tuple[str, ...] = _key(_texts, ("MultiheadAttention", "TransformerEncoderLayer"))
+    classes: tuple[str, ...] = _key(check.texts, ("MultiheadAttention", "TransformerEncoderLayer"))
     """Class names of modules gathered with everything inside them, when not compiled: those
     that read a child's parameters without calling the child."""
 
 
 @dataclass(frozen=True)
 class ZeroConfig:
-    stage: int = _key(_stage, 0)
+    stage: int = _key(check.stage, 0)
     """0: everything replicated. 1: optimizer states sharded, gradients reduced once a step.
     2: the same, gradients reduced and sharded in each micro-batch. 3: parameters sharded too."""
     stage3_param_persistence_threshold: int = _key(_count, 100_000)
     """Parameters with fewer elements stay whole on every rank, packed together."""
-    leaf_module: LeafModuleConfig = _key(_table, default_factory=LeafModuleConfig)
+    leaf_module: LeafModuleConfig = _key(check.table, default_factory=LeafModuleConfig)
 
 
 @dataclass(frozen=True)
 class CompileConfig:
-    deepcompile: bool = _key(_bool, True)
+    deepcompile: bool = _key(check.boolean, True)
     """False: engine.compile() warns and leaves the engine in eager mode."""
-    passes: tuple[str, ...] = _key(_texts, ())
+    passes: tuple[str, ...] = _key(check.texts, ())
     """DeepSpeed's list. `z3` with stage 3 and `z1` with stages 1 and 2 are what runs anyway;
     others are errors."""
-    checkpoint_marks: str = _key(_choice("hint", "obey"), "hint")
+    checkpoint_marks: str = _key(check.choice("hint", "obey"), "hint")
     """What torch.utils.checkpoint in the model means. Hint: plans recompute what it covers first,
     and only as far as the budget asks. Obey: all of it is recomputed, whatever the memory."""
-    schedule: Any = _key(_schedule, "auto")
+    schedule: Any = _key(check.schedule, "auto")
     """[[first step, [pass names]]]: what plans the step from which step on. `auto`: the stage's
     classical plan, and from step 3 on, 4 where steps run from CUDA graphs, the planner's, made from
     measured times and once more from those of a step that ran by it."""
-    memory_budget: int | float | None = _key(_memory, None)
+    memory_budget: int | float | None = _key(check.memory, None)
     """What a plan may use of a rank's memory: bytes, `20GiB`, or a fraction of the device's. Less
     what the process holds outside the engine and, on a GPU, 3% for its allocator. Default: what is
     free when it is planned, and what the engine holds, less the reserve."""
-    memory_reserve: float = _key(_fraction, 0.1)
+    memory_reserve: float = _key(check.fraction, 0.1)
     """Part of the default budget that plans leave unused: for fragments, and what comes later."""
-    plan_cache: str | None = _key(_text, None)
+    plan_cache: str | None = _key(check.text, None)
     """Folder in which plans and measurements are kept, so that the next run of the same job
     starts with the good plan. Default: none are kept, and each run measures anew."""
-    early_updates: bool = _key(_bool, False)
+    early_updates: bool = _key(check.boolean, False)
     """Plans may update parameters inside the last backward of a step: no gradient can be dropped
     or looked at between backward() and step()."""
-    gather: str = _key(_choice("nccl", "copy_engine", "auto"), "auto")
+    gather: str = _key(check.choice("nccl", "copy_engine", "auto"), "auto")
     """How sharded parameters are made whole. `nccl`: by the process group, whatever its backend.
     `copy_engine`: by the GPUs' copy engines, which take no multiprocessor from compute; all ranks
     on one host whose GPUs can access each other's memory. Auto: `copy_engine` where it works."""
-    reduce: str = _key(_choice("nccl", "copy_engine", "auto"), "auto")
+    reduce: str = _key(check.choice("nccl", "copy_engine", "auto"), "auto")
     """How gradients are summed over ranks. `nccl`: by the process group, in the type of
     `communication_data_type`. `copy_engine`: pushed by the GPUs' copy engines, like gathers, into
     two pieces' worth of memory on each rank, and summed in f32. Auto: where it works."""
-    embedding_rows: str = _key(_choice("auto", "on", "off"), "auto")
+    embedding_rows: str = _key(check.choice("auto", "on", "off"), "auto")
     """Sharded embeddings that nothing else reads: gather and reduce only the rows that the ranks'
     micro batches use. Auto: those for which the simulator says that it pays, asked once, for the
     first training batch. On: all; an error where there is none. Off: whole embeddings. A row's
     gradients are summed in rank order and rounded once, whole ones as the transport does."""
     region_bytes: int = _key(_positive, 1 << 30)
     """Most bytes of parameters that one compiled region uses; one parameter may exceed it."""
-    region_host: str = _key(_choice("cpp", "python"), "python")
+    region_host: str = _key(check.choice("cpp", "python"), "python")
     """What launches the kernels of a compiled region: code that Inductor writes in Python, or in
     C++, which costs the host less a kernel and takes longer to compile."""
-    cuda_graphs: str = _key(_choice("auto", "on", "off"), "auto")
+    cuda_graphs: str = _key(check.choice("auto", "on", "off"), "auto")
     """Record what compiled regions launch as CUDA graphs and launch these: the host then works for
     transfers and updates alone; the kernels are the same. Auto: on GPUs, where memory is not short
     and steps do the same again. On: as auto, and an error without a GPU."""
-    differentiable_outputs: str = _key(_choice("all", "loss"), "all")
+    differentiable_outputs: str = _key(check.choice("all", "loss"), "all")
     """Loss: only the output named loss is differentiated; the others are detached, so that no
     gradient as large as the logits is made for them."""
-    loss_only: bool = _key(_bool, False)
+    loss_only: bool = _key(check.boolean, False)
     """True: a training forward with labels returns the loss alone; reading another output of it is
     an error. The logits are then no output, whose memory the caller holds. Evaluation returns
     all."""
-    causal_attention: str = _key(_choice("auto", "on", "off"), "auto")
+    causal_attention: str = _key(check.choice("auto", "on", "off"), "auto")
     """Hugging Face models with sdpa attention. Auto: a batch of ids and labels alone makes no
     mask, so that flash attention runs; with an `attention_mask`, also one of ones, or positions
     the model's own mask is made. On: an error where that would not be so. Off: always the mask."""
-    experts: str = _key(_choice("auto", "model", "grouped_mm", "batched_mm"), "auto")
+    experts: str = _key(check.choice("auto", "model", "grouped_mm", "batched_mm"), "auto")
     """How Hugging Face mixtures of experts multiply in the compiled model. Auto: `grouped_mm` where
     the device has it and the experts are bf16, `batched_mm` otherwise; a `batched_mm` or kernel
     library that the model was given stays. Model: what the model was given."""
-    equal_layers: str = _key(_choice("auto", "on", "off"), "auto")
+    equal_layers: str = _key(check.choice("auto", "on", "off"), "auto")
     """Trace four layers where all are alike, and repeat what comes of them: a deep model is then
     traced in the time of a shallow one. Auto: Hugging Face models whose layers are known not to
     depend on their number. On: any model with a list of equal layers; an error if it has none.
     Off: all layers are traced."""
-    cache_dir: str | None = _key(_text, None)
+    cache_dir: str | None = _key(check.text, None)
     """Where compiled regions are kept between runs. Default: Inductor's cache folder."""
-    machine: str | None = _key(_text, None)
+    machine: str | None = _key(check.text, None)
     """What plans, the report and `embedding_rows` take what was not measured from: a built-in name
     or a JSON file. Default: `4xh200` on GPUs, as one host; set it where links differ."""
-    timeout_s: float = _key(_number(float, 0, False), 1800.0)
+    timeout_s: float = _key(check.number(float, 0, False), 1800.0)
     """Seconds after which a collective that cannot complete is an error."""
-    debug_log: bool = _key(_bool, False)
+    debug_log: bool = _key(check.boolean, False)
     """Log the text of each program that is planned, and why, to stderr."""
 
 
 @dataclass(frozen=True)
 class DataTypesConfig:
-    grad_accum_dtype: str = _key(_choice("fp32", "float32"), "fp32")
+    grad_accum_dtype: str = _key(check.choice("fp32", "float32"), "fp32")
     """Gradients are accumulated over micro-batches in fp32."""
 
 
@@ -282,25 +181,29 @@ class Config:
     """Samples a rank sees in one forward."""
     gradient_accumulation_steps: int | None = _key(_positive, None)
     """Forward and backward passes before an optimizer step."""
-    gradient_clipping: float = _key(_number(float, 0), 0.0)
-    """Largest global gradient norm; 0 switches clipping off."""
-    communication_data_type: str | None = _key(_choice(*DTYPES), None)
+    gradient_clipping: float = _key(check.number(float, 0), 0.0)
+    """Largest global gradient norm; 0 switches clipping off: no norm is then computed, and
+    engine.get_global_grad_norm() is None."""
+    communication_data_type: str | None = _key(check.choice(*DTYPES), None)
     """Element type of gradient reductions. Default: the parameters' type."""
     steps_per_print: int = _key(_count, 0)
-    """Print step, loss and learning rate every so many steps on rank 0; 0: never."""
-    wall_clock_breakdown: bool = _key(_bool, False)
-    """Add the seconds spent in forward, backward and step to that line."""
-    dataloader_drop_last: bool = _key(_bool, False)
+    """Print step, loss and learning rate every so many steps; 0: never. The loss is that of rank
+    0's last micro-batch, not a mean over ranks or micro-batches."""
+    wall_clock_breakdown: bool = _key(check.boolean, False)
+    """Add the seconds spent in forward, backward and step to that line: each a sum over all
+    micro-batches since the line before. The device is waited for around each, which slows
+    steps."""
+    dataloader_drop_last: bool = _key(check.boolean, False)
     """Drop the last incomplete batch of `training_data`."""
-    zero_allow_untested_optimizer: bool = _key(_bool, False)
+    zero_allow_untested_optimizer: bool = _key(check.boolean, False)
     """Accepted; Adam and AdamW are the only optimizers with or without it."""
-    bf16: Bf16Config = _key(_table, default_factory=Bf16Config)
-    optimizer: OptimizerConfig | None = _key(_table, None)
-    scheduler: SchedulerConfig | None = _key(_table, None)
-    zero_optimization: ZeroConfig = _key(_table, default_factory=ZeroConfig)
-    compile: CompileConfig = _key(_table, default_factory=CompileConfig)
-    data_types: DataTypesConfig = _key(_table, default_factory=DataTypesConfig)
-    checkpoint: CheckpointConfig = _key(_table, default_factory=CheckpointConfig)
+    bf16: Bf16Config = _key(check.table, default_factory=Bf16Config)
+    optimizer: OptimizerConfig | None = _key(check.table, None)
+    scheduler: SchedulerConfig | None = _key(check.table, None)
+    zero_optimization: ZeroConfig = _key(check.table, default_factory=ZeroConfig)
+    compile: CompileConfig = _key(check.table, default_factory=CompileConfig)
+    data_types: DataTypesConfig = _key(check.table, default_factory=DataTypesConfig)
+    checkpoint: CheckpointConfig = _key(check.table, default_factory=CheckpointConfig)
     warnings: tuple[str, ...] = ()
     """Not a key: what was accepted without effect."""
 
@@ -359,7 +262,7 @@ def resolve_batch(
     accumulation step.
     """
     if train is None and micro is None:
-        raise _fail(
+        raise fail(
             "batch size",
             "give train_batch_size or train_micro_batch_size_per_gpu "
             "(two of them with gradient_accumulation_steps fix the third)",
@@ -381,7 +284,7 @@ def resolve_batch(
                  "gradient_accumulation_steps"), given, strict=True,
             )
         ]  # fmt: skip
-        raise _fail(
+        raise fail(
             "batch size",
             f"{', '.join(shown)} do not fit {world} rank{'s' * (world != 1)}: train_batch_size "
             "must be micro-batch x accumulation x ranks. Change one of them or the number of ranks",
@@ -393,7 +296,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table: dict[str, Any] = {}
     for key, value in pairs:
         if key in table:
-            raise _fail(key, "appears twice in one object; keep one")
+            raise fail(key, "appears twice in one object; keep one")
         table[key] = value
     return table
 
@@ -404,9 +307,9 @@ def read_json(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise _fail(str(path), "no such file; check the path") from None
+        raise fail(str(path), "no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise _fail(str(path), f"cannot be read: {error}") from None
+        raise fail(str(path), f"cannot be read: {error}") from None
     return parse_json(text, str(path))
 
 
@@ -416,16 +319,15 @@ def parse_json(text: str, name: str) -> dict[str, Any]:
         table = json.loads(text, object_pairs_hook=_no_duplicates)
     except json.JSONDecodeError as error:
         place = f"{name}:{error.lineno}:{error.colno}"
-        raise _fail(place, f"not valid JSON: {error.msg}") from None
+        raise fail(place, f"not valid JSON: {error.msg}") from None
     if not isinstance(table, dict):
-        raise _fail(name, "must hold one JSON object")
+        raise fail(name, "must hold one JSON object")
     return table
 
 
 def _unknown(where: str, key: str, known: list[str]) -> UserError:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    hint = f'did you mean "{near[0]}"?' if near else "remove it (docs/config.md lists all keys)"
-    return _fail(where, f"unknown key; {hint}")
+    near = meant(key, known) or "; remove it (docs/config.md lists all keys)"
+    return fail(where, f"unknown key{near}")
 
 
 def _parse(section: str, table: dict[str, Any], prefix: str, found: list[str]) -> Any:
@@ -448,7 +350,7 @@ def _parse(section: str, table: dict[str, Any], prefix: str, found: list[str]) -
         elif key in refused:
             off, remedy = refused[key]
             if not config_keys.is_off(value, off):
-                raise _fail(where, f"{value!r} is not supported: {remedy}")
+                raise fail(where, f"{value!r} is not supported: {remedy}")
         else:
             raise _unknown(where, key, [*fields, *warned, *refused])
     return kind(**values)
@@ -458,7 +360,7 @@ def _check_together(config: Config, found: list[str]) -> None:
     """Rules that need more than one key, and those of optimizer.params; appends as _parse does."""
     for name in config.compile.passes:
         if config.stage not in {"z1": (1, 2), "z3": (3,)}.get(name, ()):
-            raise _fail(
+            raise fail(
                 "compile.passes",
                 f"{name!r} is not available with stage {config.stage}; see compile.schedule",
             )
@@ -469,13 +371,27 @@ def _check_together(config: Config, found: list[str]) -> None:
             if key in warned:
                 found.append(f"[config] {where} has no effect: {warned[key]}")
             elif key in refused and not config_keys.is_off(value, refused[key][0]):
-                raise _fail(where, f"{value!r} is not supported: {refused[key][1]}")
+                raise fail(where, f"{value!r} is not supported: {refused[key][1]}")
             elif key not in (*config_keys.ADAM, *refused):
                 raise _unknown(where, key, [*config_keys.ADAM, *warned, *refused])
             if value == "auto":
-                raise _fail(where, '"auto" is for trainers that fill it in; give a value')
+                raise fail(where, '"auto" is for trainers that fill it in; give a value')
     if config.scheduler is not None and not config.scheduler.type:
-        raise _fail("scheduler.type", "is missing; name a schedule, e.g. WarmupLR")
+        raise fail("scheduler.type", "is missing; name a schedule, e.g. WarmupLR")
+    _note_misspelt_passes(config, found)
+
+
+def _note_misspelt_passes(config: Config, found: list[str]) -> None:
+    """A warning, as the name may be of a pass that is registered before engine.compile()."""
+    known = _core.pass_names()
+    schedule = () if config.compile.schedule == "auto" else config.compile.schedule
+    names = dict.fromkeys(name for _, passes in schedule for name in passes)
+    for name in names:
+        if name not in known and meant(name, known):
+            found.append(
+                f"[config] compile.schedule: no pass is named {name!r}{meant(name, known)} "
+                "engine.compile() fails unless you register one of that name"
+            )
 
 
 def load_config(source: str | Path | dict[str, Any]) -> Config:
@@ -490,7 +406,7 @@ def load_config(source: str | Path | dict[str, Any]) -> Config:
     elif isinstance(source, str | Path):
         table = read_json(source)
     else:
-        raise _fail("config", f"must be a path or a dict, not {type(source).__name__}")
+        raise fail("config", f"must be a path or a dict, not {type(source).__name__}")
     found: list[str] = []
     config = _parse("", table, "", found)
     _check_together(config, found)

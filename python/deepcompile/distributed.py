@@ -12,12 +12,22 @@ import datetime
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from .errors import UserError
+
+STEP = "a step"
+"""The call of what is gathered without a name."""
+
+
+class _Said(NamedTuple):
+    """What a rank gives, and the call that it is in."""
+
+    call: str
+    value: Any
 
 
 @dataclass(frozen=True)
@@ -41,13 +51,32 @@ class Ranks:
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
             )
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, in rank order, on every rank."""
+    def gather(self, value: Any, call: str = STEP) -> list[Any]:
+        """Every rank's value, in rank order, on every rank. `call`: where this rank is, which has
+        to be where the others are."""
         if self.group is None:
             return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        said: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(said, _Said(call, value), group=self.group)
+        except Exception as error:  # a peer that is elsewhere or gone: Gloo and pickle raise these
+            cause = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"[distributed] {call}: the other ranks are not in it ({cause}). Call it on all "
+                "ranks, not on one alone; a rank that failed says why itself"
+            ) from error
+        calls = [each.call if isinstance(each, _Said) else STEP for each in said]
+        if len(set(calls)) > 1:
+            other = next(rank for rank in range(self.world) if calls[rank] != call)
+            raise UserError(
+                f"[distributed] rank {self.rank} is in {call}, rank {other} in {calls[other]}: "
+                "call each of them on all ranks, not on one alone"
+            )
+        return [each.value for each in said]
+
+    def meet(self, call: str) -> None:
+        """Return when every rank is in `call`; an error on all if one is in another."""
+        self.gather(None, call)
 
     def agree(self, number: int) -> bool:
         """Whether all ranks gave the same `number`."""
@@ -73,7 +102,8 @@ class Ranks:
             result = work()
         except Exception as caught:  # the other ranks must hear of anything
             error = caught
-        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+        text = None if error is None else f"{type(error).__name__}: {error}"
+        said = self.gather(text, stage.replace("[", "").replace("]", ""))
         for rank, text in enumerate(said):
             if text is not None:
                 if error is not None and rank == self.rank:

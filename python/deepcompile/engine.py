@@ -281,6 +281,7 @@ class Engine(EngineNumbers):
             self.runtime.set_last_micro_batch(self.is_gradient_accumulation_boundary())
             self._warn_of_evaluation_mode()
         self._loss = loss.detach()
+        reduced = self.hooks.reduced
         self.hooks.begin_backward()
         failed = self._backward_failed = True
         try:
@@ -291,6 +292,11 @@ class Engine(EngineNumbers):
         finally:
             self.hooks.end_backward(failed)
         self._backward_failed = False
+        if not self.planner.watch.forwards and self.hooks.reduced == reduced:
+            raise UserError(
+                "[engine] backward: the loss reaches no parameter of this engine; compute it from "
+                "what the engine's forward returned"
+            )
         self._backward_done = True
         return loss
 
@@ -481,3 +487,9 @@ class Engine(EngineNumbers):
         """Write the simulated and the traced step as a Perfetto trace on rank 0; collective.
         None elsewhere, and if no compiled step was traced."""
         return engine_report.write_trace(self, Path(path))
+
+    def write_plan(self, path: str | Path) -> Path | None:
+        """Write the newest plan's text with its reasons on rank 0, and beside it, as NAME.run.json,
+        what it is priced by: `deepcompile explain PATH` reads both; collective. None elsewhere, and
+        before a compiled step was traced or planned."""
+        return engine_report.write_plan(self, Path(path))

@@ -24,7 +24,8 @@ class EngineNumbers:
     _grad_norm: Any
 
     def get_global_grad_norm(self) -> float | None:
-        """Norm of the last step's gradients before clipping; None without clipping."""
+        """Norm of the last step's gradients before clipping; None without gradient_clipping, as it
+        is then not computed: a large one, such as 1e9, measures and does not clip."""
         return None if self._grad_norm is None else float(self._grad_norm)
 
     def get_lr(self) -> list[float]:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import _core, agreement
+from . import _core
+from . import engine_report_plan as plan
 from .errors import UserError
 from .links import machine_for
 from .trace_costs import TIMED, WAITS
@@ -22,7 +23,14 @@ from .trace_costs import TIMED, WAITS
 if TYPE_CHECKING:
     from .engine import Engine
     from .planning import Planner
-    from .profile import Profile
+
+
+RESOURCES = {
+    "run": "compute", "update": "compute", "norm": "compute", "accumulate": "compute",
+    "gather": "link", "reduce": "link", "offload": "to_host", "offload_states": "to_host",
+    "reload": "to_device", "reload_states": "to_device",
+}  # fmt: skip
+"""Where an instruction works; others take no time."""
 
 
 @dataclasses.dataclass
@@ -89,17 +97,13 @@ def _graphs(found: dict[str, Any]) -> str:
 
 def _measured_items(view: StepView) -> list[dict[str, Any]]:
     """Records as timeline items, named by the merged program's sections."""
-    resources = {"run": "compute", "update": "compute", "norm": "compute", "accumulate": "compute",
-                 "gather": "link", "reduce": "link", "offload": "to_host",
-                 "offload_states": "to_host", "reload": "to_device",
-                 "reload_states": "to_device"}  # fmt: skip
     items = []
     programs = dict(view.plans)
     order = {plan_id: number for number, (plan_id, _) in enumerate(view.plans)}
     for plan_id, section_index, index, start, end in view.records:
         section = programs[plan_id].sections[section_index]
         instr = section.instrs[index]
-        if instr.op not in resources:
+        if instr.op not in RESOURCES:
             continue
         update = section.kind == "update"
         items.append(
@@ -107,7 +111,7 @@ def _measured_items(view: StepView) -> list[dict[str, Any]]:
                 "section": "update" if update else f"{section.kind} {order[plan_id]}",
                 "index": index,
                 "label": f"{instr.op} {instr.operand}" if instr.operand else instr.op,
-                "resource": resources[instr.op],
+                "resource": RESOURCES[instr.op],
                 "start_ns": start,
                 "end_ns": end,
             }
@@ -134,6 +138,16 @@ def _with_measured_regions(view: StepView) -> Any:
     return program
 
 
+def _with_planned_regions(view: StepView, planner: Planner) -> Any:
+    """The merged program with the region times that the newest plan was made from."""
+    program = view.program.copy()
+    times = {r.code: r.time for graph in planner.step_programs for r in graph.regions}
+    for region in view.program.regions:
+        if times.get(region.code) is not None:
+            program.set_region_time(region.name, times[region.code])
+    return program
+
+
 def _on_compute(view: StepView) -> int:
     """ns that compute worked or waited."""
     ops = {
@@ -144,114 +158,100 @@ def _on_compute(view: StepView) -> int:
     return sum(r[4] - r[3] for r in view.records if ops[r[0], r[1]][r[2]] in (*TIMED, *WAITS))
 
 
-def _compare(engine: Engine, view: StepView, plain: Any, informed: Any) -> list[dict[str, Any]]:
+def _compare(engine: Engine, view: StepView, sims: Predictions) -> list[dict[str, Any]]:
     """Step time and peak: predicted and measured."""
     measured = max(r[4] for r in view.records)  # from the step's start
-    rows = [
-        {"what": "Step", "predicted": plain.time_ns, "measured": measured, "unit": "ns",
-         "headline": True},
-        {"what": "Step, simulated with the measured region times",
-         "predicted": informed.time_ns, "measured": measured, "unit": "ns"},
-        {"what": "Peak memory of a rank", "predicted": plain.peak_bytes,
-         "measured": engine.trace.peak_bytes, "unit": "B", "headline": True},
-        {"what": "Waiting for transfers", "predicted": informed.stall_ns, "unit": "ns"},
-    ]  # fmt: skip
-    rows += _kinds(view, plain, measured)
-    costs = engine.planner.costs
-    if costs is not None:  # what the plan was chosen by
-        planned = _core.simulate(view.program, machine_of(engine), costs)
-        rows.append(
-            {"what": "Step, by measured costs", "predicted": planned.time_ns,
-             "measured": measured, "unit": "ns"}
+    first, steps = "Step, before anything was measured", []
+    if sims.planned is not None:
+        steps.append(
+            ("Step", sims.planned, "What the plan was chosen by: regions, transfers and updates "
+             "as measured in the steps before it.")
         )  # fmt: skip
-        rows += _kinds(view, planned, measured, ", by measured costs")
+    steps += [
+        (first if steps else "Step", sims.by_machine,
+         f"By the numbers of the machine {sims.machine.name} alone."),
+        ("Step, with its own region times", sims.informed, "Each region as long as it took in the "
+         "traced step: what still differs is transfers, and what is between instructions."),
+    ]  # fmt: skip
+    rows = [
+        {"what": what, "predicted": sim.time_ns, "measured": measured, "unit": "ns", "note": note}
+        for what, sim, note in steps
+    ]
+    rows[0]["headline"] = True
+    rows += [
+        {"what": "Peak memory of a rank", "predicted": sims.best.peak_bytes,
+         "measured": engine.trace.peak_bytes, "unit": "B", "headline": True},
+        {"what": "Waiting for transfers", "predicted": sims.best.stall_ns, "unit": "ns"},
+    ]  # fmt: skip
+    return rows + _kinds(view, sims.best, measured)
+
+
+OVERLAPPING = "A sum: they run beside compute and each other, and wait for other ranks."
+WAITING = "Compute stands still here: what a late rank or transfer takes is in it."
+
+
+def _kinds(view: StepView, sim: Any, measured: int) -> list[dict[str, Any]]:
+    """Each kind of instruction, and what is between them: which part of a prediction is wrong.
+    No ratio for sums that hold waiting: they are no times of work."""
+    kinds = _core.compare_kinds(_core.compare(sim, view.plans, view.records))
+    on_compute = sum(each.predicted_ns for each in kinds if each.kind in (*TIMED, *WAITS))
+    rows = []
+    for each in kinds:
+        row = {"what": f"All {each.kind} instructions", "predicted": each.predicted_ns,
+               "measured": each.measured_ns, "unit": "ns"}  # fmt: skip
+        if each.kind in RESOURCES and RESOURCES[each.kind] != "compute":
+            row |= {"note": OVERLAPPING, "ratio": False}
+        elif each.kind in WAITS or each.kind == "accumulate":
+            row |= {"note": WAITING, "ratio": False}
+        rows.append(row)
+    between = max(0, sim.time_ns - on_compute), max(0, measured - _on_compute(view))
+    rows.append({"what": "Compute between instructions", "predicted": between[0],
+                 "measured": between[1], "unit": "ns"})  # fmt: skip
     return rows
 
 
-def _kinds(view: StepView, sim: Any, measured: int, by: str = "") -> list[dict[str, Any]]:
-    """Each kind of instruction, and what is between them: which part of a prediction is wrong."""
-    kinds = _core.compare_kinds(_core.compare(sim, view.plans, view.records))
-    on_compute = sum(each.predicted_ns for each in kinds if each.kind in (*TIMED, *WAITS))
-    pairs = [(f"All {k.kind} instructions", k.predicted_ns, k.measured_ns) for k in kinds]
-    between = max(0, sim.time_ns - on_compute), max(0, measured - _on_compute(view))
-    pairs.append(("Compute between instructions", *between))
-    return [
-        {"what": what + by, "predicted": predicted, "measured": found, "unit": "ns"}
-        for what, predicted, found in pairs
-    ]
-
-
-def _seconds(nanos: int) -> str:
-    return f"{nanos / 1e6:,.2f} ms"
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
-
-
-def unlimited_plan(planner: Planner) -> Any:
-    """The simulation of the newest plan's step, planned again without a budget; None if there is
-    no agreed plan of this run's, or no plan."""
-    if planner.request is None or planner.agreed is None:
-        return None
-    request = dataclasses.replace(planner.request, budget=None)
-    try:
-        merged = _core.merge_steps("step", planner.step_programs, planner.plain_update())
-        agreement.run_passes(merged, request)
-        return _core.simulate(merged, request.machine, request.costs)
-    except UserError:
-        return None
-
-
-def plan_facts(engine: Engine) -> dict[str, str]:
-    """What the newest plan is, what its budget was, and what that cost."""
-    planner, counts = engine.planner, engine.compile_report()
-    agreed = planner.agreed
+def plan_text_of(engine: Engine, view: StepView | None) -> Any:
+    """The newest plan as a program with its reasons; None before a step was traced or planned."""
+    program = plan.agreed_program(engine.planner)
+    if program is not None or view is None:
+        return program
+    measured, agreed = _with_measured_regions(view), engine.trace.agreed
     if agreed is None:
-        return {"Plan": f"each graph by itself: {planner.stage_pass}"}
-    facts = {
-        "Plan": f"{', '.join(agreed.entry)} for the whole step",
-        "Planning": f"{agreed.seconds:.3f} s on rank 0; {counts['plans']} plans, "
-        f"{counts['plan_seconds']:.3f} s, {counts['recompilations']} recompilations",
-    }
-    chosen = [t for _, what, t in agreed.reasons if not what and t.startswith("chosen: ")]
-    if chosen:
-        facts["Chosen"] = chosen[0].removeprefix("chosen: ")
-    if agreed.predicted_ns is not None:
-        facts["Planned step"] = (
-            f"{_seconds(agreed.predicted_ns)}, peak {_bytes(agreed.predicted_peak)}"
-        )
-    if agreed.budget is not None:
-        facts["Memory budget"] = _bytes(agreed.budget)
-        free = unlimited_plan(planner)
-        if free is not None and agreed.predicted_ns is not None:
-            facts["Given up for the budget"] = (
-                f"{_seconds(agreed.predicted_ns - free.time_ns)} a step, against "
-                f"{_seconds(free.time_ns)} with a peak of {_bytes(free.peak_bytes)}"
-                if free.time_ns < agreed.predicted_ns
-                else "no time"
-            )
-    if counts["budgets_lowered"] or counts["memory_relieved"]:
-        facts["Memory ran out"] = (
-            f"{counts['memory_relieved']} evictions on this rank, budget lowered "
-            f"{counts['budgets_lowered']} times"
-        )
-    return facts
+        return measured
+    return plan.with_reasons(measured, agreed.reasons)  # a plan of an earlier run
 
 
-def _reasons(view: StepView, trace: Profile) -> list[dict[str, str]]:
-    if trace.agreed is not None:
-        found = trace.agreed.reasons
-    else:
-        found = [(r.pass_name, r.object, r.text) for r in view.program.reasons]
-    return [{"pass": name, "object": what, "text": text} for name, what, text in found]
+def _reasons(program: Any) -> list[dict[str, str]]:
+    return [{"pass": r.pass_name, "object": r.object, "text": r.text} for r in program.reasons]
 
 
-def _simulated(engine: Engine, view: StepView) -> tuple[Any, Any, Any]:
-    """(machine, simulation by the machine's numbers, and by what was measured here)."""
-    machine, costs = machine_of(engine), engine.planner.costs
-    plain = _core.simulate(view.program, machine)
-    return machine, plain, _core.simulate(_with_measured_regions(view), machine, costs)
+@dataclasses.dataclass
+class Predictions:
+    """One step, simulated from more and more that was measured."""
+
+    machine: Any
+    by_machine: Any
+    """By the machine's numbers alone."""
+    planned: Any
+    """By what the newest plan was made from; None before measured costs."""
+    informed: Any
+    """By measured costs, and the region times of the traced step itself."""
+
+    @property
+    def best(self) -> Any:
+        """The one that was known before the step ran."""
+        return self.by_machine if self.planned is None else self.planned
+
+
+def predict(engine: Engine, view: StepView) -> Predictions:
+    machine, planner = machine_of(engine), engine.planner
+    costs = planner.costs
+    by_machine = _core.simulate(view.program, machine)
+    planned = None
+    if costs is not None and planner.step_programs:
+        planned = _core.simulate(_with_planned_regions(view, planner), machine, costs)
+    informed = _core.simulate(_with_measured_regions(view), machine, costs)
+    return Predictions(machine, by_machine, planned, informed)
 
 
 def report_data(engine: Engine) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def report_data(engine: Engine) -> dict[str, Any]:
     data: dict[str, Any] = {
         "title": f"{type(engine.module).__name__} on {engine.ranks.world} "
         f"rank{'s' * (engine.ranks.world != 1)}",
-        "facts": _facts(engine) | (plan_facts(engine) if counts["graphs"] else {}),
+        "facts": _facts(engine) | (plan.plan_facts(engine) if counts["graphs"] else {}),
         "loss": [{"step": s, "loss": float(v), "tokens_per_s": None} for s, v in engine.losses],
         "notes": [
             *engine.config.warnings,
@@ -279,20 +279,24 @@ def report_data(engine: Engine) -> dict[str, Any]:
         data["notes"].append("No compiled step was traced, so there is no timeline.")
         return data
     try:
-        machine, plain, informed = _simulated(engine, view)
+        sims = predict(engine, view)
     except UserError as error:
         data["notes"].append(f"The step was not simulated: {error}")
         return data
-    data["facts"]["Simulated machine"] = machine.name
+    if engine.trace.agreed is not engine.planner.agreed:
+        data["notes"].append("The step shown ran before the newest plan: the reasons are of that.")
+    data["facts"]["Simulated machine"] = sims.machine.name
+    program = plan_text_of(engine, view)
     return data | {
         "timeline": {
-            "predicted": [i.as_dict() for i in plain.items if i.resource != "none"],
+            "predicted": [i.as_dict() for i in sims.best.items if i.resource != "none"],
             "measured": _measured_items(view),
         },
-        "memory": {"predicted": [list(point) for point in plain.memory], "measured": []},
-        "compare": _compare(engine, view, plain, informed),
-        "reasons": _reasons(view, engine.trace),
-        "plan": str(view.program),
+        "memory": {"predicted": [list(point) for point in sims.best.memory], "measured": []},
+        "compare": _compare(engine, view, sims),
+        "reasons": _reasons(program),
+        "others": plan.next_best(engine, program, sims.machine),
+        "plan": str(program),
     }
 
 
@@ -317,10 +321,22 @@ def write_trace(engine: Engine, path: Path) -> Path | None:
         view = None if engine.ranks.rank else step_view(engine)
         if view is None:
             return None
-        _, plain, informed = _simulated(engine, view)
-        both = [("predicted", plain), ("predicted with measured regions", informed)]
+        sims = predict(engine, view)
+        both = [("predicted", sims.best), ("predicted with measured regions", sims.informed)]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(_core.perfetto_trace(both, view.plans, view.records), encoding="utf-8")
         return path
+
+    return engine.ranks.together("[report]", work)
+
+
+def write_plan(engine: Engine, path: Path) -> Path | None:
+    """Engine.write_plan."""
+
+    def work() -> Path | None:
+        if engine.ranks.rank:
+            return None
+        program = plan_text_of(engine, step_view(engine))
+        return None if program is None else plan.write_plan(engine, path, program)
 
     return engine.ranks.together("[report]", work)

@@ -88,6 +88,7 @@ def save(engine: Engine, directory: str | Path, tag: str | None, client: dict[st
             "[checkpoint] save: between backward() and step(), whose gradients are not saved; save "
             "after the step()"
         )
+    engine.ranks.meet("save_checkpoint")
     engine.planner.settle()
     scheduler = engine.lr_scheduler
     meta = {
@@ -124,6 +125,7 @@ def load(
     strict_batch: bool,
 ) -> tuple[str | None, dict[str, Any]]:
     """Engine.load_checkpoint."""
+    engine.ranks.meet("load_checkpoint")
     folder = checkpoint.find(directory, tag, engine.ranks)
     if folder is None:
         warnings.warn(f"[checkpoint] {directory}: has no checkpoint yet", stacklevel=3)
@@ -210,8 +212,11 @@ def _whole_compute(engine: Engine, keep: bool) -> dict[str, torch.Tensor]:
     return whole
 
 
-def gathered_state(engine: Engine, fp32: bool, rank0_only: bool) -> dict[str, torch.Tensor]:
-    """Engine.state_dict."""
+def gathered_state(
+    engine: Engine, fp32: bool, rank0_only: bool, call: str = "state_dict"
+) -> dict[str, torch.Tensor]:
+    """Engine.state_dict, asked for by `call`."""
+    engine.ranks.meet(call)
     engine.planner.settle()
     keep = engine.ranks.rank == 0 or not rank0_only  # else every rank would fill the host
     whole = _whole_fp32(engine, keep) if fp32 else _whole_compute(engine, keep)
@@ -232,7 +237,7 @@ def gathered_state(engine: Engine, fp32: bool, rank0_only: bool) -> dict[str, to
 
 def export(engine: Engine, path: Path) -> Path:
     """Engine.save_16bit_model."""
-    state = gathered_state(engine, fp32=False, rank0_only=True)
+    state = gathered_state(engine, fp32=False, rank0_only=True, call="save_16bit_model")
 
     def write() -> None:
         if engine.ranks.rank:

@@ -4,12 +4,19 @@ InternalError is a bug of ours."""
 
 from __future__ import annotations
 
+import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from ._core import InternalError, UserError
 
-__all__ = ["InternalError", "UserError", "exit_code", "fail"]
+__all__ = ["InternalError", "UserError", "exit_code", "fail", "meant"]
+
+
+def meant(word: object, known: Iterable[str]) -> str:
+    """'; did you mean "prefetch"?' for a misspelt word, or nothing."""
+    near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    return f'; did you mean "{near[0]}"?' if near else ""
 
 
 def fail(error: UserError) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 from . import _core
 from .config import Config
 from .distributed import Ranks
+from .errors import UserError, meant
 
 SIZES = {"cpu": (64 << 10, 1 << 20, 4 << 20), "cuda": (64 << 10, 1 << 20, 16 << 20, 64 << 20)}
 """Bytes at which links are measured: the whole buffer of a gather or reduction. Times beyond the
@@ -27,8 +28,15 @@ def named_machine(config: Config) -> Any:
     name = config.compile.machine
     if name is None:
         return None
-    known = name in _core.Machine.builtin_names()
-    return _core.Machine.builtin(name) if known else _core.Machine.load(name)
+    known = _core.Machine.builtin_names()
+    if name in known:
+        return _core.Machine.builtin(name)
+    if not Path(name).exists():
+        raise UserError(
+            f"[config] compile.machine: {name!r} is neither a file nor a built-in machine"
+            f"{meant(name, known) or ';'} built in are {', '.join(known)}"
+        )
+    return _core.Machine.load(name)
 
 
 def machine_for(config: Config, ranks: Ranks) -> Any:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
+import warnings
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from .config import SchedulerConfig
-from .errors import UserError
+from .config_values import as_number, as_whole, boolean, fail, text
+from .errors import UserError, meant
 
 
 def _per_group(optimizer: torch.optim.Optimizer, name: str, value: float | list[float]) -> list:
@@ -57,6 +60,19 @@ def _check_warmup(name: str, steps: Any, kind: Any) -> None:
                         f"not {steps!r}")  # fmt: skip
     if kind not in ("log", "linear"):
         raise UserError(f"[lr_schedules] {name}: warmup_type must be log or linear, not {kind!r}")
+
+
+def _check_total(name: str, total: Any, warmup: int) -> None:
+    if isinstance(total, bool) or not isinstance(total, int) or total <= 0:
+        raise UserError(f"[lr_schedules] {name}: total_num_steps must be a positive whole number, "
+                        f"not {total!r}")  # fmt: skip
+    if total < warmup:
+        warnings.warn(
+            f"[lr_schedules] {name}: total_num_steps {total} is over before the warm-up of "
+            f"warmup_num_steps {warmup}, so the rate never gets to its highest; set "
+            "warmup_num_steps below it",
+            stacklevel=4,
+        )
 
 
 def _warmup(t: int, steps: int, kind: str) -> float:
@@ -107,6 +123,8 @@ class WarmupDecayLR(WarmupLR):
         warmup_num_steps: int = 1000,
         warmup_type: str = "log",
     ):
+        _check_warmup(type(self).__name__, warmup_num_steps, warmup_type)
+        _check_total(type(self).__name__, total_num_steps, warmup_num_steps)
         self.total = total_num_steps
         super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type)
 
@@ -129,6 +147,7 @@ class WarmupCosineLR(_Schedule):
         warmup_type: str = "log",
     ):
         _check_warmup("WarmupCosineLR", warmup_num_steps, warmup_type)
+        _check_total("WarmupCosineLR", total_num_steps, warmup_num_steps)
         self.total = total_num_steps
         self.steps = max(2, warmup_num_steps)
         self.kind = warmup_type
@@ -218,27 +237,43 @@ def _torch_schedules() -> dict[str, type]:
     return {name: getattr(torch.optim.lr_scheduler, name) for name in names}
 
 
+def _checked(where: str, value: Any, annotation: str) -> Any:
+    """A value as a parameter with that annotation takes it; else it would fail at some step."""
+    kinds = set(re.findall(r"\w+", annotation))
+    if "Callable" in kinds:
+        return value
+    if isinstance(value, list | tuple) and kinds & {"list", "Iterable"}:
+        rule = as_number if "float" in kinds else as_whole
+        return [rule(where, each) for each in value]
+    if "Iterable" in kinds:
+        raise fail(where, f"must be a list, not {value!r}")
+    if kinds & {"str", "Literal"}:
+        return text(where, value)
+    rules = {"bool": boolean, "float": as_number, "int": as_whole}
+    return next((rules[name](where, value) for name in rules if name in kinds), value)
+
+
 def build_scheduler(optimizer: torch.optim.Optimizer, config: SchedulerConfig) -> LRScheduler:
     """The schedule that the configuration's `scheduler` section names, on `optimizer`."""
     kinds = {**OURS, **_torch_schedules()}
     kind = kinds.get(config.type)
     if kind is None:
         raise UserError(
-            f"[config] scheduler.type: {config.type!r} is not available; use one of "
-            f"{', '.join(kinds)}, or pass lr_scheduler= to initialize()"
+            f"[config] scheduler.type: {config.type!r} is not available"
+            f"{meant(config.type, kinds) or ';'} use one of {', '.join(kinds)}, or pass "
+            "lr_scheduler= to initialize()"
         )
-    accepted = list(inspect.signature(kind).parameters)[1:]
+    accepted = dict(list(inspect.signature(kind).parameters.items())[1:])
+    given = {}
     for key, value in config.params.items():
+        where = f"scheduler.params.{key}"
         if key not in accepted:
-            raise UserError(
-                f"[config] scheduler.params.{key}: {config.type} takes {', '.join(accepted)}"
-            )
+            raise fail(where, f"{config.type} takes {', '.join(accepted)}{meant(key, accepted)}")
         if value == "auto":
-            raise UserError(
-                f'[config] scheduler.params.{key}: "auto" is for trainers that fill it in; '
-                "give a value"
-            )
+            raise fail(where, '"auto" is for trainers that fill it in; give a value')
+        if value is not None:  # null means the default
+            given[key] = _checked(where, value, str(accepted[key].annotation))
     try:
-        return kind(optimizer, **config.params)
+        return kind(optimizer, **given)
     except (TypeError, ValueError) as error:
         raise UserError(f"[config] scheduler.params: {config.type}: {error}") from None

@@ -41,10 +41,10 @@ def from_config(config: OptimizerConfig | None, parameters: Iterable[Any]) -> to
     try:
         return kind(
             parameters,
-            lr=float(params.get("lr", 1e-3)),
-            betas=tuple(float(b) for b in params.get("betas", (0.9, 0.999))),
-            eps=float(params.get("eps", 1e-8)),
-            weight_decay=float(params.get("weight_decay", 0.0)),
+            lr=params.get("lr", 1e-3),
+            betas=tuple(params.get("betas", (0.9, 0.999))),
+            eps=params.get("eps", 1e-8),
+            weight_decay=params.get("weight_decay", 0.0),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"[config] optimizer.params: {error}") from None
@@ -65,6 +65,10 @@ def check_supported(source: Any) -> None:
         for name in _UNSUPPORTED:
             if group.get(name):
                 raise _fail(f"{type(source).__name__}({name}=True)", "is not supported; remove it")
+        if len(group["betas"]) != 2:  # torch reads two and keeps the others
+            raise _fail(
+                f"{type(source).__name__}(betas={group['betas']})", "give two: (0.9, 0.999)"
+            )
     if any(state for state in source.state.values()):
         raise _fail(
             type(source).__name__,

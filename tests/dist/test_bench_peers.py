@@ -5,6 +5,7 @@ and a sweep from its command line to its rows."""
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -61,13 +62,17 @@ def losses(
     return dict(zip(kinds, ([row.losses, row.effective] for row in rows), strict=True))
 
 
-def test_all_peers_train_the_same(tmp_path):
+def test_all_peers_train_the_same(tmp_path, capfd):
     results, _ = run_ranks(losses, 2, str(tmp_path), list(KINDS), timeout=280)
     reference, _ = results["ddp"]
     assert len(reference) == STEPS and reference[-1] < reference[0]
     for kind, (found, _) in results.items():
         assert found == pytest.approx(reference, abs=2e-5), kind
     facts = {kind: effective for kind, (_, effective) in results.items()}
+    said = capfd.readouterr().out
+    for kind, value in (("FSDP", "true"), ("FSDP best", "false")):
+        (line,) = (x for x in said.splitlines() if x.startswith(f"[bench] {kind} in force: "))
+        assert f'"reshard_after_forward": {value}' in line
     assert facts["fsdp"]["reshard_after_forward"] is True
     assert facts["fsdp best"]["reshard_after_forward"] is False
     assert facts["fsdp best"]["reshard_between_micro_batches"] is False
@@ -78,6 +83,30 @@ def test_all_peers_train_the_same(tmp_path):
     rows = Results.load(tmp_path)
     assert not rows.problems and len(rows) == len(KINDS)
     assert all(len(row.times) == 2 and len(row.times[0]) == STEPS - 1 for row in rows)
+
+
+SHARED = ("ddp", "fsdp", "fsdp best", "fsdp offload", "overlap", "deepcompile")
+
+
+def shared_lengths(rank: int, world: int, folder: str, kind: str) -> list[tuple[list, dict]]:
+    """A length, another with the same model, the first again; and the second by itself."""
+    from deepcompile.bench import worker
+    from deepcompile.distributed import join
+
+    ranks, first = join(), condition(kind)
+    longer = dataclasses.replace(first, seq_length=32)
+    given = dataclasses.replace(options(folder), eval=True)
+    rows = worker.run_conditions([first, longer, first], given, ranks)
+    rows += worker.run_conditions([longer], given, ranks)
+    return [(row.losses, row.effective) for row in rows]
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_conditions_of_one_process_start_from_the_first_weights(kind, tmp_path):
+    found, _ = run_ranks(shared_lengths, 2, str(tmp_path), kind, timeout=280)
+    (first, _), (longer, facts), (again, _), (alone, _) = found
+    assert longer == pytest.approx(alone, abs=1e-5) and again == pytest.approx(first, abs=1e-5)
+    assert facts["starts_from"] == "the first weights"
 
 
 # DeepSpeed builds an extension for its collectives on CPUs with g++ when it first runs.
@@ -103,14 +132,15 @@ def frames_and_what_is_left(rank: int, world: int, folder: str) -> tuple[list[in
     from torch._dynamo.utils import counters
 
     from deepcompile.bench import peers, worker
-    from deepcompile.bench.batches import training_batches
+    from deepcompile.bench.batches import named_text, training_batches
     from deepcompile.distributed import join
 
     ranks, given = join(), condition("zero3_c")
     peer = peers.setup(given, options(folder), ranks)
     engine = peer.engine
     kept = [weakref.ref(it) for it in (engine, engine.module, engine.optimizer)]
-    batches, _ = training_batches(None, 256, 1, given.seq_length, 0, ranks)
+    text = named_text(None, "", ranks)
+    batches = training_batches(text, 256, 1, given.seq_length, 0, ranks)
     frames = []
     for _ in range(5):
         peer.step([worker.on_device(next(batches), ranks.device) for _ in range(2)])
@@ -169,8 +199,10 @@ def test_a_sweep_from_its_command_line(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 measured, 1 skipped" in done.stdout
+    there = importlib.util.find_spec("deepspeed") is not None
+    words = "cannot run here" if there else "not installed"
     rows = Results.load(tmp_path / "profiles")
-    assert [row.failure for row in rows] == ["not installed", ""]
+    assert [row.failure for row in rows] == [words, ""]
     log = tmp_path / "logs" / "debug_n0_llama-tiny_ddp_np2z0c0dc0E0b2seq16g1a0pALL_L1_fp32.log"
     assert "Epoch 1, Step 3, Loss:" in log.read_text()
     assert (tmp_path / "profiles" / "result.txt").read_text().count("iteration time:") == 1

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ def run_demo(out: Path, *arguments: str, ranks: int = 2) -> str:
         [*command, *SIZE, *arguments], cwd=ROOT, env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    assert "No CUDA runtime" not in done.stderr, "a warning in each process, of no use here"
     return done.stdout
 
 
@@ -70,12 +72,31 @@ def test_demo_learns_and_says_so(whole):
         assert said in printed
 
 
+def test_demo_ends_with_commands_that_work(whole):
+    out, printed = whole
+    (resume,) = re.findall(r"\] resume    (.*)", printed)
+    assert shlex.split(resume)[1:] == [
+        *("--nproc-per-node", "2", "examples/demo/train.py", "--out", str(out), *SIZE),
+        *("--resume", "--steps", "48"),
+    ]
+    (why,) = re.findall(r"\] why       (.*)", printed)
+    command, *words = shlex.split(why)
+    assert command.endswith("deepcompile") and words == ["explain", str(out / "plan.txt")]
+    done = subprocess.run(
+        [sys.executable, "-m", "deepcompile.cli", *words], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "plan.run.json" in done.stdout and "why: chosen: " in done.stdout
+    assert "why: kept " in done.stdout and " instead: " in done.stdout
+
+
 def test_demo_report_holds_the_run(whole):
     out, _ = whole
     page = (out / "report.html").read_text(encoding="utf-8")
     for heading in ("Loss", "One step", "Memory over the step", "Predicted and measured"):
         assert f"<h2>{heading}</h2>" in page
-    for heading in ("Compile time", "Why it is so", "The plan"):
+    more = "Compile time", "Why it is so", "What the next best would have cost", "The plan"
+    for heading in more:
         assert f"<h2>{heading}</h2>" in page
     charts = json.loads(re.search(r'id="charts">(.*?)</script>', page, re.S).group(1))
     assert len(charts["loss"]) == 24

@@ -4,15 +4,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from two_nodes import NoServer, TwoNodes, why_not, with_stand_in
 
+from deepcompile.bench.results import Results
+
 SCRIPT = str(Path(__file__).parent / "two_nodes_rank.py")
+RUN_MULTINODE = Path(__file__).parents[2] / "benchmarks" / "train" / "run_multinode.sh"
 START_S = 60
 """How long four ranks may take to start, in seconds."""
 END_S = 40
@@ -74,6 +80,32 @@ def test_a_rank_that_dies_ends_the_other_node(nodes: TwoNodes, tmp_path: Path):
     assert "[node-1] rank 2 waits" in out and "\nrank 0 waits" in f"\n{out}"
     assert "[node-1]" in err and "exitcode  : 7" in err, "torchrun's own account of it"
     assert nodes.left(2) == []
+
+
+def test_one_condition_of_the_benchmark_on_two_nodes(nodes: TwoNodes, tmp_path: Path):
+    """With a rank on each, by the script and its variables alone."""
+    unset = ("PROFILE_DIR", "LOG_BASE", "MODEL", "NUM_LAYERS", "NGPUS_PER_NODE", "SLURM")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    variables = {
+        "PYTHON": sys.executable,
+        "NUM_NODES": "2",
+        "HOSTFILE": nodes.hostfile(slots=1),
+        "LAUNCH_ARGS": shlex.join([*nodes.launcher, "--env", "CUDA_VISIBLE_DEVICES="]),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    words = "tiny --frameworks fsdp --seq-lengths 32"
+    words += " --num-layers 1 --backend eager --dtype fp32 --bench_step 2 --warmup_step 1"
+    with nodes.start(
+        str(RUN_MULTINODE), *words.split(), "--result_dir", "rows",
+        cwd=tmp_path, env={**kept, **variables},
+    ) as job:  # fmt: skip
+        out, err = job.communicate(timeout=START_S + END_S)
+    logs = "".join(path.read_text() for path in (tmp_path / "logs").glob("*.log"))
+    assert job.returncode == 0, out + err + logs
+    (row,) = Results.load(tmp_path / "rows").rows
+    assert (row.condition.nodes, row.condition.world, row.ok) == (2, 2, True)
+    assert len(row.times) == 2 and all(len(times) == 1 for times in row.times)
+    assert nodes.left(5) == []
 
 
 @pytest.fixture

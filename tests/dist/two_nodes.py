@@ -177,17 +177,29 @@ class TwoNodes:
     def inside(self, space: str, *command: str) -> list[str]:
         return [tool("ip"), "netns", "exec", space, *command]
 
+    def hostfile(self, nodes: int = 2, slots: int = 2) -> str:
+        path = self.folder / f"hosts{nodes}x{slots}"
+        path.write_text("".join(f"node-{i} slots={slots}\n" for i in range(nodes)))
+        return str(path)
+
+    @property
+    def launcher(self) -> list[str]:
+        """What `deepcompile launch` has to know of these nodes."""
+        ssh = ["--ssh-args", shlex.join(["-F", str(self.ssh_config)])]
+        return [*ssh, "--master-addr", ADDRESSES[0], "--env", "GLOO_SOCKET_IFNAME=eth0"]
+
+    def launch(
+        self, *arguments: str, nodes: int = 2, **options
+    ) -> contextlib.AbstractContextManager[subprocess.Popen]:
+        """`deepcompile launch` on node-0, with two ranks on each node."""
+        command = [sys.executable, "-m", "deepcompile", "launch", "--hostfile"]
+        return self.start(*command, self.hostfile(nodes), *self.launcher, *arguments, **options)
+
     @contextlib.contextmanager
-    def launch(self, *arguments: str, nodes: int = 2, **options) -> Iterator[subprocess.Popen]:
-        """`deepcompile launch` on node-0, with two ranks on each node; killed at the end if it
-        still runs."""
-        hostfile = self.folder / f"hosts{nodes}"
-        hostfile.write_text("".join(f"node-{i} slots=2\n" for i in range(nodes)))
-        command = [sys.executable, "-m", "deepcompile", "launch", "--hostfile", str(hostfile)]
-        command += ["--ssh-args", shlex.join(["-F", str(self.ssh_config)])]
-        command += ["--master-addr", ADDRESSES[0], "--env", "GLOO_SOCKET_IFNAME=eth0"]
+    def start(self, *command: str, **options) -> Iterator[subprocess.Popen]:
+        """A command on node-0; killed at the end if it still runs."""
         with subprocess.Popen(
-            self.inside(self.spaces[0], *command, *arguments),
+            self.inside(self.spaces[0], *command),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

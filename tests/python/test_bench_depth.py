@@ -38,7 +38,7 @@ class Fake:
         self.ran: list[int] = []
         self._room, self._errors, self._seconds = room, errors or {}, seconds
 
-    def __call__(self, place, arguments, log, timeout, on_line) -> Outcome:
+    def __call__(self, place, arguments, log, timeout, on_line, watch=None) -> Outcome:
         (condition,), options = worker.parse(arguments)
         layers = condition.num_layers
         self.ran.append(layers)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 import sys
@@ -22,7 +23,7 @@ from deepcompile.bench.flops import (
     step_flops,
 )
 from deepcompile.bench.metrics import gains, metric, metrics, spread
-from deepcompile.bench.plot import charts, gain_rows
+from deepcompile.bench.plot import charts, gain_rows, gains_text, left_out_note, plot
 from deepcompile.bench.results import Results, Row, save
 from deepcompile.cli.plot import METRICS
 from deepcompile.errors import UserError
@@ -217,6 +218,32 @@ def test_accumulation(tmp_path, capsys):
     assert code == 0 and "Llama-3-8B_acc4_np4_bs1.png" in out
 
 
+def test_the_seeds_acc_and_bench_have_the_seeds_names(tmp_path, capsys):
+    """Each in the folder that its script gives it."""
+    save(tmp_path / "profiles", [made(seq_length=length) for length in (512, 1024)])
+    save(tmp_path / "profile_acc", [made(accumulation=a, seq_length=1024) for a in (2, 4)])
+    for name, more in (("profiles", ()), ("profile_acc", ("--acc_step_eval",))):
+        folder = ("--result_dir", str(tmp_path / name), "--metric", "throughput")
+        assert deepcompile(capsys, *folder, *more)[0] == 0
+        drawn = [path.name for path in (tmp_path / name / "throughput").iterdir()]
+        assert drawn == ["chart_throughput_Llama-3-8B_np4_bs1.png"]
+
+
+def test_all_metrics_that_the_results_say(tmp_path, capsys):
+    save(tmp_path, [made(), made("deepcompile", 0.25)])
+    code, out, error = deepcompile(capsys, "--result_dir", str(tmp_path))
+    assert code == 0 and error == (
+        "deepcompile: no chart: [bench] compile_time: no result says it.\n"
+    )
+    drawn = {path.parent.name for path in tmp_path.glob("*/chart_*.png")}
+    assert drawn == {*METRICS} - {"compile_time"}
+    assert out.count("over FSDP (C)") == 2  # throughput's gains and memory's
+    save(tmp_path / "cpu", [made(device="Pentium")])
+    code, _, error = deepcompile(capsys, "--result_dir", str(tmp_path / "cpu"))
+    assert code == 0 and "no chart: [bench] mfu: the peak of Pentium" in error
+    assert deepcompile(capsys, "--result_dir", str(tmp_path / "none"))[0] == 2
+
+
 def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
     folder = ("--result_dir", str(tmp_path))
     code, _, error = deepcompile(capsys, *folder, "--metric", "accuracy")
@@ -238,3 +265,28 @@ def test_mistakes_are_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, error = deepcompile(capsys, *folder, "--metric", "throughput")
     assert code == 2 and "pip install 'deepcompile[bench]'" in error
+
+
+def test_compile_times_of_reused_code_are_left_out_and_said(tmp_path):
+    """~0 s of an engine that goes on is no compile time, and a ratio to it says nothing."""
+    peer = Condition("llama-3-8b", "fsdp_c", compile=True)
+    ours = Condition("llama-3-8b", "deepcompile", compile=True)
+    longer = {"seq_length": 1024}
+    rows = [
+        Row.measured(c, [[0.5]], compile_seconds=seconds, compile_reused=reused)
+        for c, seconds, reused in (
+            (peer, 8.0, False),
+            (ours, 20.0, False),
+            (dataclasses.replace(peer, **longer), 8.0, None),  # an older version's
+            (dataclasses.replace(ours, **longer), 1e-5, True),
+        )
+    ]
+    what = metric("compile_time")
+    assert [what.of(row) for row in rows] == [8.0, 20.0, 8.0, None]
+    (chart,) = charts(Results(rows), by_accumulation=False)
+    assert "compiled before in the same process" in left_out_note(chart, what)
+    text = gains_text([chart], what)
+    assert "0.40x" in text and "00x" not in text and "without a bar: reused" in text
+    drawn = plot(Results(rows), tmp_path, "compile_time")
+    assert drawn[0][1].is_file()
+    assert left_out_note(chart, metric("throughput")) == ""

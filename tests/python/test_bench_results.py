@@ -144,6 +144,34 @@ def test_our_lines_fit_the_seeds_own_pattern():
     assert found[14] == "0.2500"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "written"),
+    [(2.67e-05, "0.000027"), (0.0, "0"), (91.25, "91.25"), (1e16, "1" + 16 * "0"), (3, "3")],
+)
+def test_compile_times_fit_the_seeds_pattern(seconds, written):
+    ours = condition(framework="deepcompile", passes=("prefetch",), compile=True)
+    line = to_line(Row.measured(ours, [[0.25]], compile_seconds=seconds))
+    assert SEED_FIELDS.match(line)[13] == written
+    assert from_line(line).compile_seconds == pytest.approx(seconds, abs=1e-6)
+
+
+SEED_BARS = {"prefetch": "P", "selective_gather": "S", "prefetch,selective_gather": "P+S"}
+"""What the seed's chart script has bars for."""
+
+
+@pytest.mark.parametrize("framework", ["deepcompile", "ds_deepcompile"])
+def test_passes_are_in_the_seeds_order(framework):
+    for passes in (("prefetch",), ("selective_gather",), ("prefetch", "selective_gather"),
+                   ("selective_gather", "prefetch")):  # fmt: skip
+        given = condition(framework=framework, passes=passes, compile=True)
+        line = to_line(Row.measured(given, [[0.25]]))
+        bar = SEED_BARS[SEED_FIELDS.match(line)[12]]
+        assert given.label.endswith(f"({bar})") and from_line(line).condition == given
+    # For the automatic plan the seed has no bar; its pattern reads the line all the same.
+    auto = condition(framework="deepcompile", compile=True)
+    assert SEED_FIELDS.match(to_line(Row.measured(auto, [[0.25]])))[12] == "None"
+
+
 def test_append_survives_a_torn_line(tmp_path):
     append(tmp_path, row())
     with (tmp_path / ROWS).open("a") as file:

@@ -128,7 +128,8 @@ def swept(tmp_path_factory) -> Path:
     code = cli.main(
         ["bench", "--simulate", "--machine", "2x-cpu", "--models", str(model), "--batch", "2",
          "--seq", "32", "--accumulation", "1,2", "--dtype", "fp32", "--metrics",
-         "throughput,mfu", "--persistence-threshold", "1000", "--result-dir", str(folder)]
+         "throughput,mfu,compile_time", "--persistence-threshold", "1000", "--result-dir",
+         str(folder)]
     )  # fmt: skip
     assert code == 0
     return folder
@@ -153,6 +154,25 @@ def test_a_simulated_sweep_writes_rows_lines_and_charts(swept):
     for name in ("throughput", "mfu"):  # by accumulation steps, as there are two
         assert list((swept / name).glob(f"chart_{name}_*_np2_bs2.png"))
     assert len((swept / ROWS).read_text().splitlines()) == 14
+
+
+def test_the_seeds_accumulation(tmp_path, monkeypatch, capsys):
+    """Under the measured sweep's names of options; a simulation says no compile time."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    Path("config.json").write_text(json.dumps(CONFIG))
+    arguments = ["bench", "acc", "--simulate", "--machine", "2x-cpu", "--models", "config.json",
+                 "--num-layers", "1", "--seq-lengths", "32", "--dtype", "fp32",
+                 "--metrics", "all"]  # fmt: skip
+    assert cli.main(arguments) == 0
+    folder = tmp_path / "results" / "2x-cpu-simulated-acc"
+    found = {(r.condition.accumulation, r.condition.num_layers) for r in Results.load(folder)}
+    assert found == {(a, 1) for a in (2, 4, 8, 16)}
+    drawn = {path.parent.name: path.name for path in folder.glob("*/*.png")}
+    assert drawn["throughput"] == "chart_throughput_config-1L_np2_bs1.png"
+    assert "compile_time" not in drawn and len(drawn) == 5
+    assert "compile_time: no result says it" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(swept, tmp_path):
@@ -188,6 +208,7 @@ def test_mistakes_are_named(tmp_path, capsys):
         ("2x-cpu", "--models", "no-such", "--batch", "1", "--seq", "32"): "no-such",
         ("2x-cpu", "--seq", "0"): "must be at least 1",
         ("2x-cpu", "--metrics", "accuracy"): "'accuracy' is none of throughput",
+        ("2x-cpu", "w1"): "'w1' (choose from",
     }.items():
         try:
             code = cli.main([*base, *arguments, "--result-dir", str(tmp_path)])

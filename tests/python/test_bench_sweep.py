@@ -6,9 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -19,8 +17,6 @@ from deepcompile.bench.process import Outcome, Place
 from deepcompile.bench.results import Results, Row
 from deepcompile.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "benchmarks" / "train"
 OOM = "CUDA out of memory. Tried to allocate 2.00 GiB"
 
 
@@ -37,7 +33,7 @@ class Fake:
         self.places: list[Place] = []
         self._fail, self._interrupt = fail or {}, interrupt
 
-    def __call__(self, place, arguments, log, timeout, on_line) -> Outcome:
+    def __call__(self, place, arguments, log, timeout, on_line, watch=None) -> Outcome:
         conditions, options = worker.parse(arguments)
         self.jobs.append(conditions)
         self.places.append(place)
@@ -214,45 +210,37 @@ def test_an_interrupt_leaves_no_process(tmp_path, monkeypatch):
         os.kill(pids[0], 0)
 
 
-def test_places_and_commands(tmp_path):
-    assert process.place_from({"NGPUS_PER_NODE": "4"}) == Place(1, 4)
-    given = {"NUM_NODES": "2", "NGPUS_PER_NODE": "8", "HOSTFILE": "hosts"}
-    place = process.place_from(given)
-    assert place == Place(2, 8, "hosts") and place.world == 16
-    command = process.command(place, ["--job", "{}"])
-    assert command[2:10] == ["deepcompile", "launch", "--hostfile", "hosts", "--num-nodes", "2",
-                             "--nproc-per-node", "8"]  # fmt: skip
-    assert "--standalone" in process.command(Place(1, 2), [])
-    with pytest.raises(UserError, match="HOSTFILE"):
-        process.place_from({"NUM_NODES": "2", "NGPUS_PER_NODE": "8"})
-    with pytest.raises(UserError, match="NGPUS_PER_NODE=all"):
-        process.place_from({"NGPUS_PER_NODE": "all"})
-
-
-def test_the_launcher_takes_the_command():
-    from deepcompile.launch import options
-
-    hosts = SCRIPTS / "hostfile_n4"
-    command = process.command(Place(4, 8, str(hosts)), ["--job", '{"conditions": []}'])
-    request = options.parse(command[4:])
-    assert request.num_nodes == 4 and request.hostfile == str(hosts)
-    assert request.torchrun[-2:] == ["--job", '{"conditions": []}']
-
-
 # ---- which conditions
 
 
 def test_the_seeds_experiments():
     bench = suites.conditions(suites.SUITES["bench"], 32, 4, "bf16")
-    frameworks = len(suites.SUITES["bench"].frameworks)
-    assert len(bench) == frameworks * (2 * 3 * 3 - 1)  # 70B skips batch 4 at 2048
+    specs = [suites.parse_spec(text) for text in suites.SUITES["bench"].frameworks]
+    once = sum(spec.length > 0 for spec in specs)
+    sizes = 2 * 3 * 3 - 1  # 70B skips batch 4 at 2048
+    assert len(bench) == (len(specs) - once) * sizes + once * 2 * 3
     labels = {c.label for c in bench}
     seeds = {"ZeRO3", "ZeRO3 (C)", "FSDP", "FSDP (C)"}
     seeds |= {f"DeepCompile ({passes})" for passes in ("P", "S", "P+S", "auto")}
     assert seeds | {"DS DeepCompile (P+S)"} <= labels
     acc = suites.conditions(suites.SUITES["acc"], 8, 1, "bf16")
     assert {c.accumulation for c in acc} == {2, 4, 8, 16} and {c.seq_length for c in acc} == {1024}
-    assert any(c.framework == "fsdp_c" and c.settings == "best" for c in acc)
+    theirs = [c.label for c in acc if c.framework == "ds_deepcompile" and c.accumulation == 2]
+    named = [f"DS DeepCompile ({passes})" for passes in ("P", "S", "P+S")]
+    assert theirs == 2 * [*named, "DS DeepCompile (P+S) best"]
+    for name, keys in (("bench", ("fsdp_c", "zero3_c", "ds_deepcompile")),
+                       ("acc", ("fsdp_c", "zero3_c", "ds_deepcompile")),
+                       ("cut", ("fsdp_c", "ds_deepcompile")),
+                       ("z1", ("ddp_c", "zero1_c"))):  # fmt: skip
+        found = suites.conditions(suites.SUITES[name], 4, 1, "bf16")
+        best = {c.framework for c in found if c.settings == "best"}
+        assert best == {*keys}, name
+    for name in ("bench", "cut"):
+        found = suites.conditions(suites.SUITES[name], 4, 1, "bf16")
+        variants = {(c.framework, c.variant, c.seq_length) for c in found if c.variant}
+        assert variants == {("fsdp_c", name, 1024) for name in ("overlap", "copy_engine")}
+    cut = {c.label for c in found}
+    assert {*named, "DS DeepCompile (P+S) best"} <= cut
     offload = suites.conditions(suites.SUITES["offload"], 8, 1, "bf16")
     eager = [c for c in offload if c.backend == "eager"]
     assert [(c.framework, c.passes) for c in eager] == [
@@ -274,7 +262,10 @@ def test_frameworks_as_they_are_written():
         "deepcompile", ("prefetch", "selective_gather"), "best", "budget=20GiB"
     )
     assert suites.parse_spec("fsdp+offload").offload
-    for text in ("fsdp3", "fsdp@worst", "fsdp+x", "fsdp:prefetch", "deepcompile:prefech"):
+    spec = suites.parse_spec("fsdp_c@best/overlap~1024")
+    assert spec == suites.Spec("fsdp_c", (), "best", "overlap", length=1024)
+    wrong = "fsdp~ fsdp~long fsdp~0 fsdp3 fsdp@worst fsdp+x fsdp:prefetch deepcompile:prefech"
+    for text in wrong.split():
         with pytest.raises(UserError, match="bench"):
             suites.parse_spec(text)
 
@@ -360,47 +351,6 @@ def test_the_table_of_a_folder(tmp_path, capsys):
     assert table.main(["--table"]) == 2 and "needs a folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert table.main(["--table", str(tmp_path / "empty")]) == 2
-
-
-# ---- scripts
-
-
-def script(tmp_path, name: str, *words: str, **env: str) -> subprocess.CompletedProcess:
-    """A script with a Python that says what it was to run."""
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho RUN $PROFILE_DIR $HOSTFILE "$@"\n')
-    python.chmod(0o755)
-    kept = {k: v for k, v in os.environ.items() if k not in ("PROFILE_DIR", "HOSTFILE", "MODEL")}
-    return subprocess.run(
-        [SCRIPTS / name, *words], capture_output=True, text=True, timeout=60,
-        env={**kept, "PYTHON": str(python), **env},
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", sorted(p.name for p in SCRIPTS.glob("run*.sh")))
-def test_scripts_explain_themselves(name, tmp_path):
-    done = script(tmp_path, name, "--help")
-    assert done.returncode == 0, done.stderr
-    assert f"benchmarks/train/{name}" in done.stdout and "NGPUS_PER_NODE" in done.stdout
-    assert "SPDX" not in done.stdout and "--help" in done.stdout
-
-
-def test_scripts_run_their_suites(tmp_path):
-    def ran(name: str, *words: str, **env: str) -> str:
-        return script(tmp_path, name, *words, **env).stdout.splitlines()[-1]
-
-    assert ran("run_bench.sh", "--force") == "RUN -m deepcompile.bench.sweep bench --force"
-    assert ran("run_bench_acc.sh").endswith("sweep acc")
-    assert ran("run_bench_z1.sh", NUM_LAYERS="-4").endswith("sweep z1 --num-layers=-4")
-    assert ran("run_bench_offload.sh") == "RUN profile_offload -m deepcompile.bench.sweep offload"
-    assert ran("run.sh", "--compile").endswith("-m deepcompile.bench.one --compile")
-    hosts = str(SCRIPTS / "hostfile_n4")
-    assert ran("run_multinode.sh", "acc") == f"RUN {hosts} -m deepcompile.bench.sweep acc"
-    assert ran("run_multinode.sh", "run.sh", "--eager") == (
-        f"RUN {hosts} -m deepcompile.bench.one --eager"
-    )
-    missing = script(tmp_path, "run_multinode.sh", NUM_NODES="3")
-    assert missing.returncode == 2 and "no hostfile" in missing.stderr
 
 
 def test_the_sweep_explains_itself(capsys):

@@ -8,11 +8,12 @@ import dataclasses
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
-from deepcompile.bench import arguments, batches, lines, peers, weights, worker
+from deepcompile.bench import arguments, batches, lines, one, peers, profiling, weights, worker
 from deepcompile.bench.conditions import Condition
 from deepcompile.bench.options import Options
 from deepcompile.bench.peers import deepcompile as ours
@@ -22,6 +23,7 @@ from deepcompile.bench.results import Results
 from deepcompile.distributed import Ranks
 from deepcompile.errors import UserError
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = Ranks(0, 1, torch.device("cpu"))
 TINY = Condition(
     "llama-tiny", "single", num_layers=1, batch_size=2, seq_length=16, zero_stage=0, dtype="fp32"
@@ -60,7 +62,7 @@ def refusal(call) -> str:
         ("--zero_stage 1", "zero_stage", 1),
         ("--backend eager", "backend", "eager"),
         ("--passes prefetch,selective_gather", "passes", ("prefetch", "selective_gather")),
-        ("--offload_opt_states", "offload_adam", True),
+        ("--framework deepspeed --offload_opt_states", "offload_adam", True),
         ("--settings best", "settings", "best"),
         ("--variant x --memory_budget 20GiB", "variant", "x,budget=20GiB"),
         ("--dtype fp32", "dtype", "fp32"),
@@ -95,6 +97,7 @@ def test_conditions_from_arguments(words, field, value):
         ("--print_interval 5", "print_interval", 5),
         ("--dataset_name ag_news", "dataset_name", "ag_news"),
         ("--attn_impl eager", "attn_impl", "eager"),
+        ("--attn_impl spda", "attn_impl", "sdpa"),  # as the seed spells it
         ("--profile", "profile", True),
         ("--profile --profile_dir here", "profile_dir", "here"),
         ("--profile_dir a --result_dir b", "results", "b"),
@@ -120,7 +123,11 @@ def test_folders_of_results_come_from_the_environment(monkeypatch):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--attn_impl spda", "invalid choice: 'spda'"),
+        ("--attn_impl spdb", "invalid choice: 'spdb'"),
+        ("--offload_opt_states", "ours moves to the host what its memory budget asks"),
+        ("--framework ddp --offload_opt_states", "ddp keeps all on the device"),
+        ("--framework singlegpu --offload_opt_states", "single keeps all on the device"),
+        ('--framework fsdp --engine_config {"a":1}', "--engine_config: fsdp has no engine"),
         ("--passes prefech", "no pass named 'prefech'"),
         ("--framework fsdp --passes prefetch", "fsdp has none"),
         ("--framework fsdp --deepcompile", "the framework is fsdp"),
@@ -174,11 +181,31 @@ def test_run_sh_passes_deepspeeds_switches_on():
     config = theirs.configuration(peers.Setup(condition, options, CPU))
     assert all(config["compile"][name] is True for name in switches)
     assert "unrecognized" in refusal(lambda: arguments.parse_run(["--ds-ofload"], 1, 1))
+    # Beside a configuration of one's own, section by section.
+    more = ["--engine_config", '{"compile": {"offload_activation": true}, "zero": 1}']
+    _, options = arguments.parse_run([*words, *more], 4, 1)
+    assert options.engine["compile"]["offload_activation"] is True
+    assert options.engine["compile"]["debug_log"] is True
+    assert options.engine["zero"] == 1
+
+
+@pytest.mark.parametrize("switch", ["debug-log", *arguments.SYNC])
+def test_run_sh_refuses_switches_where_there_is_no_engine(switch, capsys):
+    for backend in ("fsdp", "ddp", "singlegpu"):
+        said = refusal(lambda b=backend: arguments.parse_run(["--backend", b, f"--{switch}"], 4, 1))
+        assert f"--{switch}: {backend[:6]}" in said and "Leave it out" in said
+    _, options = arguments.parse_run([f"--{switch}"], 4, 1)  # ours
+    ordered = switch != "debug-log"
+    assert options.engine == ({} if ordered else {"compile": {"debug_log": True}})
+    assert ("takes no notice" in capsys.readouterr().err) == ordered
+    said = refusal(lambda: arguments.parse_run(["--ds-offload"], 4, 1))
+    assert "give a budget: --memory_budget" in said
 
 
 def test_logs_have_the_seeds_names():
     condition, _ = arguments.parse_run(RUN, 8, 2)
-    name = arguments.log_name(dataclasses.replace(condition, num_layers=0, dtype="bf16"), 1)
+    condition = dataclasses.replace(condition, model="meta-llama/M", num_layers=0, dtype="bf16")
+    name = arguments.log_name(condition, 1)
     assert name == "debug_n1_M_fsdp_np8z3c1dc0E1b2seq64g4a1pALL.log"
     other = dataclasses.replace(
         TINY, framework="deepcompile", passes=("prefetch", "selective_gather"), zero_stage=3,
@@ -187,6 +214,20 @@ def test_logs_have_the_seeds_names():
     assert arguments.log_name(other) == (
         "debug_n0_llama-tiny_deepcompile_np1z3c1dc1E0b2seq16g1a0pprefetch_selective_gather"
         "_L1_budget=1-2_fp32.log"
+    )
+
+
+def test_models_of_one_name_have_files_of_their_own():
+    models = ["ma/llama/config.json", "mb/llama/config.json", "mb/other/config.json", "a/llama",
+              "b/llama", "llama", "/x/llama.json", "meta-llama/llama"]  # fmt: skip
+    found = [dataclasses.replace(TINY, model=model) for model in models[:-1]]
+    for name in (arguments.log_name, profiling.experiment, weights.folder_of):
+        names = [str(name(c)) for c in found]
+        assert len(set(names)) == len(names)
+        assert "llama-" in names[0] and "other-" in names[2]
+    # The seed's own models have the seed's names.
+    assert arguments.log_name(dataclasses.replace(TINY, model=models[-1])) == (
+        arguments.log_name(found[5])
     )
 
 
@@ -227,18 +268,19 @@ def test_our_configuration():
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"framework": "ds_deepcompile"}, "not installed"),
+        ({"framework": "zero3"}, "not installed"),
+        ({"framework": "ddp", "offload_adam": True}, "keeps all on the device"),
         ({"framework": "single", "world": 2}, "takes one rank, not 2"),
         ({"framework": "fsdp", "variant": "fast"}, "no variant 'fast'"),
         ({"framework": "fsdp", "variant": "overlap"}, "use fsdp_c"),
         ({"framework": "ddp", "variant": "fast"}, "no variant 'fast'"),
-        ({"framework": "fsdp", "variant": "copy_engine"}, "not installed"),
+        ({"framework": "fsdp", "variant": "copy_engine"}, "copy_engine needs"),
     ],
 )
 def test_what_cannot_run_here_is_said(changes, said):
     condition = dataclasses.replace(TINY, **changes)
     reason = peers.why_not(condition)
-    if torch.cuda.is_available() and said == "not installed":
+    if reason is None and (said == "not installed" or torch.cuda.is_available()):
         pytest.skip("it can run here")
     assert said in reason
     with pytest.raises(UserError, match="bench"):
@@ -249,7 +291,46 @@ def test_deepspeed_that_is_not_there_is_said(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda *_: None)
     for framework in ("zero1", "zero3", "ds_deepcompile"):
         reason = peers.why_not(dataclasses.replace(TINY, framework=framework))
-        assert reason == "deepspeed is not installed: pip install 'deepcompile[deepspeed]'"
+        assert reason.startswith(f"deepspeed is not installed: {peers.INSTALL_DEEPSPEED}")
+    page = (ROOT / "docs" / "measuring.md").read_text()
+    assert f"`{peers.INSTALL_DEEPSPEED}`" in page  # the same advice
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it can run here")
+def test_deepspeeds_deepcompile_on_a_cpu_is_not_called_uninstalled(monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda *_: object())
+    condition = dataclasses.replace(TINY, framework="ds_deepcompile", compile=True)
+    reason = peers.why_not(condition)
+    assert reason == "cannot run here: DeepSpeed's DeepCompile needs GPUs"
+    assert worker.Row.failed(condition, reason).failure == "cannot run here"
+
+
+@pytest.mark.parametrize(
+    ("changes", "least"),
+    [
+        ({}, 4),
+        ({"passes": ("prefetch",)}, 4),
+        ({"passes": ("zero3_compile",)}, 0),
+        ({"framework": "ds_deepcompile"}, 6),
+        ({"framework": "ds_deepcompile", "zero_stage": 1}, 0),
+        ({"framework": "fsdp_c"}, 0),
+    ],
+)
+def test_the_warm_up_has_all_of_the_planning(changes, least):
+    condition = dataclasses.replace(deep(), **changes)
+    for warm in range(least):
+        said = refusal(lambda w=warm: peers.check_warmup(condition, Options(warmup_step=w)))
+        assert f"warmup_step {warm}:" in said and f"Give --warmup_step {least} or more" in said
+    peers.check_warmup(condition, Options(warmup_step=least))
+
+
+def test_one_condition_with_too_short_a_warm_up_is_refused(monkeypatch, capsys):
+    words = ["--model_name", "llama-tiny", "--warmup_step", "2"]
+    assert "Give --warmup_step 4 or more" in refusal(lambda: worker.parse(words))
+    assert worker.parse([*words[:3], "4"])[1].warmup_step == 4
+    monkeypatch.setenv("NGPUS_PER_NODE", "2")
+    assert one.main(["--model", "llama-tiny", "--warmup_step", "2"]) == 2
+    assert "Give --warmup_step 4 or more" in capsys.readouterr().err
 
 
 def test_sharding_in_the_graph_refuses_tied_weights():
@@ -324,9 +405,28 @@ def test_a_data_set_out_of_reach_is_said(capsys, monkeypatch):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(batches, "load_dataset", out_of_reach)
-    _, source = batches.training_batches("no/such-data-set", 256, 1, 16, 0, CPU)
-    assert "as no/such-data-set cannot be read" in source
+    monkeypatch.setattr(batches, "_unreadable", {})
+    text = batches.named_text("no/such-data-set", "", CPU)
+    assert "as no/such-data-set cannot be read" in text.source
+    assert text.facts()["data_problem"] == "ConnectionError: no network"
     assert "cannot be read" in capsys.readouterr().out
+
+
+def test_a_data_set_out_of_reach_is_tried_once(monkeypatch):
+    tried = []
+
+    def out_of_reach(name, **kwargs):
+        tried.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(batches, "load_dataset", out_of_reach)
+    monkeypatch.setattr(batches, "_unreadable", {})
+    texts = [batches.named_text(name, "", CPU) for name in ("a/b", "a/b", "c/d")]
+    assert tried == ["a/b", "c/d"] and texts[0] == texts[1]
+    # Another process group is told by the sweep.
+    batches._unreadable.clear()
+    assert batches.named_text("a/b", "no network", CPU).problem == "no network"
+    assert tried == ["a/b", "c/d"]
 
 
 # ---- steps
@@ -367,6 +467,36 @@ def test_lengths_of_one_model_share_it(tmp_path, monkeypatch):
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("framework", ["single", "deepcompile"])
+def test_each_condition_starts_from_the_first_weights(framework, dtype, tmp_path):
+    """Also where the model is shared, and after an evaluation."""
+    options = Options(
+        bench_step=6, warmup_step=4, eval=True, learning_rate=1e-2, result_dir=str(tmp_path)
+    )
+    changes = {"compile": True, "zero_stage": 3} if framework == "deepcompile" else {}
+    first = dataclasses.replace(TINY, framework=framework, dtype=dtype, backend="eager", **changes)
+    longer = dataclasses.replace(first, seq_length=32)
+    shared = worker.run_conditions([first, longer, first], options, CPU)
+    (alone,) = worker.run_conditions([longer], options, CPU)
+    assert shared[1].losses == pytest.approx(alone.losses, abs=1e-5)
+    assert shared[2].losses == pytest.approx(shared[0].losses, abs=1e-5)
+    assert shared[0].losses[-1] < shared[0].losses[0]
+    assert {row.effective["starts_from"] for row in shared} == {worker.FIRST_WEIGHTS}
+    reused = [row.compile_reused for row in [*shared, alone]]
+    assert reused == [False, bool(changes), bool(changes), False]
+    assert all(row.options == options.recorded(row.condition) for row in shared)
+
+
+def test_a_peer_that_cannot_start_anew_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers.local.Local, "restart", peers.Peer.restart)
+    options = Options(bench_step=2, warmup_step=1, result_dir=str(tmp_path))
+    longer = dataclasses.replace(TINY, seq_length=32)
+    rows = worker.run_conditions([TINY, longer], options, CPU)
+    said = [row.effective["starts_from"] for row in rows]
+    assert said == [worker.FIRST_WEIGHTS, worker.TRAINED_ON]
+
+
 def test_a_job_for_other_ranks_and_too_few_epochs_are_errors(tmp_path):
     options = Options(result_dir=str(tmp_path))
     many = dataclasses.replace(TINY, framework="ddp", world=4)
@@ -379,9 +509,16 @@ def test_a_job_for_other_ranks_and_too_few_epochs_are_errors(tmp_path):
 
 def test_a_budget_may_be_a_peers_peak(tmp_path):
     condition = deep(variant="budget=fsdp_c")
-    said = refusal(lambda: worker.with_budget(condition, str(tmp_path)))
+    options = Options(result_dir=str(tmp_path))
+    said = refusal(lambda: worker.with_budget(condition, options))
     assert "no row of fsdp_c" in said
     peer = dataclasses.replace(TINY, framework="fsdp_c", zero_stage=3, compile=True)
     row = worker.Row.measured(peer, [[1.0]], peak_bytes=12345)
     worker.results.append(tmp_path, row)
-    assert worker.with_budget(condition, str(tmp_path)).variant == "budget=12345"
+    assert worker.with_budget(condition, options).variant == "budget=12345"
+    row.peak_bytes, row.options = 99, dataclasses.replace(options, eval=True).recorded(peer)
+    worker.results.append(tmp_path, row)
+    assert worker.with_budget(condition, options).variant == "budget=99"
+    row.peak_bytes, row.options = 98, dataclasses.replace(options, attn_impl="eager").recorded(peer)
+    worker.results.append(tmp_path, row)
+    assert worker.with_budget(condition, options).variant == "budget=99"  # not of other options

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from deepcompile import cli
+from deepcompile.cli.explain import Choice
+from deepcompile.report.other_choices import cost_text
 
 PROGRAM = """\
 step train world=2
@@ -151,6 +153,17 @@ def test_opt_prefetches_for_a_machine_and_a_budget():
     assert "2 prefetch:" in result.stderr
 
 
+def test_a_budget_may_be_a_fraction_of_the_machines_memory():
+    from deepcompile import _core
+
+    half = str(_core.Machine.builtin("2x-cpu").memory_bytes // 2)
+    by = [
+        deepcompile("opt", "-", *PLANNED, "--memory-budget", budget, stdin=TWO_LAYERS).stdout
+        for budget in ("0.5", half)
+    ]
+    assert by[0] == by[1] != ""
+
+
 def test_updates_in_the_backward_have_to_be_asked_for():
     words = ("opt", "-", "--passes", "zero3_compile,place_optimizer", "--machine", "2x-cpu")
     for more in ((), ("--early-updates",)):
@@ -200,11 +213,66 @@ def test_explain_gives_reasons(plan: Path):
     assert "region f: code 0, makes 4 B, 100 us" in every.stdout
 
 
+def test_explain_begins_with_the_whole_step():
+    passes = ("--passes", "auto", "--machine", "2x-cpu")
+    lines = deepcompile("explain", "-", *passes, stdin=TWO_LAYERS).stdout.splitlines()
+    assert lines[0].startswith("step two") and lines[1].startswith("predicted: ")
+    assert lines[2:4] == ["", "the step as a whole"]
+    assert lines[4].startswith("  why: step ") and lines[4].endswith("[auto]")
+    assert any(line.startswith("  else: updates in ") for line in lines[4:14])
+    every = deepcompile("explain", "-", *passes, "--all", stdin=TWO_LAYERS).stdout
+    assert every.splitlines()[:5] == lines[:5]
+
+
+def test_differences_that_mean_nothing_have_no_number():
+    assert cost_text(-1, -12 << 20) == "no change in time, -12.0 MiB"
+    assert cost_text(0, 0) == cost_text(999, 0) == "no change"
+    assert cost_text(1000, 0, fits=False) == "+1.00 us, above the budget"
+    assert cost_text(-1_800_000, 96 << 20) == "-1.80 ms, +96.0 MiB"
+    passes = ("--passes", "auto", "--machine", "2x-cpu")
+    for more in ((), ("--all",)):
+        text = deepcompile("explain", "-", *passes, *more, stdin=TWO_LAYERS).stdout
+        assert "instead: " in text and not re.search(r"instead: [+-]\d+ ns|[+-]0 B", text)
+
+
+def test_parameters_gathered_ahead_of_more_runs_share_a_line():
+    form, reason = "f32, 64 B, sharded", "forward 0: gathered ahead of {}: 64 B [prefetch]"
+    one = Choice("param", "l.0.w", form, [reason.format("1 run")])
+    two = Choice("param", "l.1.w", form, [reason.format("2 runs")])
+    assert one.key() == two.key()
+
+
+def test_a_program_without_a_plan_says_so(program: Path, plan: Path, tmp_path: Path):
+    note = "no plan: no gathers or updates yet; give --passes zero3_compile or auto"
+    machine = ("--machine", "2x-cpu")
+    for command in ("sim", "explain"):
+        assert note in deepcompile(command, str(program), *machine).stdout.splitlines()[0]
+        assert note not in deepcompile(command, str(plan), *machine).stdout
+        planned = deepcompile(command, str(program), *machine, "--passes", "auto")
+        assert planned.returncode == 0 and note not in planned.stdout
+    facts = json.loads(deepcompile("sim", str(program), *machine, "--json").stdout)
+    assert facts["note"] == note
+    assert " instead: " not in deepcompile("explain", str(program), *machine).stdout
+    page = tmp_path / "report.html"
+    deepcompile("report", str(program), *machine, "--out", str(page))
+    assert note in page.read_text()
+
+
+@pytest.mark.parametrize("data", [b"<!DOCTYPE html>", b"\x89PNG\r\n\xff", b"step\0", b"{}"])
+def test_what_is_no_program_is_one_clear_error(data: bytes, tmp_path: Path):
+    path = tmp_path / "report.html"
+    path.write_bytes(data)
+    for command in ("explain", "sim"):
+        result = deepcompile(command, str(path), "--machine", "2x-cpu")
+        expect_error(result, str(path), "Give the program's text, as `plan --out`")
+
+
 def test_report_writes_a_page(plan: Path, tmp_path: Path):
     page = tmp_path / "report.html"
     result = deepcompile("report", str(plan), "--machine", "2x-cpu", "--out", str(page))
     assert result.returncode == 0, result.stderr
     assert "train on 2x-cpu" in page.read_text()
+    assert "What the next best would have cost" in page.read_text()
 
 
 def test_a_truncated_program_is_one_clear_error(tmp_path: Path):
@@ -242,15 +310,31 @@ def test_a_negative_bandwidth_is_one_clear_error(plan: Path, tmp_path: Path):
         (["opt", "-", "--passes", "zero3_compile", "-o", "/no/such/dir/x"], ["cannot be written"]),
         (["opt", "-", "--passes", "prefetch"], ["prefetch: needs gathers_placed"]),
         (["opt", "-", "--passes", "zero3_compile,selective_gather"], ["has no machine"]),
-        (["opt", "-", *PLANNED, "--memory-budget", "40GB"], ["40GB is not a size"]),
+        (["opt", "-", *PLANNED, "--memory-budget", "40 apples"], ["is not a size", "a fraction"]),
+        (["opt", "-", *PLANNED, "--memory-budget", "40"], ["40 is 40 bytes: write 40GiB"]),
+        (["opt", "-", "--passes", "auto", "--memory-budget", "0.5"], ["Give --machine too"]),
+        (["opt", "-", "--passes", "auto"], ["has no machine", "Give it one with --machine."]),
+        (["opt", "-", "--passes", "zero3_compile,prefech"], ['did you mean "prefetch"?']),
         (["fly"], ["fly"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--ranks", "x"], ["whole number"]),
         (["sim", __file__, "--machine", __file__], ["test_cli.py"]),
         (["launch"], ["nothing to run"]),
         (["launch", "--nproc-per-node", "2", "no.py"], ["no.py: there is no such script"]),
+        (["launch", "--nproc-per-node", "2"], ["[launch] script: is missing"]),
+        (["launch", "--standalone", "--nproc-per-node=2"], ["[launch] script: is missing"]),
+        (["launch", "--nproc-per-node", "two", __file__], ["[launch] --nproc-per-node two: give"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--ranks", "3"], ["2x-cpu has 2 ranks"]),
         (["sim", "-", "--machine", "2x-cpu", "--memory-budget", "-1GiB"], ["--option=-1"]),
         (["bench", "nope"], ["invalid choice: 'nope'", "See deepcompile bench --help"]),
+        (["bench", "--simulate"], ["required: --machine", "deepcompile bench --simulate --help"]),
+        (
+            ["bench", "--machine", "4x8-a100"],
+            ["--machine: belongs to --simulate", "bench --simulate --machine 4x8-a100`"],
+        ),
+        (
+            ["plan", "--model", "llama-3-7b", "--machine", "2x-cpu"],
+            ["llama-3-7b: neither a file nor a built-in", 'did you mean "llama-3-70b"?'],
+        ),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "0"], ["--seq"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "8,"], ["neither a file"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", ","], ["at least one"]),

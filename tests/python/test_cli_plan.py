@@ -8,7 +8,7 @@ import xml.dom.minidom
 from pathlib import Path
 
 import pytest
-from test_cli import deepcompile, deepcompile_here, expect_error
+from test_cli import deepcompile, deepcompile_here
 
 pytest.importorskip("transformers")
 CONFIG = {
@@ -94,7 +94,12 @@ def test_a_budget_too_small_is_said_of_each_plan(model: Path):
     result = plan(
         model, "--seq", "32", "--memory-budget", "1MiB", "--passes", "zero3_compile,prefetch"
     )
-    expect_error(result, "the memory budget is 1.00 MiB")
+    assert result.returncode == 2 and result.stdout == ""
+    *progress, error = result.stderr.splitlines()
+    assert error.startswith("deepcompile: error: ") and "the memory budget is 1.00 MiB" in error
+    # What takes seconds is said before, beside the results.
+    assert progress[0].startswith("capturing ") and str(model) in progress[0]
+    assert progress[1].startswith("planning sequence 32")
 
 
 def test_files_about_one_plan(model: Path, tmp_path: Path):

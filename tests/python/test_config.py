@@ -166,6 +166,7 @@ def test_unknown_key_suggests(keys, expected):
         ({"compile": {"passes": ["autosp"]}}, "compile.passes: 'autosp' is not available"),
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type: must be one of Adam, AdamW"),
+        ({"optimizer": {"type": "AdmaW"}}, "not 'AdmaW'; did you mean \"AdamW\"?"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype"),
         ({"scheduler": {"params": {}}}, "scheduler.type: is missing"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "auto"),
@@ -173,6 +174,33 @@ def test_unknown_key_suggests(keys, expected):
 )
 def test_refused(keys, expected):
     assert expected in error_of(keys)
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ({"betas": [0.9]}, "betas: must be two numbers such as [0.9, 0.999], not [0.9]"),
+        ({"betas": [0.9, 0.99, 0.9]}, "betas: must be two numbers"),
+        ({"betas": 0.9}, "betas: must be two numbers such as [0.9, 0.999], not 0.9"),
+        ({"betas": [0.9, 1]}, "betas: must be a fraction below 1"),
+        ({"betas": [0.9, "much"]}, "betas: must be a number, not 'much'"),
+        ({"lr": "fast"}, "lr: must be a number, not 'fast'"),
+        ({"lr": True}, "lr: must be a number"),
+        ({"lr": float("nan")}, "lr: must be a finite number"),
+        ({"eps": -1}, "eps: must be at least 0"),
+        ({"weight_decay": [0.1]}, "weight_decay: must be a number"),
+        ({"adam_w_mode": "no"}, "adam_w_mode: must be true or false"),
+    ],
+)
+def test_wrong_optimizer_params(params, expected):
+    said = error_of({"optimizer": {"type": "AdamW", "params": params}})
+    assert said.startswith(f"[config] optimizer.params.{expected}")
+
+
+def test_numbers_of_an_optimizer_may_be_text():
+    params = {"lr": "3e-4", "betas": ["0.9", 0.95], "eps": None}
+    config = load(optimizer={"type": "AdamW", "params": params})
+    assert config.optimizer.params == {"lr": 3e-4, "betas": [0.9, 0.95]}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +244,7 @@ def test_off_values_of_refused_keys_pass():
     ("given", "expected"),
     [
         ("20GiB", 20 << 30), ("1.5 GB", 1_500_000_000), ("512MiB", 512 << 20), ("4096", 4096),
-        (1 << 30, 1 << 30), (0.6, 0.6), (1, 1.0),
+        (1 << 30, 1 << 30), (0.6, 0.6), (1, 1.0), ("0.5", 0.5), ("1", 1.0),
     ],
 )  # fmt: skip
 def test_memory_budget(given, expected):
@@ -228,6 +256,14 @@ def test_schedule():
     assert load().compile.schedule == "auto"
     config = load(compile={"schedule": [[0, ["zero3_compile"]], [3, ["auto"]]]})
     assert config.compile.schedule == ((0, ("zero3_compile",)), (3, ("auto",)))
+
+
+def test_a_misspelt_pass_is_said_before_it_is_used():
+    with pytest.warns(ConfigWarning, match="'prefech'; did you mean \"prefetch\""):
+        load_config({"compile": {"schedule": [[0, ["zero3_compile", "prefech"]]]}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a pass of the user's, registered later
+        load(compile={"schedule": [[0, ["zero3_compile", "mine"]]]})
 
 
 @pytest.mark.parametrize(("stage", "name"), [(1, "z1"), (2, "z1"), (3, "z3")])

@@ -9,6 +9,7 @@ from test_engine import batch, config, error_of, seeded, small, start, step
 from torch import nn
 
 from deepcompile import _core
+from deepcompile.passes import zero3_compile
 
 
 class Failing(torch.autograd.Function):
@@ -188,3 +189,50 @@ def test_a_checkpoint_of_other_groups_overwrites_nothing(tmp_path):
         each.load_checkpoint(tmp_path, load_optimizer_states=False)
         step(each, 1)
     assert_same(engine, fresh)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_loss_that_is_not_the_engines_is_an_error(compiled):
+    engine, other = start(), nn.Linear(2, 1)
+    if compiled:
+        engine.compile(backend="eager")
+    loss = other(torch.ones(1, 2)).sum()
+    said = error_of(lambda: engine.backward(loss))
+    assert said.startswith("[engine] backward: the loss reaches no parameter of this engine")
+    assert "no backward" in error_of(engine.step)
+    assert step(engine) == pytest.approx(step(start()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (3, "3 is not a list of (step, [passes]); write [(0, ['zero"),
+        (zero3_compile.add_z3_gather_release, "<pass zero3_compile: "),
+        ("prefetch", "'prefetch' is not a list of (step, [passes])"),
+        ([(0, [zero3_compile])], "a module, not a pass; write zero3_compile.add_z3_gather_release"),
+        ([(0, zero3_compile)], "a module, not a pass; write zero3_compile.add_z3_gather_release"),
+        ([(0, ["prefech"])], "no pass named 'prefech'; did you mean \"prefetch\"? known are"),
+    ],
+)
+def test_what_is_no_schedule_is_said(schedule, expected):
+    engine = start()
+    said = error_of(lambda: engine.compile(schedule=schedule))
+    assert said.startswith("[passes] schedule: ") and expected in said
+
+
+def test_a_generator_is_a_schedule():
+    engine = start()
+    engine.compile(backend="eager", schedule=(entry for entry in [(0, ["zero3_compile"])]))
+    assert step(engine) == pytest.approx(step(start()), rel=1e-5)
+
+
+def test_an_optimizer_with_three_betas_is_an_error_before_training():
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99, 0.9))
+    assert "give two: (0.9, 0.999)" in error_of(lambda: start(model, optimizer=optimizer))
+
+
+def test_a_misspelt_machine_names_the_key_and_those_there_are():
+    said = error_of(lambda: start(config=config(compile={"machine": "4x8-h10"})))
+    assert said.startswith("[config] compile.machine: '4x8-h10' is neither a file nor a built-in")
+    assert 'did you mean "4x8-h100"? built in are' in said and "2x-cpu" in said

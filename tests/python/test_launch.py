@@ -49,6 +49,8 @@ def test_hostfile():
         ("node-0 slots=", 1, ["slots= is not a positive number"]),
         ("a slots=1\nb slots=1\n\na slots=2", 4, ["a is there already, in line 1"]),
         ("node-0 slots=8 gpus=8", 1, ["gpus is not a key", "slots"]),
+        ("node-0:2", 1, ["slots are a key", "`node-0 slots=2`"]),
+        ("fe80::2", 1, ["`fe80::2 slots=8`"]),
         ("node-0 slots=8 slots=9", 1, ["slots is given twice"]),
         ("node-0 8", 1, ["'8' is not key=value", "`node-0 slots=8`"]),
         ("-oProxyCommand=x slots=8", 1, ["'-oProxyCommand=x' is no host name"]),
@@ -61,6 +63,11 @@ def test_bad_lines_are_named_with_their_number(text: str, line: int, parts: list
     assert str(caught.value).startswith(f"[launch] my/hosts:{line}: ")
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_open_mpis_upper_limits_are_read_over():
+    found = hosts.parse("a slots=4 max_slots=8\nb max-slots=4 slots=2", "hosts")
+    assert [(host.name, host.slots) for host in found] == [("a", 4), ("b", 2)]
 
 
 def test_hostfile_that_is_empty_or_not_there(tmp_path: Path):
@@ -99,7 +106,8 @@ def test_include_exclude_and_numbers():
         ({"include": ["node-0:x"]}, "'x' is no slot. Write `node-0:0,2-3`"),
         ({"include": ["node-0:"]}, "'' is no slot"),
         ({"exclude": ["node-0,me@node-1,fe80::1"]}, "leaves no host"),
-        ({"number": 4}, "--num-nodes 4: 3 are left of hosts"),
+        ({"number": 4}, "--num-nodes 4: 3 nodes of hosts can take part"),
+        ({"include": ["node-0"], "number": 3}, "--num-nodes 3: 1 node of hosts can take part"),
         ({"ranks": "4"}, "--nproc-per-node 4: fe80::1 has 2 slots"),
         ({"ranks": "gpu"}, "--nproc-per-node gpu: give a positive number"),
     ],
@@ -192,6 +200,7 @@ def test_arguments_are_told_apart():
         (["--hostfile", "h", "--slurm", "t.py"], "Give one of them"),
         (["--env", "A=1", "t.py"], "--env: needs --hostfile or --slurm"),
         (["--hostfile", "h"], "script: is missing"),
+        (["--slurm", "--nproc-per-node", "two", "t.py"], "--nproc-per-node two: give a positive"),
     ],
 )
 def test_arguments_that_cannot_be(arguments: list[str], said: str):
@@ -207,6 +216,8 @@ def test_variables():
         **{"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "2", "X": "1"},
         "PYTHONPATH": f"{os.path.abspath('a')}:/b",
     }
+    memory = {"PYTORCH_CUDA_ALLOC_CONF": "a:1", "PYTORCH_ALLOC_CONF": "b:2"}
+    assert commands.forwarded({**memory, "PYTORCH_TEST": "1"}, []) == memory
     with pytest.raises(UserError, match="--env Y: is not set here"):
         commands.asked_for(environ, ["Y"])
     with pytest.raises(UserError, match="--env 1A=x: write it as"):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -123,9 +124,51 @@ def test_torch_schedule_by_name():
         (SchedulerConfig("WarmupLR", {"warmup_type": "cubic"}), "must be log or linear"),
         (SchedulerConfig("WarmupLR", {"warmup_max_lr": [1, 2]}), "2 values for 1 parameter group"),
         (SchedulerConfig("WarmupLR", {"warmup_num_steps": "auto"}), '"auto"'),
+        (SchedulerConfig("WarmupCosinLR", {}), 'available; did you mean "WarmupCosineLR"? use'),
+        (SchedulerConfig("WarmupLR", {"warmup_num_step": 3}), 'mean "warmup_num_steps"?'),
+        (SchedulerConfig("WarmupDecayLR", {"total_num_steps": "many"}), "total_num_steps: must be"),
+        (SchedulerConfig("WarmupCosineLR", {"total_num_steps": 9.5}), "must be a whole number"),
+        (SchedulerConfig("WarmupCosineLR", {"total_num_steps": 0}), "must be a positive whole"),
+        (SchedulerConfig("WarmupCosineLR", {"total_num_steps": [9]}), "total_num_steps: must be"),
+        (SchedulerConfig("OneCycle", {"cycle_min_lr": "low"}), "cycle_min_lr: must be a number"),
+        (SchedulerConfig("OneCycle", {"cycle_momentum": 1}), "cycle_momentum: must be true"),
+        (SchedulerConfig("WarmupLR", {"warmup_max_lr": ["x"]}), "warmup_max_lr: must be a number"),
+        (SchedulerConfig("WarmupLR", {"warmup_type": 3}), "warmup_type: must be a string"),
+        (SchedulerConfig("ExponentialLR", {"gamma": "fast"}), "gamma: must be a number"),
+        (SchedulerConfig("MultiStepLR", {"milestones": 3}), "milestones: must be a list"),
     ],
 )
 def test_errors(config, expected):
     with pytest.raises(UserError) as caught:
         build(adamw(), config)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["WarmupDecayLR", "WarmupCosineLR"])
+def test_numbers_may_be_text_and_null_is_the_default(name):
+    """As text they used to be an error of engine.step(), where the warm-up ended."""
+    params = {"total_num_steps": "6", "warmup_num_steps": "2.0", "warmup_type": None}
+    numbers = {"total_num_steps": 6, "warmup_num_steps": 2}
+    text, plain = (build(adamw(), SchedulerConfig(name, each)) for each in (params, numbers))
+    assert run(text, 6) == run(plain, 6)
+    milestones = SchedulerConfig("MultiStepLR", {"milestones": ["1", 2], "gamma": "0.5"})
+    assert run(build(adamw(), milestones), 3) == [1.0, 0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"total_num_steps": 10, "warmup_num_steps": 100}, {"total_num_steps": 500}],
+)
+@pytest.mark.parametrize("name", ["WarmupDecayLR", "WarmupCosineLR"])
+def test_a_run_shorter_than_its_warm_up_is_said(name, params):
+    total = params["total_num_steps"]
+    with pytest.warns(UserWarning, match=f"total_num_steps {total} is over before the warm-up"):
+        build(adamw(), SchedulerConfig(name, params))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(adamw(), SchedulerConfig(name, {"total_num_steps": 5000}))
+
+
+def test_a_total_that_is_no_number_is_said_without_a_configuration_too():
+    with pytest.raises(UserError, match="total_num_steps must be a positive whole number, not '1"):
+        WarmupCosineLR(adamw(), "100")

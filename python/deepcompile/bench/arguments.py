@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .. import _core
 from ..cli.arguments import Parser, comma_separated, not_negative, positive
 from ..errors import UserError
-from .conditions import SETTINGS, Condition
-from .options import ATTENTION, Options, engine_settings
+from .conditions import SETTINGS, Condition, model_file_word
+from .options import ATTENTION, Options, engine_settings, merge
 
 FRAMEWORKS = ("deepcompile", "deepspeed", "fsdp", "ddp", "singlegpu")
 """run.sh's --backend; `deepcompile` is this project."""
@@ -36,7 +36,10 @@ def framework_key(framework: str, compiled: bool, deepcompile: bool, stage: int)
         if deepcompile:
             return "ds_deepcompile"
         if stage not in (1, 3):
-            raise UserError(f"[bench] zero_stage {stage}: DeepSpeed is compared at 1 and 3.")
+            raise UserError(
+                f"[bench] zero_stage {stage}: DeepSpeed is compared at 1 and 3. Give one of them; "
+                "--framework ddp shards nothing, as its stage 0."
+            )
         framework = f"zero{stage}"
     name = {"singlegpu": "single"}.get(framework, framework)
     return name + ("_c" if compiled else "")
@@ -61,6 +64,14 @@ def check_passes(passes: Sequence[str], framework: str) -> tuple[str, ...]:
     return tuple(passes)
 
 
+def attention(text: str) -> str:
+    """As attn_impl takes it. The seed's default is misspelt."""
+    if text == "spda":
+        print("[bench] attn_impl spda: taken as sdpa, which it stands for", file=sys.stderr)
+        return "sdpa"
+    return text
+
+
 def learning_arguments(parser: argparse.ArgumentParser) -> None:
     """What Options takes."""
     add, default = parser.add_argument, Options()
@@ -76,7 +87,7 @@ def learning_arguments(parser: argparse.ArgumentParser) -> None:
     add("--warmup_step", type=not_negative, default=default.warmup_step,
         help=f"the first of them, which are not measured; {shown}, or the suite's")  # fmt: skip
     add("--print_interval", type=positive, default=default.print_interval, help=shown)
-    add("--attn_impl", choices=ATTENTION, default=default.attn_impl, help=shown)
+    add("--attn_impl", type=attention, choices=ATTENTION, default=default.attn_impl, help=shown)
     add("--profile", action="store_true", help="trace the last three steps of the "
         "warm-up; ours also writes its report and the step beside its simulation")  # fmt: skip
     add("--profile_dir", default=os.environ.get("PROFILE_DIR") or default.profile_dir,
@@ -93,9 +104,9 @@ def learning_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options_from(args: argparse.Namespace, engine: dict[str, Any] | None = None) -> Options:
-    given = {name: getattr(args, name) for name in Options().as_dict() if name != "engine"}
+    given = {name: getattr(args, name) for name in Options().as_dict() if name in vars(args)}
     settings = engine_settings(args.engine_config) if args.engine_config else {}
-    return Options(**given, engine=settings | (engine or {}))
+    return Options(**given, engine=merge(settings, engine or {}))
 
 
 def lm_parser(prog: str | None = None) -> Parser:
@@ -120,7 +131,8 @@ def lm_parser(prog: str | None = None) -> Parser:
     add("--deepcompile", action="store_true", help="DeepSpeed's own compiler of that name")
     add("--backend", choices=("inductor", "eager"), default="inductor")
     add("--passes", type=comma_separated, default=[], help="of the two DeepCompiles: a,b")
-    add("--offload_opt_states", action="store_true", help="optimizer states on the host")
+    add("--offload_opt_states", action="store_true", help="optimizer states on the host: "
+        "deepspeed, fsdp; ours by --memory_budget")  # fmt: skip
     add("--settings", choices=SETTINGS, default="default")
     add("--variant", default="", help="fsdp: prefetch, copy_engine, overlap")
     add("--memory_budget", metavar="SIZE", help="deepcompile: 20GiB, or a fraction of 1")
@@ -145,7 +157,7 @@ def condition_from(args: argparse.Namespace, world: int, nodes: int) -> Conditio
             raise UserError(f"[bench] memory_budget: {key} has none. Leave it out.")
         variant = ",".join(w for w in (variant, f"budget={args.memory_budget}") if w)
     sharded = key.startswith(("zero", "ds_")) or key == "deepcompile"
-    return Condition(
+    found = Condition(
         model=args.model_name,
         framework=key,
         passes=check_passes(args.passes, key),
@@ -165,11 +177,26 @@ def condition_from(args: argparse.Namespace, world: int, nodes: int) -> Conditio
         dtype=dtype_of(args.dtype),
         seed=args.seed,
     )
+    reason = found.why_no_offload()
+    if reason is not None:
+        raise UserError(f"[bench] offload: {reason}.")
+    return found
+
+
+def refuse_engine_settings(condition: Condition, given: Sequence[str]) -> None:
+    """Raises UserError where a framework without an engine is given some of these."""
+    if given and not condition.has_engine:
+        raise UserError(
+            f"[bench] {', '.join(given)}: {condition.framework} has no engine to configure; only "
+            "deepcompile and deepspeed have. Leave it out."
+        )
 
 
 def parse_lm(argv: Sequence[str], world: int, nodes: int = 1) -> tuple[Condition, Options]:
     args = lm_parser("run_bench_lm.py").parse_args(list(argv))
-    return condition_from(args, world, nodes), options_from(args)
+    condition, options = condition_from(args, world, nodes), options_from(args)
+    refuse_engine_settings(condition, ["--engine_config"] if options.engine else [])
+    return condition, options
 
 
 def run_parser() -> Parser:
@@ -177,7 +204,8 @@ def run_parser() -> Parser:
     parser = Parser(
         prog="run.sh",
         description="Start one condition on all ranks, with a log under logs/. Environment: "
-        "NUM_NODES, NGPUS_PER_NODE, PROFILE_DIR, HOSTFILE. Other arguments are run_bench_lm.py's.",
+        "NUM_NODES, NGPUS_PER_NODE, HOSTFILE, SLURM, LAUNCH_ARGS, PROFILE_DIR. Other arguments are "
+        "run_bench_lm.py's.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -198,7 +226,8 @@ def run_parser() -> Parser:
     add("--num-layers", default="0")
     add("--attn-impl")
     add("--eval", action="store_true")
-    add("--ds-offload", action="store_true", help="optimizer states on the host")
+    add("--ds-offload", action="store_true",
+        help="optimizer states on the host: deepspeed, fsdp; ours by --memory_budget")  # fmt: skip
     add("--debug-log", action="store_true")
     for name in SYNC:
         add(f"--{name}", action="store_true", help="DeepSpeed's; ours needs none")
@@ -219,12 +248,17 @@ def parse_run(argv: Sequence[str], world: int, nodes: int) -> tuple[Condition, O
     lm += ["--backend", "eager"] if args.eager else []
     lm += ["--offload_opt_states"] if args.ds_offload else []
     known = lm_parser("run.sh").parse_args([*lm, *rest])
-    compiled: dict[str, Any] = {"debug_log": True} if args.debug_log else {}
-    for name in SYNC:
-        key = name.replace("-", "_")
-        compiled |= {key: True} if getattr(args, key) else {}
-    options = options_from(known, {"compile": compiled} if compiled else None)
-    return condition_from(known, world, nodes), options
+    switches = [name for name in ("debug-log", *SYNC) if getattr(args, name.replace("-", "_"))]
+    condition = condition_from(known, world, nodes)
+    config = ["--engine_config"] if known.engine_config else []
+    refuse_engine_settings(condition, [f"--{name}" for name in switches] + config)
+    waits = [name for name in switches if name in SYNC]
+    if condition.ours and waits:
+        said = ", ".join(f"--{name}" for name in waits)
+        print(f"[bench] {said}: ours needs none, and takes no notice", file=sys.stderr)
+        switches = [name for name in switches if name not in SYNC]
+    compiled = {name.replace("-", "_"): True for name in switches}
+    return condition, options_from(known, {"compile": compiled} if compiled else None)
 
 
 def log_name(condition: Condition, node: int = 0) -> str:
@@ -232,7 +266,7 @@ def log_name(condition: Condition, node: int = 0) -> str:
     words = {"zero": "deepspeed", "ds_": "deepspeed", "single": "singlegpu"}
     key = condition.framework.removesuffix("_c")
     backend = next((w for start, w in words.items() if key.startswith(start)), key)
-    model = Path(condition.model.rstrip("/")).name.removesuffix(".json")
+    model = model_file_word(condition.model)
     deepcompile = int(condition.deepcompile)
     name = (
         f"debug_n{node}_{model}_{backend}_np{condition.world}z{condition.zero_stage}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
+from dataclasses import dataclass
 
 import torch
 
@@ -46,26 +47,51 @@ def local_tokens(vocabulary: int) -> torch.Tensor:
     return tokens(local_text().train, vocabulary)
 
 
-def _named(name: str, ranks: Ranks) -> tuple[ByteDataset | None, str]:
-    """The data set if every rank can read it, and what is used in words; collective."""
-    problem, dataset = None, None
-    try:
-        dataset = load_dataset(name, limit_bytes=LIMIT_BYTES)
-    except Exception as error:  # any of a hub's many ways to be out of reach
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    problems = [p for p in ranks.gather(problem) if p]
-    if not problems:
-        return dataset, name
-    said = f"text of {local_text().source}, as {name} cannot be read ({problems[0]})"
+@dataclass(frozen=True)
+class Text:
+    """What is trained on."""
+
+    source: str
+    """In words."""
+    named: ByteDataset | None = None
+    """None: local text."""
+    problem: str = ""
+    """Why it is not what was asked for."""
+
+    def facts(self) -> dict[str, str]:
+        """For the row."""
+        return {"data": self.source} | ({"data_problem": self.problem} if self.problem else {})
+
+
+_unreadable: dict[str, str] = {}
+"""Data sets that some rank could not read in this process, and why: it takes long to find out."""
+
+
+def named_text(name: str | None, problem: str, ranks: Ranks) -> Text:
+    """The data set if every rank can read it, else local text; collective. `problem`: why it cannot
+    be read, if that is known."""
+    if not name:
+        return Text(f"text of {local_text().source}")
+    problem = problem or _unreadable.get(name, "")
+    if not problem:
+        dataset, mine = None, None
+        try:
+            dataset = load_dataset(name, limit_bytes=LIMIT_BYTES)
+        except Exception as error:  # any of a hub's many ways to be out of reach
+            mine = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        problem = next((p for p in ranks.gather(mine) if p), "")
+        if not problem:
+            return Text(name, dataset)
+        _unreadable[name] = problem
+    said = f"text of {local_text().source}, as {name} cannot be read ({problem})"
     if ranks.rank == 0:
         print(f"[bench] data: {said}", flush=True)
-    return None, said
+    return Text(said, None, problem)
 
 
 def training_batches(
-    name: str | None, vocabulary: int, batch: int, sequence: int, seed: int, ranks: Ranks
-) -> tuple[Batches, str]:
-    """This rank's endless batches on the CPU, and where the text is from. Collective."""
-    dataset, source = _named(name, ranks) if name else (None, f"text of {local_text().source}")
-    row = local_tokens(vocabulary) if dataset is None else tokens(dataset.train, vocabulary)
-    return Batches(row, batch, sequence, seed=seed, rank=ranks.rank, world=ranks.world), source
+    text: Text, vocabulary: int, batch: int, sequence: int, seed: int, ranks: Ranks
+) -> Batches:
+    """This rank's endless batches on the CPU."""
+    row = local_tokens(vocabulary) if text.named is None else tokens(text.named.train, vocabulary)
+    return Batches(row, batch, sequence, seed=seed, rank=ranks.rank, world=ranks.world)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -109,6 +110,28 @@ class Condition:
         return self.framework.endswith("deepcompile")
 
     @property
+    def has_engine(self) -> bool:
+        """Whether it takes an engine's configuration: ours, and DeepSpeed's."""
+        return self.deepcompile or self.framework.startswith("zero")
+
+    def why_no_offload(self) -> str | None:
+        """Why it cannot move to the host what it is asked to, in words; None: it can, or is not
+        asked."""
+        if not (self.offload_adam or self.offload_params):
+            return None
+        if self.ours:
+            return (
+                "ours moves to the host what its memory budget asks. Leave offload out and give a "
+                "budget: --memory_budget 20GiB, or /budget=20GiB behind the framework"
+            )
+        if self.framework.startswith(("ddp", "single")):
+            return (
+                f"{self.framework} keeps all on the device. Use FSDP or DeepSpeed for offload, or "
+                "ours with a memory budget"
+            )
+        return None
+
+    @property
     def label(self) -> str:
         """The name of its bar."""
         name = FRAMEWORKS[self.framework]
@@ -170,6 +193,22 @@ def model_label(model: str) -> str:
     if name == "config" and "/" in model:
         name = model.split("/")[-2]
     return MODEL_NAMES.get(name, name) or "model"
+
+
+SEED_OWNERS = ("meta-llama", "mistralai")
+"""Whose models the seed benchmark trains; its file names leave the owner out."""
+
+
+def model_file_word(model: str) -> str:
+    """The model in names of files: as in the seed, the name without what is before it. Others get
+    a few letters behind it, as two folders may end alike."""
+    name = model.rstrip("/").split("/")[-1].removesuffix(".json")
+    if name == "config" and "/" in model:
+        name = model.rstrip("/").split("/")[-2]
+    owner, slash, _ = model.partition("/")
+    if not slash or (owner in SEED_OWNERS and model.count("/") == 1):
+        return name
+    return f"{name or 'model'}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
 
 
 def local_model(model: str) -> str:

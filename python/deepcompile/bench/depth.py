@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -25,7 +24,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..cli.arguments import Parser, comma_separated, not_negative, positive
 from ..errors import UserError, exit_code
@@ -192,6 +190,11 @@ class Depth:
     def run(self, quiet: bool = False) -> int:
         """0: all is known; 1: a search ended with an error; 3: the time was over; 130:
         interrupted."""
+        from . import peers
+
+        for search in self.searches:
+            if peers.why_not(search.base) is None:
+                peers.check_warmup(search.base, self.sweep.options)
         known, code = len(self.sweep.rows()), 0
         try:
             self._after_a_kill()
@@ -286,7 +289,7 @@ def parser() -> Parser:
         epilog=__doc__.split("\n\n", 2)[2]
         + "\nframeworks are written as in deepcompile bench --help; +offload is the framework's\n"
         "offload to the host, deepcompile:prefetch+selective_gather is ours without it.\n"
-        "environment: NUM_NODES, NGPUS_PER_NODE, HOSTFILE, PROFILE_DIR",
+        "environment: NUM_NODES, NGPUS_PER_NODE, HOSTFILE, SLURM, LAUNCH_ARGS, PROFILE_DIR",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -336,10 +339,9 @@ def plan(argv: Sequence[str], place: Place | None = None) -> Depth:
         for most in [args.max_layers or 1 << 16]
         for s in [args.start or start_depth(base, place)]
     ]
-    runner: Any = functools.partial(process.run, watch=Host(args.host_reserve))
     swept = sweep.Sweep(
         [], options_from(args), place, args.logs, args.condition_limit,
-        time.monotonic() + args.time_limit, runner=runner,
+        time.monotonic() + args.time_limit, watch=Host(args.host_reserve),
     )  # fmt: skip
     return Depth(searches, swept, args.beside)
 

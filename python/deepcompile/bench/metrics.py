@@ -21,6 +21,10 @@ class Metric:
     more_is_better: bool = True
     by_time: bool = True
     """Whether it follows from the step's time, so that the spread of times is its spread."""
+    left_out: Callable[[Row], str] = lambda row: ""
+    """A word for a row that has times, but whose value would say something else."""
+    why_left_out: str = ""
+    """What the word means."""
 
 
 def metrics(peak_tflops: float | None = None) -> dict[str, Metric]:
@@ -45,7 +49,15 @@ def metrics(peak_tflops: float | None = None) -> dict[str, Metric]:
         "flops": Metric("TFLOP/s a GPU, recomputation not counted", flops),
         "mfu": Metric("MFU (%), recomputation not counted", mfu, 1),
         "peak_mem": Metric("Peak memory (GiB)", gib, 1, False, False),
-        "compile_time": Metric("Compile time (s)", lambda r: r.compile_seconds, 1, False, False),
+        "compile_time": Metric(
+            "Compile time (s)",
+            lambda r: None if r.compile_reused else r.compile_seconds,
+            1,
+            False,
+            False,
+            lambda r: "reused" if r.compile_reused else "",
+            "reused: served by what was compiled before in the same process",
+        ),  # fmt: skip
     }
 
 
@@ -54,6 +66,16 @@ def metric(name: str, peak_tflops: float | None = None) -> Metric:
     if name not in known:
         raise UserError(f"[bench] metric {name!r}: unknown. Use one of {', '.join(known)}.")
     return known[name]
+
+
+def absent(rows: Sequence[Row], name: str, peak_tflops: float | None = None) -> str | None:
+    """Why there is nothing to show of a metric, in words; None: there is."""
+    what = metric(name, peak_tflops)
+    try:
+        there = any(what.of(row) for row in rows if row.ok)
+    except UserError as error:  # a device without a known peak, a model of unknown operations
+        return str(error)
+    return None if there else f"[bench] {name}: no result says it."
 
 
 def spread(what: Metric, row: Row) -> tuple[float, float]:

@@ -26,6 +26,7 @@ def run(argv: Sequence[str]) -> int:
     reason = peers.why_not(condition)
     if reason is not None:
         raise UserError(f"[bench] {condition.label}: {reason}.")
+    peers.check_warmup(condition, options)
     log = Path(os.environ.get("LOG_BASE") or "logs") / log_name(condition)
     print(f"Logging to {log}", flush=True)
     outcome = process.run(

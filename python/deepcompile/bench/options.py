@@ -10,11 +10,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
+from .conditions import Condition
 
 BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.01
 """AdamW's, in every framework: torch's defaults."""
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 """What attn_impl may be."""
+MEASURED = ("learning_rate", "max_grad_norm", "dataset_name", "num_epochs", "bench_step",
+            "warmup_step", "attn_impl", "deterministic", "load_weights", "eval", "profile",
+            "engine")  # fmt: skip
+"""The options that change what a row says; rows record them."""
+MORE = ("eval", "profile")
+"""Those of them that a row may have without being asked: it then says more."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,8 @@ class Options:
     """Merged into our engine's configuration."""
     timeout: float = 1800.0
     """Seconds after which a collective that cannot complete is an error."""
+    dataset_problem: str = ""
+    """Why dataset_name cannot be read, where a sweep knows it: ranks then do not try again."""
 
     def __post_init__(self) -> None:
         if self.warmup_step < 0 or self.bench_step <= self.warmup_step:
@@ -69,6 +78,24 @@ class Options:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"engine": dict(self.engine)}
+
+    def recorded(self, condition: Condition) -> dict[str, Any]:
+        """What a condition's row keeps of them, in JSON's types."""
+        kept = {name: self.as_dict()[name] for name in MEASURED}
+        if not condition.has_engine:
+            kept["engine"] = {}  # which changes nothing for it
+        return json.loads(json.dumps(kept))
+
+    def differences(self, kept: Mapping[str, Any] | None, condition: Condition) -> list[str]:
+        """In what a row was measured otherwise than is asked now, in words. None at all of rows
+        without options, which older versions wrote."""
+        if kept is None:
+            return []
+        return [
+            f"{name} {json.dumps(kept.get(name))}, now {json.dumps(wanted)}"
+            for name, wanted in self.recorded(condition).items()
+            if kept.get(name) != wanted and (wanted or name not in MORE)
+        ]
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Options:

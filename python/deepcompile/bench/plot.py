@@ -187,7 +187,9 @@ def draw(chart: Chart, what: Metric, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
-    figure.suptitle(_title(chart), fontsize=12, x=0.02, ha="left")
+    note = left_out_note(chart, what)
+    title = _title(chart) + (f"\n{note}" if note else "")
+    figure.suptitle(title, fontsize=12, x=0.02, ha="left")
     columns = min(len(bars), max(3, int(figure.get_figwidth() / 1.9)))
     handles = [Patch(color=shades[label], label=label) for label in bars]
     figure.legend(
@@ -202,7 +204,7 @@ def _bar(
     """One bar with its spread and its number; a gap with the reason where there is none."""
     value = what.of(row) if row is not None and row.ok else None
     if not value:
-        text = "" if row is None else row.failure or "no value"
+        text = "" if row is None else row.failure or what.left_out(row) or "no value"
         axes.text(x, 0.01 * top, text, rotation=90, ha="center", va="bottom", fontsize=8,
                   color="#b3261e")  # fmt: skip
         return
@@ -219,6 +221,11 @@ def _bar(
 def _top(chart: Chart, what: Metric) -> float:
     found = [(what.of(row) or 0) + spread(what, row)[1] for row in chart.rows if row.ok]
     return max(found, default=0) or 1
+
+
+def left_out_note(chart: Chart, what: Metric) -> str:
+    """Why some rows have no bar; empty where all have."""
+    return what.why_left_out if any(r.ok and what.left_out(r) for r in chart.rows) else ""
 
 
 def _title(chart: Chart) -> str:
@@ -282,4 +289,6 @@ def gains_text(drawn: Sequence[Chart], what: Metric) -> str:
             body = [head, *(row[1:] for row in rows)]
             right = tuple(range(2, len(head)))
             parts.append(f"{chart.name}, {what.axis}\n{columns(body, right=right)}")
+        if note := left_out_note(chart, what):
+            parts.append(f"{chart.name}, without a bar: {note}")
     return "\n\n".join(parts)

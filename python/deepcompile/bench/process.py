@@ -8,6 +8,7 @@ the launcher is asked to stop and then killed, and its ranks with it.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,45 +42,104 @@ class Place:
     nodes: int = 1
     per_node: int = 1
     hostfile: str = ""
-    """Needed for more than one node; then ranks start through `deepcompile launch`."""
+    """Of more than one node, unless Slurm names them. Ranks then start by `deepcompile launch`."""
+    slurm: bool = False
+    launcher: tuple[str, ...] = ()
+    """More arguments of `deepcompile launch`."""
 
     @property
     def world(self) -> int:
         return self.nodes * self.per_node
 
 
-def place_from(environment: dict[str, str] | None = None) -> Place:
-    """From NUM_NODES, NGPUS_PER_NODE and HOSTFILE. Without the second: this host's GPUs, or 2
-    ranks on a CPU."""
-    given = os.environ if environment is None else environment
-    numbers = {}
-    for name in ("NUM_NODES", "NGPUS_PER_NODE"):
-        text = given.get(name, "")
-        if text and not (text.isdigit() and int(text) > 0):
-            raise UserError(f"[bench] {name}={text}: must be a whole number of at least 1.")
-        numbers[name] = int(text) if text else 0
-    nodes, per_node = numbers["NUM_NODES"] or 1, numbers["NGPUS_PER_NODE"]
-    if not per_node:
-        import torch
+def place_from(environment: Mapping[str, str] | None = None) -> Place:
+    """From NUM_NODES, NGPUS_PER_NODE, HOSTFILE, SLURM and LAUNCH_ARGS. Hosts by default: all of
+    HOSTFILE, or of Slurm's allocation, else this one. Ranks on each: the hostfile's slots, or
+    Slurm's GPUs; on this host alone its GPUs, or 2 on a CPU."""
+    from ..launch import commands
 
-        per_node = torch.cuda.device_count() or 2
-    hostfile = given.get("HOSTFILE", "")
-    if nodes > 1 and not hostfile:
-        raise UserError(
-            f"[bench] NUM_NODES={nodes}: needs the hosts. Set HOSTFILE, or use run_multinode.sh."
+    given = os.environ if environment is None else environment
+    nodes, per_node = _number(given, "NUM_NODES"), _number(given, "NGPUS_PER_NODE")
+    more = tuple(commands.split(given.get("LAUNCH_ARGS", ""), "LAUNCH_ARGS"))
+    if given.get("SLURM", "") not in ("", "0", "1"):
+        raise UserError(f"[bench] SLURM={given['SLURM']}: must be 1 or 0.")
+    if given.get("SLURM") == "1":
+        place = _allocated(given, nodes, per_node, more)
+    else:
+        place = _listed(given.get("HOSTFILE", ""), nodes, per_node, more)
+    import torch
+
+    if place.nodes == 1 and not place.slurm:
+        return dataclasses.replace(place, per_node=per_node or torch.cuda.device_count() or 2)
+    if not torch.cuda.is_available():
+        print(
+            "warning: [bench] this host has no GPU, and it decides for all: --dtype auto is fp32, "
+            "no depth is cut to a GPU's memory, and peers that need GPUs are skipped. Start on a "
+            "host with GPUs, or give --dtype bf16 and --num-layers.",
+            file=sys.stderr,
         )
-    return Place(nodes, per_node, hostfile if nodes > 1 else "")
+    return place
+
+
+def _number(given: Mapping[str, str], name: str) -> int:
+    """A variable's value; 0: it is not set."""
+    text = given.get(name, "")
+    if text and not (text.isdecimal() and int(text) > 0):
+        raise UserError(f"[bench] {name}={text}: must be a positive integer.")
+    return int(text or 0)
+
+
+def _listed(file: str, nodes: int, per_node: int, more: tuple[str, ...]) -> Place:
+    """On the hosts of a file, or here: `per_node` is then open."""
+    from ..launch import hosts
+
+    if file and not nodes:
+        nodes = len(hosts.read(file))
+    if nodes <= 1:
+        return Place(1, per_node)
+    name = file or f"hostfile_n{nodes}"
+    if not Path(name).is_file():
+        raise UserError(
+            f"[bench] NUM_NODES={nodes}: there is no hostfile {name}. Write one, with lines such "
+            "as `node-0 slots=8`, or set HOSTFILE to where it is; under Slurm set SLURM=1."
+        )
+    found = hosts.first(hosts.read(name), nodes, name)
+    slots = sorted(len(host.chosen) for host in found)
+    if per_node > slots[0] or (not per_node and slots[0] < slots[-1]):
+        said = f"NGPUS_PER_NODE={per_node}" if per_node else name
+        raise UserError(
+            f"[bench] {said}: {name} has hosts of {slots[0]} slots, and all run as many ranks. "
+            f"Set NGPUS_PER_NODE to {slots[0]} or fewer."
+        )
+    return Place(nodes, per_node or slots[0], name, launcher=more)
+
+
+def _allocated(given: Mapping[str, str], nodes: int, per_node: int, more: tuple[str, ...]) -> Place:
+    """On the nodes of this Slurm allocation."""
+    from ..launch import hosts, slurm
+
+    found = hosts.first(slurm.nodes(given), nodes or None, "this allocation")
+    if not per_node:
+        try:
+            per_node = int(slurm.ranks_per_node(given))
+        except UserError:
+            raise UserError(
+                "[bench] SLURM=1: the allocation does not say how many GPUs a node has. Set "
+                "NGPUS_PER_NODE."
+            ) from None
+    return Place(len(found), per_node, slurm=True, launcher=more)
 
 
 def command(place: Place, arguments: Sequence[str]) -> list[str]:
     """What starts all ranks of `deepcompile.bench.worker`."""
     worker = ["-m", "deepcompile.bench.worker", *arguments]
-    if place.nodes == 1:
+    if place.nodes == 1 and not place.slurm:
         return [sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc-per-node", str(place.per_node), *worker]  # fmt: skip
-    hosts = ["--hostfile", place.hostfile, "--num-nodes", str(place.nodes)]
-    ranks = ["--nproc-per-node", str(place.per_node)]
-    return [sys.executable, "-m", "deepcompile", "launch", *hosts, *ranks, *worker]
+    hosts = ["--slurm"] if place.slurm else ["--hostfile", place.hostfile]
+    sizes = ["--num-nodes", str(place.nodes), "--nproc-per-node", str(place.per_node)]
+    launch = [sys.executable, "-m", "deepcompile", "launch"]
+    return [*launch, *hosts, *sizes, *place.launcher, *worker]
 
 
 @dataclass
@@ -112,6 +172,12 @@ class Outcome:
             return "killed by signal 9: perhaps the host was out of memory"
         last = next((line for line in reversed(self.tail) if line.strip()), "no output")
         return f"exit code {self.code}: {last.strip()[:300]}"
+
+    @property
+    def launch_error(self) -> str | None:
+        """What `deepcompile launch` says of why it could not start the ranks; None: nothing."""
+        said = [line for line in self.tail if "[launch]" in line] if self.code else []
+        return said[-1][said[-1].index("[launch]") :].strip() if said else None
 
 
 def run(

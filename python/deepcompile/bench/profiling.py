@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..distributed import Ranks
-from .conditions import Condition
+from .conditions import Condition, model_file_word
 from .options import Options
 
 STEPS = 3
@@ -20,7 +20,7 @@ STEPS = 3
 @functools.cache
 def experiment(condition: Condition) -> str:
     """The seed's exp_name, of when it was first asked for."""
-    model = Path(condition.model.rstrip("/")).name.removesuffix(".json")
+    model = model_file_word(condition.model)
     deepspeed = condition.framework.startswith(("zero", "ds_"))
     stamp = datetime.now(timezone.utc).strftime("%Y%m%d%H%M%S")
     return (

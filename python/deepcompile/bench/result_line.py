@@ -10,6 +10,10 @@ Written exactly so, seconds being the mean. What the seed has no field for
 `` # `` as key=value: the seed's pattern does not look there, and the reader here
 gets the whole condition back. A line without it is the seed's own, with or
 without ``backend=`` (its plot.py expects none, its runner writes one).
+
+The seed's plot.py has bars for three kinds of passes: prefetch, selective_gather, and both in
+this order. Rows with others, and those of no named passes (``passes=None``: our automatic plan),
+fit its pattern, but it says "Unknown category" and draws none; `deepcompile plot` draws all.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from ..errors import UserError
 from .conditions import Condition
 from .results import Row
 
+SEED_PASSES = ("prefetch", "selective_gather")
 _STAMP, _ISO = "%Y%m%d%H%M%S", "%Y-%m-%dT%H:%M:%SZ"
 _LINE = re.compile(
     r"(?P<timestamp>\d{14}) (?P<model>\S+) ds=(?P<ds>True|False) np=(?P<world>\d{1,9}) "
@@ -41,7 +46,7 @@ def to_line(row: Row) -> str:
     if not row.ok:
         raise UserError(f"[bench] {condition.label}: has no times, so no line in result.txt.")
     stamp = datetime.strptime(row.timestamp, _ISO).strftime(_STAMP)
-    passes = ",".join(condition.passes) or None
+    passes = ",".join(_as_the_seed_orders(condition.passes)) or None
     seconds = row.mean if row.mean is not None else row.median
     line = (
         f"{stamp} {_word(condition.model)} ds={_is_deepspeed(condition)} np={condition.world} "
@@ -49,11 +54,21 @@ def to_line(row: Row) -> str:
         f"zero_stage={condition.zero_stage} acc={condition.accumulation} "
         f"ac={condition.activation_checkpointing} compile={condition.compile} "
         f"backend={condition.backend} deepcompile={condition.deepcompile} passes={passes} "
-        f"compile_time={row.compile_seconds or 0} iteration time: {seconds:.4f} "
+        f"compile_time={_fixed(row.compile_seconds or 0)} iteration time: {seconds:.4f} "
         f"alloc_mem: {row.alloc_bytes or 0} peak_mem: {row.peak_bytes or 0}"
     )
     more = _beyond_the_seed(row, line)
     return line + (f" # {more}" if more else "")
+
+
+def _as_the_seed_orders(passes: tuple[str, ...]) -> tuple[str, ...]:
+    """Its plot.py knows both passes in one order only."""
+    return SEED_PASSES if sorted(passes) == list(SEED_PASSES) else passes
+
+
+def _fixed(number: float) -> str:
+    """Without an exponent, which the seed's pattern does not know."""
+    return f"{number:.6f}".rstrip("0").rstrip(".")
 
 
 def from_line(line: str) -> Row:

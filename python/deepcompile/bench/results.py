@@ -32,6 +32,10 @@ NO_ROOM = ("out of memory", "does not fit", "no plan fits", "can't allocate memo
 """What a device, a host and our planner say when there is not enough memory."""
 
 
+CANNOT_RUN = "cannot run here"
+"""In the reason of a condition that this machine is not made for."""
+
+
 def no_room(text: str) -> bool:
     """Whether an error is a lack of memory."""
     return any(words in text.lower() for words in NO_ROOM)
@@ -67,6 +71,11 @@ class Row:
     commit: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
     """At least ``name`` and ``device``: the accelerator's own name, for its peak speed."""
+    options: dict[str, Any] | None = None
+    """Those that change what is measured (Options.recorded); None in rows of older versions."""
+    compile_reused: bool | None = None
+    """Whether what was compiled before in the same process served it, so that compile_seconds is
+    not what the condition takes by itself; None in rows of older versions."""
     effective: dict[str, Any] = field(default_factory=dict)
     """The settings that were in force, as the framework itself states them."""
     error: str | None = None
@@ -123,8 +132,9 @@ class Row:
         text = (self.error or "").lower()
         if no_room(text):
             return "OOM"
-        if "not installed" in text:
-            return "not installed"
+        for words in ("not installed", CANNOT_RUN, "did not start"):
+            if words in text:
+                return words
         return "timeout" if re.search(r"\b(timeout|timed out)\b", text) else "failed"
 
     def as_dict(self) -> dict[str, Any]:
@@ -168,6 +178,8 @@ _KINDS: dict[str, Any] = {
     "versions": dict,
     "commit": str,
     "machine": dict,
+    "options": dict,
+    "compile_reused": bool,
     "effective": dict,
     "error": str,
     "predicted": bool,

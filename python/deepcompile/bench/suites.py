@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which conditions a sweep runs: the seed benchmark's experiments, and ours.
 
-A framework is written as ``key[:pass+pass][@best][/variant]``: ``fsdp_c@best``,
-``deepcompile:prefetch+selective_gather``, ``deepcompile/budget=20GiB``.
+A framework is written as ``key[:pass+pass][@best][/variant][~length]``: ``fsdp_c@best``,
+``deepcompile:prefetch+selective_gather``, ``deepcompile/budget=20GiB``, and
+``fsdp_c/overlap~1024``, which runs only where the length is 1024.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ OURS = ("deepcompile:prefetch", "deepcompile:selective_gather",
         "deepcompile:prefetch+selective_gather", "deepcompile")  # fmt: skip
 THEIRS = ("ds_deepcompile:prefetch", "ds_deepcompile:selective_gather",
           "ds_deepcompile:prefetch+selective_gather")  # fmt: skip
+NAMED = ("fsdp_c/overlap~1024", "fsdp_c/copy_engine~1024")
+"""FSDP2's variants: each is a process group of its own, and takes long to compile or a torch that
+few have."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,16 @@ SUITES: dict[str, Suite] = {
     "bench": Suite(
         "the seed's run_bench.sh: two models, three batch sizes, three lengths",
         ((LLAMA_70B, 0), (MIXTRAL, 0)),
-        ("zero3", "zero3_c", "fsdp", "fsdp_c", "fsdp_c@best", *THEIRS, *OURS),
+        ("zero3", "zero3_c", "zero3_c@best", "fsdp", "fsdp_c", "fsdp_c@best", *NAMED, *THEIRS,
+         THEIRS[2] + "@best", *OURS),
         batch_sizes=(1, 2, 4),
         skip=((LLAMA_70B, 4, 2048),),
     ),
     "acc": Suite(
         "run_bench_acc.sh: gradients accumulated over 2, 4, 8, 16 micro-batches",
         ((LLAMA_70B, 0), (MIXTRAL, 0)),
-        ("zero3", "zero3_c", "fsdp", "fsdp_c", "fsdp_c@best", THEIRS[2], *OURS),
+        ("zero3", "zero3_c", "zero3_c@best", "fsdp", "fsdp_c", "fsdp_c@best", *THEIRS,
+         THEIRS[2] + "@best", *OURS),
         seq_lengths=(1024,),
         accumulations=(2, 4, 8, 16),
     ),
@@ -91,15 +97,17 @@ SUITES: dict[str, Suite] = {
     "z1": Suite(
         "run_bench_z1.sh: stage 1",
         ((LLAMA_8B, 0),),
-        ("zero1", "zero1_c", "ddp_c", "ds_deepcompile", "deepcompile:zero1_compile", "deepcompile"),
+        ("zero1", "zero1_c", "zero1_c@best", "ddp_c", "ddp_c@best", "ds_deepcompile",
+         "deepcompile:zero1_compile", "deepcompile"),
         batch_sizes=(1, 2, 4),
         zero_stage=1,
     ),
     "cut": Suite(
-        "all frameworks on geometries cut to this machine's memory, in under 25 minutes",
+        "all frameworks on geometries cut to this machine's memory",
         ((LLAMA_70B, -16), (MIXTRAL, -10)),
-        ("fsdp", "fsdp_c", "fsdp_c@best", "deepcompile:zero3_compile", *OURS, "zero3",
-         "zero3_c", THEIRS[2]),
+        # DeepSpeed's compile for a minute and more at each length.
+        ("fsdp", "fsdp_c", "fsdp_c@best", "deepcompile:zero3_compile", *OURS, *NAMED, "zero3",
+         "zero3_c", *(f"{theirs}~1024" for theirs in reversed(THEIRS)), THEIRS[2] + "@best~1024"),
         options={"max_grad_norm": 0.0, "warmup_step": 14, "bench_step": 24},
         share_process=True,
     ),
@@ -128,10 +136,15 @@ class Spec:
     settings: str = "default"
     variant: str = ""
     offload: bool = False
+    length: int = 0
+    """Only where a suite has this sequence length; 0: at all of them."""
 
 
 def parse_spec(text: str) -> Spec:
-    head, _, variant = text.partition("/")
+    head, mark, length = text.partition("~")
+    if mark and not (length.isdecimal() and int(length) > 0):
+        raise UserError(f"[bench] framework {text!r}: ~{length} is no length; write ~1024.")
+    head, _, variant = head.partition("/")
     head, _, settings = head.partition("@")
     key, _, passes = head.partition(":")
     key, _, extra = key.partition("+")
@@ -147,7 +160,7 @@ def parse_spec(text: str) -> Spec:
             "Leave +offload out, or give /budget=."
         )
     names = check_passes([w for w in passes.split("+") if w], key)
-    return Spec(key, names, settings or "default", variant, bool(extra))
+    return Spec(key, names, settings or "default", variant, bool(extra), int(length or 0))
 
 
 def _backend(suite: Suite, spec: Spec) -> str:
@@ -245,7 +258,7 @@ def conditions(suite: Suite, world: int, nodes: int, dtype: str) -> list[Conditi
     for (model, layers), batch, accumulation, spec in grid:
         depth = depth_here(model, layers, world)
         for length in suite.seq_lengths:
-            if (model, batch, length) in suite.skip:
+            if (model, batch, length) in suite.skip or spec.length not in (0, length):
                 continue
             found.append(
                 condition_of(

@@ -33,11 +33,11 @@ from .display import Display
 from .lines import BEGIN, STEP_MARK, job_text
 from .options import Options
 from .process import Outcome, Place
-from .results import Results, Row
+from .results import CANNOT_RUN, Results, Row
 
 Runner = Callable[..., Outcome]
 HERE = "here"
-RETRIED = ("not installed", "timeout")
+RETRIED = ("not installed", CANNOT_RUN, "did not start", "timeout")
 """Failures that say nothing of the condition itself are tried again without being asked."""
 OUT_OF_TIME = 3
 """The exit code when --time-limit left conditions."""
@@ -56,7 +56,7 @@ class Sweep:
     place: Place
     logs: Path = Path("logs")
     timeout: float = 1800.0
-    """Seconds for each condition of a process group."""
+    """Seconds for each condition, of a process group too."""
     deadline: float = math.inf
     """Of time.monotonic(): when all of it has to end."""
     share_process: bool = False
@@ -64,12 +64,20 @@ class Sweep:
     retry: bool = False
     """Also those that failed before."""
     runner: Runner = process.run
+    watch: Callable[[], str | None] = lambda: None
+    """Asked once a second while a process group runs; its words end the group, as an error."""
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
         ("measured", "failed", "skipped", "kept"), 0))  # fmt: skip
 
-    def rows(self) -> Results:
+    def _all_rows(self) -> Results:
         folder = Path(self.options.results)
         return Results.load(folder) if folder.is_dir() else Results()
+
+    def rows(self) -> Results:
+        """Those that were measured with the same options, as far as they say."""
+        found = self._all_rows()
+        found.rows = [r for r in found if not self.options.differences(r.options, r.condition)]
+        return found
 
     def todo(self) -> list[Condition]:
         """What is not there yet."""
@@ -91,12 +99,14 @@ class Sweep:
         """0: all conditions have times; 1: some have none; 3: the time was over; 130:
         interrupted."""
         todo = self.todo()
-        self.counts["kept"] = len(self.conditions) - len(todo)
-        with Display(len(self.conditions), self.counts["kept"], quiet) as display:
-            if self.counts["kept"]:
-                display.say(f"{self.counts['kept']} conditions are measured already")
+        possible = self._check(todo)
+        kept = [c for c in self.conditions if c not in todo]
+        self.counts["kept"] = len(kept)
+        with Display(len(self.conditions), len(kept), quiet) as display:
+            self._say_what_is_there(todo, kept, display)
+            self._skip([c for c in todo if c not in possible], display)
             try:
-                for group in self._possible(todo, display):
+                for group in suites.groups(possible, self.share_process):
                     self.run_group(group, display)
             except (KeyboardInterrupt, TimeOver) as stopped:
                 left = len(self.conditions) - sum(self.counts.values())
@@ -108,31 +118,60 @@ class Sweep:
             display.say(f"{said or 'nothing to do'}; results in {self.options.results}")
         return 1 if self.counts["failed"] else 0
 
-    def _possible(self, todo: list[Condition], display: Display) -> list[list[Condition]]:
-        """Groups of those that can run here; the others are recorded with the reason."""
+    def _check(self, todo: list[Condition]) -> list[Condition]:
+        """Those that can be tried here. Raises UserError, before anything is written, for options
+        that none of them can have."""
         from . import peers
 
-        possible = []
-        for condition in todo:
+        possible = [c for c in todo if peers.why_not(c) is None]
+        for condition in possible:
+            peers.check_warmup(condition, self.options)
+        if self.options.engine and possible and not any(c.has_engine for c in possible):
+            raise UserError(
+                "[bench] --engine_config: none of these frameworks has an engine to configure; "
+                "only deepcompile and deepspeed have. Leave it out."
+            )
+        return possible
+
+    def _say_what_is_there(
+        self, todo: list[Condition], kept: list[Condition], display: Display
+    ) -> None:
+        rows, every = self.rows(), self._all_rows()
+        failed = [row for row in map(rows.find, kept) if row is not None and not row.ok]
+        if len(kept) > len(failed):
+            display.say(f"{len(kept) - len(failed)} conditions are measured already")
+        for row in failed:
+            said = f"failed before ({row.failure}), and not tried again without --retry"
+            display.say(f"{suites.name(row.condition)}: {said}")
+        for condition in [] if self.force else todo:
+            row = every.find(condition)
+            if row is not None and row.ok:
+                said = "; ".join(self.options.differences(row.options, condition))
+                display.say(f"{suites.name(condition)}: measured anew, as its row has {said}")
+
+    def _skip(self, conditions: list[Condition], display: Display) -> None:
+        """What cannot run here is recorded with the reason, once."""
+        from . import peers
+
+        known = {(row.condition, row.error) for row in self.rows()}
+        for condition in conditions:
             reason = peers.why_not(condition)
-            if reason is None:
-                possible.append(condition)
-                continue
-            results.append(self.options.results, self.failed(condition, reason))
+            if (condition, reason) not in known:
+                results.append(self.options.results, self.failed(condition, reason))
             self.counts["skipped"] += 1
             display.end(f"skipped {suites.name(condition)}: {reason}", 0.0, ran=False)
-        return suites.groups(possible, self.share_process)
 
     def failed(self, condition: Condition, reason: str) -> Row:
         from . import measure
 
         return Row.failed(
             condition, reason, versions=measure.versions(), commit=measure.commit(),
-            machine=measure.machine(condition),
+            machine=measure.machine(condition), options=self.options.recorded(condition),
         )  # fmt: skip
 
     def run_group(self, group: list[Condition], display: Display) -> None:
-        """All of a group; after a failure the rest in a new process group. Raises TimeOver."""
+        """All of a group; after a failure the rest in a new process group. Raises TimeOver, and
+        UserError where the launcher starts nothing: it would not for the others either."""
         while group:
             left = self.deadline - time.monotonic()
             if left <= 0:
@@ -146,29 +185,43 @@ class Sweep:
                     if row.ok and row.condition not in done:
                         done[row.condition] = row
                         self.counts["measured"] += 1
+                        self._remember(row)
                         display.end(_said(row), watch.seconds(row.condition))
 
             watch = Watch(group, display, look, self.logs)
             outcome = self.runner(
-                dataclasses.replace(self.place, per_node=1) if group[0].world == 1 else self.place,
+                Place() if group[0].world == 1 else self.place,
                 ["--job", job_text(group, self.options)],
                 log,
-                min(self.timeout * len(group), left),
+                left,
                 on_line=watch.line,
+                watch=lambda watch=watch: self.watch() or watch.overdue(self.timeout),
             )
             watch.close()
             look(watch)
             group = [c for c in group if c not in done]
             if not group:
                 return
+            if outcome.stopped and watch.now in done:
+                continue  # it had its row, and did not make way for the next
             if outcome.timed_out and time.monotonic() >= self.deadline:
                 raise TimeOver
-            failed, group = group[0], group[1:]
             error = outcome.error or "it ended without a row"
+            if not (watch.started or outcome.errors or outcome.timed_out or outcome.stopped):
+                if outcome.launch_error:
+                    raise UserError(f"{outcome.launch_error} (log: {log})")
+                error = f"did not start: {error}"
+            failed, group = group[0], group[1:]
             results.append(self.options.results, self.failed(failed, error))
             self.counts["failed"] += 1
             said = f"failed {suites.name(failed)}: {error[:300]} (log: {log})"
             display.end(said, watch.seconds(failed))
+
+    def _remember(self, row: Row) -> None:
+        """That a data set was out of reach: the next process groups need not wait for it."""
+        problem = row.effective.get("data_problem")
+        if problem and not self.options.dataset_problem:
+            self.options = dataclasses.replace(self.options, dataset_problem=str(problem))
 
 
 def _said(row: Row) -> str:
@@ -195,6 +248,8 @@ class Watch:
         self._begun: dict[Condition, float] = {}
         self._ended: dict[Condition, float] = {}
         self._now: Condition | None = None
+        self.started = False
+        """Whether a rank said which condition it is at."""
         self._enter(group[0])
 
     def _enter(self, condition: Condition) -> None:
@@ -216,15 +271,28 @@ class Watch:
             self._log = None
 
     def line(self, line: str) -> None:
-        if line.startswith(BEGIN):
+        _, begin, text = line.partition(BEGIN)  # behind its node's name, if there are several
+        if begin:
+            self.started = True
             try:
-                self._enter(Condition.from_dict(json.loads(line.removeprefix(BEGIN))))
+                self._enter(Condition.from_dict(json.loads(text)))
             except (ValueError, UserError):
                 pass  # a torn line changes what is shown, nothing else
         elif f", {STEP_MARK}" in line:
             self._display.step("step " + line.partition(STEP_MARK)[2].partition(",")[0])
         if self._log is not None:
             self._log.write(line + "\n")
+
+    @property
+    def now(self) -> Condition:
+        return self._now or self._first
+
+    def overdue(self, limit: float) -> str | None:
+        """What is said when the condition that it is at has run for longer."""
+        seconds = self.seconds(self.now)
+        if seconds <= limit:
+            return None
+        return f"timeout: no end after {seconds:.0f} s (--condition-limit {limit:g})"
 
     def seconds(self, condition: Condition) -> float:
         end = self._ended.get(condition, time.monotonic())
@@ -245,7 +313,7 @@ def parser() -> Parser:
         prog="deepcompile bench",
         description=__doc__.splitlines()[0],
         epilog=f"suites:\n{lines}\n\nframeworks: {suites.__doc__.split(chr(10) + chr(10), 1)[1]}"
-        "environment: NUM_NODES, NGPUS_PER_NODE, HOSTFILE, PROFILE_DIR, MODEL",
+        "environment: NUM_NODES, NGPUS_PER_NODE, HOSTFILE, SLURM, LAUNCH_ARGS, PROFILE_DIR, MODEL",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

@@ -19,7 +19,7 @@ from torch import nn
 from .. import models
 from ..capture.attention import use_causal_attention
 from ..errors import UserError
-from .conditions import Condition
+from .conditions import Condition, model_file_word
 from .options import ATTENTION
 
 WEIGHTS = "model.safetensors"
@@ -172,6 +172,13 @@ def fill(model: nn.Module, device: torch.device, host: torch.device | None = Non
         filler(module)
 
 
+def refill(model: nn.Module) -> None:
+    """The first values again, in place."""
+    filler = model._init_weights
+    for module in model.modules():
+        filler(module)
+
+
 def _ties(model: nn.Module) -> list[tuple[tuple[nn.Module, str], tuple[nn.Module, str]]]:
     """((module, key), (first module, key)) of each parameter that is another's; to_empty unties."""
     first: dict[int, tuple[nn.Module, str]] = {}
@@ -193,7 +200,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter
 
 def folder_of(condition: Condition) -> Path:
     """Where a condition's weights are saved, under the seed benchmark's name."""
-    return Path(f"{condition.model.rstrip('/').split('/')[-1]}_cp_layer{condition.num_layers}")
+    return Path(f"{model_file_word(condition.model)}_cp_layer{condition.num_layers}")
 
 
 def save(model: nn.Module, folder: Path, device: torch.device) -> Path:

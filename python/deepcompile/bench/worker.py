@@ -33,7 +33,7 @@ from ..distributed import Ranks, join
 from ..errors import UserError
 from . import measure, peers, results, weights
 from .arguments import parse_lm
-from .batches import training_batches
+from .batches import named_text, training_batches
 from .conditions import Condition
 from .flops import condition_flops
 from .lines import BEGIN, ERROR_MARK, STEP_MARK
@@ -41,6 +41,9 @@ from .options import Options
 from .profiling import Tracer
 from .result_line import to_line
 from .results import Results, Row
+
+FIRST_WEIGHTS = "the first weights"
+TRAINED_ON = "the weights that the condition before left, so losses do not compare"
 
 
 @dataclass
@@ -130,10 +133,13 @@ def _row(
     total, available = measure.host_memory()
     host = ranks.gather(statistics.median(run.host_times[options.warmup_step :]))
     losses = torch.stack([loss.float() for loss in run.losses]).cpu()
+    after = peer.after()
+    say(ranks, f"[bench] {condition.label} in force, as the steps showed: "
+        f"{json.dumps(after, default=str)}")  # fmt: skip
     every = torch.tensor(ranks.gather(losses.tolist()))
     effective = {
         **facts,
-        **peer.after(),
+        **after,
         "attention": options.attn_impl,
         "bench_step": len(run.times),
         "warmup_step": options.warmup_step,
@@ -158,6 +164,7 @@ def _row(
         commit=measure.commit(),
         machine=measure.machine(condition),
         effective=effective,
+        options=options.recorded(condition),
         model_flops=_flops(condition),
     )
 
@@ -171,15 +178,17 @@ def _flops(condition: Condition) -> float | None:
 
 
 def train(
-    peer: peers.Peer, condition: Condition, options: Options, ranks: Ranks, begun: float
-) -> Row:
+    peer: peers.Peer, condition: Condition, options: Options, ranks: Ranks, begun: float,
+    starts_from: str = FIRST_WEIGHTS,
+) -> Row:  # fmt: skip
     """All steps of one condition on a ready peer. `begun`: when its set-up began."""
     vocabulary = int(getattr(weights.model_config(condition.model), "vocab_size", 256))
-    batches, source = training_batches(
-        options.dataset_name, vocabulary, condition.batch_size, condition.seq_length,
-        condition.seed, ranks,
-    )  # fmt: skip
-    facts = {**peer.settings(), "data": source, "setup_seconds": time.perf_counter() - begun}
+    text = named_text(options.dataset_name, options.dataset_problem, ranks)
+    batches = training_batches(
+        text, vocabulary, condition.batch_size, condition.seq_length, condition.seed, ranks
+    )
+    facts = {**peer.settings(), "starts_from": starts_from, **text.facts(),
+             "setup_seconds": time.perf_counter() - begun}  # fmt: skip
     say(ranks, f"[bench] {condition.label} in force: {json.dumps(facts, default=str)}")
     before = sum(s for _, s in peer.compile_times() or ()) if condition.compile else 0.0
     run = run_steps(peer, condition, options, ranks, batches)
@@ -191,9 +200,9 @@ def train(
     return row
 
 
-def with_budget(condition: Condition, folder: str) -> Condition:
+def with_budget(condition: Condition, options: Options) -> Condition:
     """``budget=fsdp_c``: as much memory as that framework's default used in the same job."""
-    words = condition.variant.split(",")
+    words, folder = condition.variant.split(","), options.results
     for word in words:
         framework = word.removeprefix("budget=")
         if word == framework or framework not in ("fsdp", "fsdp_c"):
@@ -208,6 +217,7 @@ def with_budget(condition: Condition, folder: str) -> Condition:
                 settings="default", variant="", offload_adam=False, dtype=condition.dtype,
             )
             if r.ok and not r.predicted and r.peak_bytes
+            and not options.differences(r.options, r.condition)
         ]  # fmt: skip
         if not fits:
             raise UserError(
@@ -239,6 +249,9 @@ def run_conditions(conditions: Sequence[Condition], options: Options, ranks: Ran
     """Train one after another; rank 0 writes each row when it is there. Collective."""
     rows: list[Row] = []
     peer, last = None, None
+    compiled: set[str] = set()
+    """Frameworks that ran in this process: what they compiled serves their next condition too, out
+    of the compiler's cache if not as it is."""
     for condition in conditions:
         if condition.world != ranks.world:
             raise UserError(
@@ -247,8 +260,12 @@ def run_conditions(conditions: Sequence[Condition], options: Options, ranks: Ran
             )
         say(ranks, f"{BEGIN}{json.dumps(condition.as_dict())}")
         begun = time.perf_counter()
-        planned = ranks.together("[bench]", lambda c=condition: with_budget(c, options.results))
-        if peer is None or last is None or not (same_model(last, planned) and peer.go_on(planned)):
+        planned = ranks.together("[bench]", lambda c=condition: with_budget(c, options))
+        starts_from, goes_on = FIRST_WEIGHTS, False
+        if peer is not None and same_model(last, planned) and peer.go_on(planned):
+            goes_on = True
+            starts_from = _restart(peer, planned, ranks)
+        else:
             if peer is not None:
                 peer.close()
                 peer = None
@@ -256,14 +273,25 @@ def run_conditions(conditions: Sequence[Condition], options: Options, ranks: Ran
             _save_weights(planned, options, ranks)
             torch.manual_seed(planned.seed)
             peer = peers.setup(planned, options, ranks)
-        last = planned
-        row = train(peer, planned, options, ranks, begun)
-        row.condition = condition
+        row = train(peer, planned, options, ranks, begun, starts_from)
+        row.compile_reused = planned.compile and (goes_on or planned.framework in compiled)
+        row.condition, last = condition, planned
+        compiled.add(planned.framework)
         rows.append(row)
         _write(row, peer, options, ranks)
     if peer is not None:
         peer.close()
     return rows
+
+
+def _restart(peer: peers.Peer, condition: Condition, ranks: Ranks) -> str:
+    """What a peer that goes on begins with; collective."""
+    torch.manual_seed(condition.seed)
+    try:
+        done = peer.restart()
+    except torch.OutOfMemoryError:  # a whole parameter beside what the peer holds
+        done = False
+    return FIRST_WEIGHTS if all(ranks.gather(done)) else TRAINED_ON
 
 
 def _save_weights(condition: Condition, options: Options, ranks: Ranks) -> None:
@@ -340,6 +368,7 @@ def parse(argv: Sequence[str]) -> tuple[list[Condition], Options]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     condition, options = parse_lm(argv, world, max(1, world // max(1, local)))
+    peers.check_warmup(condition, options)
     return [condition], options
 
 

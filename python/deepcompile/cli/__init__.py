@@ -18,7 +18,7 @@ from ..errors import UserError, fail
 from ..launch import launch
 from ..launch import options as launch_options
 from . import bench, plan, plot, programs, timeline
-from .arguments import Parser, add_command
+from .arguments import Parser, add_command, settle_budget
 
 DESCRIPTION = """\
 A compiler and runtime for sharded PyTorch training. These commands plan, explain
@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments[:1] == ["bench"] and "--simulate" not in arguments:
             return bench.measured(arguments[1:])
         options = build_parser().parse_args(arguments)
+        settle_budget(options)
         options.command(options)
         sys.stdout.flush()
     except UserError as error:

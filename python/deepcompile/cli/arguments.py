@@ -7,8 +7,12 @@ import argparse
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from .. import _core
+from .. import _core, config_values
 from ..errors import UserError
+from .files import read_machine
+
+LEAST_BUDGET = 1 << 20
+"""Bytes; no plan fits less, so a unit was forgotten."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -50,9 +54,9 @@ def add_machine(command: argparse.ArgumentParser, required: bool = True, budget:
     command.add_argument(
         "--memory-budget",
         metavar="SIZE",
-        type=byte_size,
-        help="most memory of one rank that passes may plan with, e.g. 40GiB; default: "
-        + (budget or "all of the machine's"),
+        type=memory_budget,
+        help="most memory of one rank that passes may plan with: 40GiB, or a fraction of the "
+        "machine's, 0.5; default: " + (budget or "all of the machine's"),
     )
 
 
@@ -60,8 +64,8 @@ def add_costs(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--costs",
         metavar="FILE",
-        help="measurements to use before the machine's numbers: what an engine's "
-        "planner.costs.serialize() gives once it has planned",
+        help="measurements to use before the machine's numbers: the NAME.run.json that an "
+        "engine's write_plan(NAME.txt) writes",
     )
 
 
@@ -116,14 +120,30 @@ def not_negative(text: str) -> int:
     return value
 
 
-def byte_size(text: str) -> int:
+def memory_budget(text: str) -> int | float:
+    """As compile.memory_budget has it: bytes, or a fraction that settle_budget() resolves."""
     try:
-        value = _core.parse_bytes(text)
+        value = config_values.memory("", text)
     except UserError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a size: write it as 40GiB or 512MiB")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a size: write it as 40GiB, or as a fraction of the machine's, 0.5"
+        ) from None
+    if value < LEAST_BUDGET and isinstance(value, int):
+        raise argparse.ArgumentTypeError(f"{text} is {value} bytes: write {value}GiB, or 0.5")
     return value
+
+
+def settle_budget(options: argparse.Namespace) -> None:
+    """Bytes in place of a fraction of the machine's memory."""
+    budget = getattr(options, "memory_budget", None)
+    if not isinstance(budget, float):
+        return
+    if options.machine is None:
+        raise UserError(
+            f"[cli] --memory-budget {budget:g}: is a fraction of the machine's memory. Give "
+            "--machine too, or a size such as 40GiB."
+        )
+    options.memory_budget = max(1, int(budget * read_machine(options.machine).memory_bytes))
 
 
 def comma_separated(text: str) -> list[str]:

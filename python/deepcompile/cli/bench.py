@@ -8,14 +8,13 @@ deepcompile.bench.depth; this module has the simulated sweep.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 from ..errors import UserError
 from . import arguments as types
 from .arguments import add_command, add_machine
-from .plot import METRICS
+from .plot import ALL, METRICS, draw
 
 EXAMPLES = """\
 Without --simulate a sweep runs on this machine's devices; it has options of its
@@ -27,17 +26,36 @@ the faster of that and of recomputing everything.
 
 examples:
   deepcompile bench --simulate --machine 4x8-a100
+  deepcompile bench acc --simulate --machine 4x8-a100
   deepcompile bench --simulate --machine 4x8-h100 --models llama-3-70b --batch 1 \\
       --seq 512,1024,2048 --result-dir results/h100
   deepcompile bench --simulate --machine 4xh200 --models llama-3-70b --layers 16 \\
       --batch 1 --seq 1024 --accumulation 1,2,4,8,16"""
 
 
+SUITES: dict[str, dict[str, tuple[int, ...]]] = {
+    "bench": {"batch": (1, 2, 4), "seq": (512, 1024, 2048), "accumulation": (1,)},
+    "acc": {"batch": (1,), "seq": (1024,), "accumulation": (2, 4, 8, 16)},
+}
+"""The seed's run_bench.sh and run_bench_acc.sh."""
+
+
+ONLY_SIMULATED = ("--machine", "--memory-budget")
+"""Options that a measured sweep, which runs on this machine, does not have."""
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    return ",".join(str(number) for number in numbers)
+
+
 def add_to(commands: Any) -> None:
     text = "run the benchmark's sweeps, or simulate them"
     bench = add_command(commands, "bench", run, text, EXAMPLES)
+    bench.prog += " --simulate"  # as errors and the usage line name it
     add = bench.add_argument
-    add("--simulate", action="store_true", required=True, help="predict, on any machine")
+    text = "bench: batch sizes and lengths; acc: gradients accumulated; default: bench"
+    add("suite", nargs="?", choices=sorted(SUITES), default="bench", help=text)
+    add("--simulate", action="store_true", required=True, help=argparse.SUPPRESS)
     add_machine(bench, budget="the machine's less its reserve")
     add(
         "--models",
@@ -47,13 +65,14 @@ def add_to(commands: Any) -> None:
         help="built-in names, the Hugging Face names of the same models, folders, config.json "
         "files; default: llama-3-70b, mixtral-8x7b",
     )
-    lists = {"batch": ([1, 2, 4], "sequences a rank"), "seq": ([512, 1024, 2048], "lengths"),
-             "accumulation": ([1], "micro-steps a step")}  # fmt: skip
-    for name, (default, what) in lists.items():
-        shown = ",".join(str(n) for n in default)
-        add(f"--{name}", metavar="N,M", type=types.positives, default=default,
+    lists = {"batch": ("batch-sizes", "sequences a rank"), "seq": ("seq-lengths", "lengths"),
+             "accumulation": ("accumulations", "micro-steps a step")}  # fmt: skip
+    for name, (measured, what) in lists.items():
+        shown = "; ".join(f"{suite} {_shown(sizes[name])}" for suite, sizes in SUITES.items())
+        add(f"--{name}", f"--{measured}", dest=name, metavar="N,M", type=types.positives,
             help=f"{what}; default: {shown}")  # fmt: skip
-    add("--layers", metavar="N", type=types.positive, default=0, help="cut models to N layers")
+    add("--layers", "--num-layers", metavar="N", type=types.positive, default=0,
+        help="cut models to N layers")  # fmt: skip
     add("--dtype", metavar="bf16|fp32", type=types.dtype, default="bf16", help="(%(default)s)")
     add(
         "--persistence-threshold",
@@ -67,21 +86,21 @@ def add_to(commands: Any) -> None:
         "--result-dir",
         "--result_dir",
         metavar="DIR",
-        help="where rows and charts go; default: results/MACHINE-simulated",
+        help="where rows and charts go; default: results/MACHINE-simulated, -acc behind it for acc",
     )
     add(
         "--metrics",
         metavar="M,N",
         type=metric_names,
         default=["throughput", "mfu", "peak_mem"],
-        help="charts to draw, or none; default: throughput,mfu,peak_mem",
+        help="charts to draw, all or none; default: throughput,mfu,peak_mem",
     )
 
 
 def metric_names(text: str) -> list[str]:
     names = types.comma_separated(text)
-    if names == ["none"]:
-        return []
+    if names in (["none"], [ALL]):
+        return [] if names == ["none"] else list(METRICS)
     for name in names:
         if name not in METRICS:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(METRICS)}")
@@ -94,6 +113,12 @@ def measured(arguments: Sequence[str]) -> int:
 
     if list(arguments[:1]) == ["depth"]:
         return depth.main(list(arguments[1:]))
+    for word in arguments:
+        if word.partition("=")[0] in ONLY_SIMULATED:
+            raise UserError(
+                f"[cli] {word}: belongs to --simulate. Write `deepcompile bench --simulate "
+                f"{' '.join(arguments)}`, or leave it out to measure here."
+            )
     if {"-h", "--help"} & set(arguments):
         print(
             "Sweeps on this machine. Simulated ones: deepcompile bench --simulate --help\n"
@@ -111,12 +136,13 @@ def run(options: argparse.Namespace) -> None:
 
     if options.metrics:
         matplotlib()  # its absence is an error before the work
+    sizes = SUITES[options.suite]
     sweep = SimulatedSweep(
         machine=options.machine,
         models=tuple(options.models),
-        batch_sizes=tuple(options.batch),
-        seq_lengths=tuple(options.seq),
-        accumulations=tuple(options.accumulation),
+        batch_sizes=tuple(options.batch or sizes["batch"]),
+        seq_lengths=tuple(options.seq or sizes["seq"]),
+        accumulations=tuple(options.accumulation or sizes["accumulation"]),
         num_layers=options.layers,
         dtype=options.dtype,
         checkpointing=not options.no_checkpointing,
@@ -124,7 +150,10 @@ def run(options: argparse.Namespace) -> None:
         persistence_threshold=options.persistence_threshold,
         memory_budget=options.memory_budget,
     )
-    folder = options.result_dir or f"results/{read_machine(options.machine).name}-simulated"
+    folder = options.result_dir
+    if not folder:
+        folder = f"results/{read_machine(options.machine).name}-simulated"
+        folder += "" if options.suite == "bench" else f"-{options.suite}"
     clock = Stopwatch()
     with Display(len(sweep.jobs()), 0) as display:
 
@@ -136,7 +165,8 @@ def run(options: argparse.Namespace) -> None:
 
         seconds = simulate(sweep, finished)
     print(f"{len(sweep.jobs())} captures simulated in {seconds:.1f} s; rows are in {folder}")
-    draw(folder, options.metrics, len(options.accumulation) > 1)
+    if options.metrics:
+        draw(folder, folder, options.metrics, len(sweep.accumulations) > 1, skip=True)
 
 
 def said(rows: list) -> str:
@@ -147,25 +177,3 @@ def said(rows: list) -> str:
         cells.append(f"{row.condition.label} {rate:,.0f}" if rate else
                      f"{row.condition.label} {row.failure}")  # fmt: skip
     return "tokens/s/GPU: " + ", ".join(cells)
-
-
-def draw(folder: str, names: Sequence[str], by_accumulation: bool) -> None:
-    from ..bench.metrics import metric
-    from ..bench.plot import gains_text, plot
-    from ..bench.results import Results
-
-    results = Results.load(folder)
-    for problem in results.problems:
-        print(f"deepcompile: skipped: {problem}", file=sys.stderr)
-    for name in names:
-        try:
-            drawn = plot(results, folder, name, by_accumulation)
-        except UserError as error:
-            if name != "mfu":
-                raise
-            print(f"deepcompile: {error}", file=sys.stderr)  # a machine without a known peak
-            continue
-        for _, path in drawn:
-            print(path)
-        if name == "throughput":
-            print("\n" + gains_text([c for c, _ in drawn], metric(name)) + "\n")

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from .. import _core
+from ..report.other_choices import NOT_PLANNED, is_planned, other_text, others_of
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Choice:
         """Equal for the same choice in equal layers: numbers that depend on the place are left
         out."""
         texts = [re.sub(r"\d[\d.,]*", "#", text) for text in (*self.reasons, *self.others)]
+        texts = [re.sub(r"# runs\b", "# run", text) for text in texts]  # 1 run or 2 runs ahead
         return self.kind, re.sub(r"\d+", "#", self.name), self.form, tuple(texts)
 
 
@@ -40,47 +42,33 @@ def explain(
     early_updates: bool = False,
 ) -> str:
     """The text; with ``everything``, each object by itself and when its transfers run."""
-    others = _core.next_best(
-        plain_of(program),
-        program,
-        machine=machine,
-        memory_budget=budget,
-        costs=costs,
-        early_updates=early_updates,
-    )
-    head, *params = _core.explain(program, sim, others).split("\n\n")[: 1 + len(program.params)]
+    others = others_of(program, machine, budget, costs, early_updates)
+    head, *params = _core.explain(program, sim).split("\n\n")[: 1 + len(program.params)]
     choices = choices_of(program, others, sim.peak_bytes <= budget)
+    lines = [] if is_planned(program) else [NOT_PLANNED]
+    lines += [head.rstrip(), *whole_lines(program, others)]
     if everything:
-        lines = [head, *(f"\n{param.rstrip()}" for param in params), ""]
+        for param, choice in zip(params, choices, strict=False):
+            lines += ["", param.rstrip(), *(f"  else: {text}" for text in choice.others)]
+        lines.append("")
         for choice in choices[len(program.params) :]:
             lines += group_lines([choice])
     else:
         groups: dict[tuple, list[Choice]] = defaultdict(list)
         for choice in choices:
             groups[choice.key()].append(choice)
-        lines = [head, ""]
+        lines.append("")
         for group in groups.values():
             lines += group_lines(group)
-    whole = [f"why: {r.text} [{r.pass_name}]" for r in program.reasons if r.object == ""]
-    whole += [f"else: {other}" for other in others if not other.objects]
-    if whole:
-        lines += ["", "the step as a whole", *(f"  {line}" for line in whole)]
-    if not everything:
         lines += ["", "--all lists each parameter and region, and when its transfers run."]
     return "\n".join(lines) + "\n"
 
 
-def plain_of(program: _core.StepProgram) -> _core.StepProgram:
-    """The program before any pass: each region's first run alone."""
-    text = str(program)
-    lines = [line for line in text.splitlines() if not line.startswith("because ")]
-    plain = _core.StepProgram.parse("\n".join(lines) + "\n")
-    seen: set[str] = set()
-    for section in plain.sections:
-        runs = [i for i in section.instrs if i.op == "run" and i.operand not in seen]
-        seen |= {i.operand for i in runs}
-        section.set_instrs(runs)
-    return plain
+def whole_lines(program: _core.StepProgram, others: list[_core.Alternative]) -> list[str]:
+    """What concerns no single object."""
+    whole = [f"why: {r.text} [{r.pass_name}]" for r in program.reasons if r.object == ""]
+    whole += [f"else: {other_text(other)}" for other in others if not other.objects]
+    return ["", "the step as a whole", *(f"  {line}" for line in whole)] if whole else []
 
 
 def choices_of(
@@ -93,7 +81,7 @@ def choices_of(
         reasons[reason.object].append(f"{reason.text} [{reason.pass_name}]")
     for other in others:
         for name in other.objects:
-            instead[name].append(str(other))
+            instead[name].append(other_text(other))
     size = _core.pretty_bytes
     choices = []
     for param in program.params:

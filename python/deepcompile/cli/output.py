@@ -55,6 +55,8 @@ def as_table(facts: dict[str, Any]) -> str:
     if copies:
         text = f"{share('to_host_busy_ns')} out, {share('to_device_busy_ns')} in"
         rows[5:5] = [("host link busy", text)]
+    if "note" in facts:
+        rows[:0] = [("note", facts["note"])]
     return columns([[label, value] for label, value in rows])
 
 

@@ -7,6 +7,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 import traceback
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -114,6 +115,8 @@ def run(options: argparse.Namespace) -> None:
         )
     resolve_passes(options.passes or [], options.pass_library)  # errors before the capture
     budget = options.memory_budget or default_budget(machine)
+    lengths = ", ".join(map(str, options.seq))
+    say(f"capturing {options.model}, sequence {lengths}: this takes some seconds ...")
     planned = plan_all(options, budget)
     facts = {
         "model": options.model,
@@ -139,6 +142,11 @@ def run(options: argparse.Namespace) -> None:
                 f"[cli] {options.chart}: cannot be written ({reason(error)}). Choose another place."
             ) from None
     print(json.dumps(facts, indent=2) if options.json else plans_table(facts))
+
+
+def say(message: str) -> None:
+    """Progress, beside the results."""
+    print(message, file=sys.stderr, flush=True)
 
 
 def plan_all(options: argparse.Namespace, budget: int) -> list[dict[str, Any]]:
@@ -176,6 +184,7 @@ def plan_sequence(options: argparse.Namespace, seq: int, budget: int) -> dict[st
     machine = read_machine(options.machine)
     step = step_options(options)
     captured, facts = capture_step(step, seq, options.ranks or machine.ranks, machine)
+    say(f"planning sequence {seq}: {facts['regions']} regions")
     plans, program = [], captured
     for name, words in variants(options):
         program = captured.copy()

@@ -10,17 +10,30 @@ from typing import Any
 
 from .. import _core
 from ..errors import UserError
+from ..report.other_choices import NOT_PLANNED, by_kind, is_planned, others_of
 from .arguments import add_command, add_costs, add_machine, add_passes, add_program
 from .explain import explain
-from .files import read_costs, read_machine, read_program, reason, run_named, write
+from .files import (
+    Conditions,
+    conditions_of,
+    read_costs,
+    read_machine,
+    read_program,
+    reason,
+    run_named,
+    write,
+)
 from .output import as_table, summary
 
 EXPLAIN_EXAMPLES = """\
+An engine's write_plan("plan.txt") also writes plan.run.json: the machine, the budget
+and the costs that the run measured. They are used where --machine is left out.
+
 examples:
-  deepcompile explain plan.txt --machine 4xh200
+  deepcompile explain demo-output/plan.txt
   deepcompile explain plan.txt --machine 4xh200 --all
   deepcompile explain captured.txt --machine my-cluster.json --passes auto \\
-      --memory-budget 40GiB --costs measured.json"""
+      --memory-budget 40GiB --costs plan.run.json"""
 OPT_EXAMPLES = """\
 examples:
   deepcompile opt captured.txt --passes zero3_compile -o plan.txt
@@ -32,7 +45,8 @@ examples:
 SIM_EXAMPLES = """\
 examples:
   deepcompile sim plan.txt --machine 4xh200
-  deepcompile sim plan.txt --machine my-cluster.json --costs measured.json
+  deepcompile sim demo-output/plan.txt
+  deepcompile sim plan.txt --machine my-cluster.json --costs plan.run.json
   deepcompile sim plan.txt --machine 4xh200 --trace plan.perfetto.json --json"""
 REPORT_EXAMPLES = """\
 examples:
@@ -68,7 +82,7 @@ def add_to(commands: Any) -> None:
 
 def add_simulated(command: argparse.ArgumentParser) -> None:
     add_program(command)
-    add_machine(command)
+    add_machine(command, required=False)
     add_passes(command, "passes to run first")
     add_costs(command)
 
@@ -78,7 +92,7 @@ def run_opt(options: argparse.Namespace) -> None:
     machine = read_machine(options.machine) if options.machine else None
     if machine is None and options.costs:
         raise UserError("[cli] --costs: needs a machine for what it has not measured. Add it.")
-    for record in run_named(program, machine, options):
+    for record in run_named(program, machine, options, read_costs(options.costs)):
         print(record, file=sys.stderr)
     if options.out:
         write(options.out, str(program))
@@ -88,41 +102,53 @@ def run_opt(options: argparse.Namespace) -> None:
 
 def simulate_file(
     options: argparse.Namespace,
-) -> tuple[_core.StepProgram, _core.Machine, _core.SimResult]:
-    program, machine = read_program(options.file), read_machine(options.machine)
-    run_named(program, machine, options)
-    return program, machine, _core.simulate(program, machine, costs=read_costs(options.costs))
+) -> tuple[_core.StepProgram, _core.SimResult, Conditions]:
+    program, by = read_program(options.file), conditions_of(options)
+    options.memory_budget, options.early_updates = by.budget, by.early_updates
+    run_named(program, by.machine, options, by.costs)
+    return program, _core.simulate(program, by.machine, costs=by.costs), by
 
 
 def run_sim(options: argparse.Namespace) -> None:
-    program, machine, sim = simulate_file(options)
+    program, sim, by = simulate_file(options)
     if options.trace:
-        write(options.trace, _core.perfetto_trace([(f"predicted on {machine.name}", sim)]))
-    facts = summary(program, machine, sim)
+        write(options.trace, _core.perfetto_trace([(f"predicted on {by.machine.name}", sim)]))
+    facts = summary(program, by.machine, sim)
+    if not is_planned(program):
+        facts["note"] = NOT_PLANNED
     print(json.dumps(facts, indent=2) if options.json else as_table(facts))
 
 
 def run_explain(options: argparse.Namespace) -> None:
-    program, machine, sim = simulate_file(options)
-    budget = options.memory_budget or machine.memory_bytes
-    costs = read_costs(options.costs)
-    text = explain(program, machine, sim, budget, costs, options.all, options.early_updates)
+    program, sim, by = simulate_file(options)
+    budget = by.budget or by.machine.memory_bytes
+    early = by.early_updates
+    text = explain(program, by.machine, sim, budget, by.costs, options.all, early)
+    if by.source:
+        print(f"by what the run measured, in {by.source}")
     print(text, end="")
 
 
 def run_report(options: argparse.Namespace) -> None:
     from ..report import write_report
 
-    program, machine, sim = simulate_file(options)
+    program, sim, by = simulate_file(options)
+    machine = by.machine
+    others = others_of(program, machine, by.budget, by.costs, by.early_updates)
     data = {
+        "notes": [] if is_planned(program) else [NOT_PLANNED],
+        "others": by_kind(others),
         "title": f"{program.name} on {machine.name}",
         "facts": {
             "Machine": machine.device_name,
             "World": f"{program.world} ranks",
             "Accumulation": f"{program.accumulation} micro-steps",
-            "Plan": _core.freeze(program).hash,
+            **({"Plan": _core.freeze(program).hash} if is_planned(program) else {}),
         },
-        "timeline": {"predicted": [timeline_item(i) for i in sim.items], "measured": []},
+        "timeline": {
+            "predicted": [item.as_dict() for item in sim.items if item.resource != "none"],
+            "measured": [],
+        },
         "memory": {"predicted": sim.memory, "measured": []},
         "compare": [
             {"what": "Step", "predicted": sim.time_ns, "unit": "ns", "headline": True},
@@ -134,20 +160,9 @@ def run_report(options: argparse.Namespace) -> None:
         ],
         "plan": str(program),
     }
-    data["timeline"]["predicted"] = [i for i in data["timeline"]["predicted"] if i]
     try:
         print(write_report(data, options.out))
     except OSError as error:
         raise UserError(
             f"[cli] {options.out}: cannot be written ({reason(error)}). Choose another place."
         ) from None
-
-
-def timeline_item(item: _core.SimItem) -> dict[str, Any] | None:
-    """As the page wants it: it has one row for both directions of the host link."""
-    if item.resource == "none":
-        return None
-    as_dict = item.as_dict()
-    if as_dict["resource"] in ("to_host", "to_device"):
-        as_dict["resource"] = "host"
-    return as_dict

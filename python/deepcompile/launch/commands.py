@@ -14,7 +14,10 @@ from collections.abc import Mapping, Sequence
 from ..errors import UserError
 from .hosts import Host
 
-FORWARDED = ("NCCL_*", "GLOO_*", "PYTHONPATH", "OMP_NUM_THREADS")
+FORWARDED = (
+    "NCCL_*", "GLOO_*", "PYTHONPATH", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+)  # fmt: skip
 """Variables that the hosts of a hostfile get without being asked for."""
 SSH_OPTIONS = (
     "BatchMode=yes", "ConnectTimeout=10", "ServerAliveInterval=15", "ServerAliveCountMax=3",

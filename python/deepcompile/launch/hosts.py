@@ -17,6 +17,9 @@ from ..errors import UserError
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:@%-]*")
 """What ssh takes as host: a name or address, with a user before @ if need be."""
 
+UPPER_LIMITS = ("max_slots", "max-slots")
+"""Keys of Open MPI's that are read over: no host gets more ranks than it has slots."""
+
 
 @dataclass(frozen=True)
 class Host:
@@ -72,14 +75,19 @@ def _host(words: list[str], place: str) -> Host:
         key, equals, value = fact.partition("=")
         if not equals:
             raise UserError(f"{place} {fact!r} is not key=value. Write `{name} slots=8`.")
+        if key in UPPER_LIMITS:
+            continue
         if key != "slots":
-            raise UserError(f"{place} {key} is not a key; the only one is slots.")
+            raise UserError(f"{place} {key} is not a key; the one that is read is slots.")
         if slots is not None:
             raise UserError(f"{place} slots is given twice. Leave one.")
         if not re.fullmatch(r"[0-9]{1,6}", value) or int(value) < 1:
             raise UserError(f"{place} slots={value} is not a positive number: write `slots=8`.")
         slots = int(value)
     if slots is None:
+        start, colon, count = name.rpartition(":")
+        if colon and ":" not in start and re.fullmatch(r"[1-9][0-9]*", count):  # no IPv6 address
+            raise UserError(f"{place} {name}: slots are a key: write `{start} slots={count}`.")
         raise UserError(f"{place} {name} has no slots: write `{name} slots=8`.")
     return Host(name, slots, tuple(range(slots)))
 
@@ -153,11 +161,16 @@ def _slots(text: str, host: Host, option: str) -> set[int]:
     return set(range(low, high + 1))
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def first(hosts: Sequence[Host], number: int | None, source: str) -> list[Host]:
     """The first ``number`` hosts; all if it is None."""
     if number is not None and number > len(hosts):
         raise UserError(
-            f"[launch] --num-nodes {number}: {len(hosts)} are left of {source}. Ask for fewer."
+            f"[launch] --num-nodes {number}: {_count(len(hosts), 'node')} of {source} can take "
+            "part. Ask for fewer."
         )
     return list(hosts[:number])
 
@@ -174,7 +187,8 @@ def with_ranks(hosts: Sequence[Host], text: str | None) -> list[Host]:
     for host in hosts:
         if int(text) > len(host.chosen):
             raise UserError(
-                f"[launch] --nproc-per-node {text}: {host.name} has {len(host.chosen)} slots. "
+                f"[launch] --nproc-per-node {text}: {host.name} has "
+                f"{_count(len(host.chosen), 'slot')}. "
                 "Ask for fewer, or change the hostfile."
             )
     return [replace(host, chosen=host.chosen[: int(text)]) for host in hosts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Sequence
 
 from ..cli.arguments import Parser, positive, whole_number
@@ -33,6 +34,8 @@ EXCLUSIVE = (
 """Our options that torchrun does not have."""
 SHARED = ("--nproc-per-node", "--master-addr", "--master-port", "--log-dir")
 """Those that it has too: on one machine they are its own."""
+RANKS_WORDS = ("auto", "gpu", "cpu", "xpu")
+"""What torchrun takes for --nproc-per-node besides numbers."""
 WITHOUT_VALUE = ("--slurm", "--dry-run")
 
 
@@ -52,7 +55,7 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     text = "a free port there; default: 29500"
     add("--master-port", "--master_port", metavar="PORT", type=port, default=29500, help=text)
     text = "a variable for all nodes, from here without =V; may be given again; NCCL_*, GLOO_*, "
-    text += "PYTHONPATH and OMP_NUM_THREADS go by themselves"
+    text += "PYTHONPATH, OMP_NUM_THREADS and PYTORCH_*ALLOC_CONF go by themselves"
     add("--env", metavar="NAME[=V]", action="append", default=[], help=text)
     text = "folder to start in on each node; default: this one"
     add("--workdir", metavar="DIR", default=os.getcwd(), help=text)
@@ -107,22 +110,40 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace | None:
                 f"[launch] {name}: the launcher sets it. Use --num-nodes, --master-addr and "
                 "--master-port."
             )
+    if request.slurm and request.nproc_per_node is not None:
+        check_ranks(request.nproc_per_node)
     request.torchrun = [*others, *arguments[at:]]
     request.workdir = os.path.abspath(request.workdir)
     return request
 
 
 def check_script(arguments: Sequence[str]) -> None:
-    """An error if the script is not there; what stands behind options of torchrun is its affair."""
+    """An error if the script is not there, or a number of ranks is none; what stands behind other
+    options of torchrun is its affair."""
     at = 0
     while at < len(arguments) and arguments[at].startswith("-"):
-        name, equals, _ = arguments[at].partition("=")
-        if name.replace("_", "-") not in SHARED:
+        name, equals, value = arguments[at].partition("=")
+        name = name.replace("_", "-")
+        if name not in (*SHARED, *SETTLED):
             return
-        at += 1 if equals else 2
-    if at < len(arguments) and not os.path.exists(arguments[at]):
+        alone = bool(equals) or name == "--standalone"
+        if name == "--nproc-per-node":
+            check_ranks(value if equals else " ".join(arguments[at + 1 : at + 2]))
+        at += 1 if alone else 2
+    if at >= len(arguments):
+        raise UserError("[launch] script: is missing. Give one after the options.")
+    if not os.path.exists(arguments[at]):
         raise UserError(
             f"[launch] {arguments[at]}: there is no such script in {os.getcwd()}. Check the path."
+        )
+
+
+def check_ranks(text: str) -> None:
+    """An error unless torchrun takes this as --nproc-per-node."""
+    if text not in RANKS_WORDS and not re.fullmatch(r"0*[1-9][0-9]{0,5}", text):
+        raise UserError(
+            f"[launch] --nproc-per-node {text or '(nothing)'}: give a positive number, or one of "
+            f"{', '.join(RANKS_WORDS)}."
         )
 
 

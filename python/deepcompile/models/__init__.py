@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deepcompile.errors import UserError
+from deepcompile.errors import UserError, meant
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +55,9 @@ def _path(name_or_path: str | Path) -> Path:
             raise UserError(f"[models] {path}: no such file. Give a folder that holds one.")
     if not path.is_file():
         raise UserError(
-            f"[models] {name_or_path}: neither a file nor a built-in model. Give a config.json "
-            f"or one of {', '.join(names())}."
+            f"[models] {name_or_path}: neither a file nor a built-in model"
+            f"{meant(name_or_path, [*names(), *SHIPPED]) or '.'} Give a config.json or one of "
+            f"{', '.join(names())}."
         )
     return path
 

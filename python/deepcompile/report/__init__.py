@@ -16,9 +16,12 @@ then left out too. Times are integer nanoseconds, sizes are bytes.
                 "wait" (compute stands still);
                 (section, index) pairs a predicted item with its measured one
     memory      {"predicted": [[ns, bytes]], "measured": [[ns, bytes]]}
-    compare     [{"what", "predicted", "measured", "unit"}]     unit "ns", "B" or ""
+    compare     [{"what", "predicted", "measured", "unit"}]     unit "ns", "B" or ""; also "note":
+                a sentence below, "ratio": False where one would say nothing
     compile     {"stages": {stage: seconds}, "regions": {label: number}}
     reasons     [{"pass", "object", "text"}]
+    others      [{"chosen", "of", "instead", "cost"}]           texts: what the next best would
+                have cost, by kind of choice
     plan        str, the step program's text
     samples     [{"when", "text"}]                              generated text
     notes       [str]
@@ -41,7 +44,8 @@ __all__ = ["check_report_data", "write_report"]
 
 RESOURCES = ("compute", "link", "to_host", "to_device", "wait")
 _KEYS = frozenset(
-    "title facts loss validation timeline memory compare compile reasons plan samples notes".split()
+    "title facts loss validation timeline memory compare compile reasons others plan samples "
+    "notes".split()
 )
 
 
@@ -131,7 +135,8 @@ def _rebase(items: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
 
 def _rows(rows: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
     """Comparison rows with every key present."""
-    return [{"predicted": None, "measured": None, "unit": ""} | dict(row) for row in rows or []]
+    default = {"predicted": None, "measured": None, "unit": "", "note": "", "ratio": True}
+    return [default | dict(row) for row in rows or []]
 
 
 def _embed(value: Any) -> str:

@@ -23,7 +23,10 @@ from ...errors import UserError
 from .. import weights
 from ..conditions import Condition
 from ..options import Options
+from ..results import CANNOT_RUN
 
+INSTALL_DEEPSPEED = "DS_BUILD_OPS=0 pip install --no-build-isolation '.[deepspeed]'"
+"""In the folder of deepcompile's sources."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Batch = dict[str, torch.Tensor]
 
@@ -100,6 +103,11 @@ class Peer(ABC):
         make a new peer."""
         return False
 
+    def restart(self) -> bool:
+        """After go_on: the first weights again, and no optimizer states. False: it cannot, and
+        trains on."""
+        return False
+
     def close(self) -> None:  # noqa: B027 - most peers have nothing to do
         """Give back what the garbage collector cannot."""
 
@@ -126,9 +134,11 @@ def why_not(condition: Condition) -> str | None:
 
     name = module_of(condition)
     if name == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
-        return "deepspeed is not installed: pip install 'deepcompile[deepspeed]'"
+        return f"deepspeed is not installed: {INSTALL_DEEPSPEED}, in deepcompile's sources"
     if condition.framework == "ds_deepcompile" and not torch.cuda.is_available():
-        return "DeepSpeed's DeepCompile is not installed for this machine: it needs GPUs"
+        return f"{CANNOT_RUN}: DeepSpeed's DeepCompile needs GPUs"
+    if (reason := condition.why_no_offload()) is not None:
+        return reason
     if name == "fsdp2":
         return fsdp2.why_not(condition)
     if name == "single" and condition.world != 1:
@@ -136,6 +146,25 @@ def why_not(condition: Condition) -> str | None:
     if condition.variant and name not in ("fsdp2", "deepcompile"):
         return f"{condition.framework} has no variant {condition.variant!r}: leave it out"
     return None
+
+
+def check_warmup(condition: Condition, options: Options) -> None:
+    """Raises UserError if steps would be measured in which the framework still plans."""
+    if condition.ours:
+        from . import deepcompile as engine
+
+        last = engine.schedule(condition)[-1][0]
+    elif condition.framework == "ds_deepcompile" and condition.zero_stage == 3:
+        from . import deepspeed as engine
+
+        last = engine.WARMUP
+    else:
+        return
+    if last and options.warmup_step <= last:
+        raise UserError(
+            f"[bench] warmup_step {options.warmup_step}: {condition.label} plans once more after "
+            f"{last} steps, which would be measured. Give --warmup_step {last + 1} or more."
+        )
 
 
 def setup(condition: Condition, options: Options, ranks: Ranks) -> Peer:

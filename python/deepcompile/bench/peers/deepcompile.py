@@ -92,6 +92,7 @@ class DeepCompile(EnginePeer):
         self._setup = setup
         self._config = configuration(setup)
         model: nn.Module = setup.build()
+        self._filler = model._init_weights
         self.engine, _, _, _ = deepcompile.initialize(
             model=model, config=self._config, device=setup.ranks.device
         )
@@ -108,6 +109,9 @@ class DeepCompile(EnginePeer):
             "schedule": [[step, list(names)] for step, names in self._schedule],
             "config": self._config,
             "communication_data_type": self.engine.config.reduce_dtype,
+            "gathers": self.engine.runtime.gathers,
+            "reductions": self.engine.runtime.reductions,
+            "kernels": self.engine.runtime.kernels(),
             "masters": "f32",
         }
 
@@ -159,6 +163,35 @@ class DeepCompile(EnginePeer):
             self._schedule = schedule(condition, now)
             self.engine.planner.set_schedule(self._schedule, now)
         return True
+
+    @torch.no_grad()
+    def restart(self) -> bool:
+        """As load_checkpoint does, but for the number of the step, by which the plan goes."""
+        engine, done = self.engine, True
+        engine.planner.settle()
+        try:
+            self._fill_pieces()
+        except torch.OutOfMemoryError:
+            done = False  # here; other ranks may have room, and what follows is collective
+        engine.runtime.masters_changed()
+        engine.runtime.set_step(0)
+        engine.zero_grad()
+        return done
+
+    def _fill_pieces(self) -> None:
+        """The first values into this rank's shards, and zeros into its states."""
+        engine, device = self.engine, self._setup.ranks.device
+        members = {m.name: m for m in map(engine.table.member, engine.table.refs())}
+        name, whole = "", torch.empty(0)
+        for piece in sorted(engine.runtime.pieces(), key=lambda p: p["member"]):
+            if piece["member"] != name:
+                name, whole = piece["member"], torch.empty(0)  # one parameter in memory at a time
+                whole = self._filler.values(name, tuple(members[name].shape), device).view(-1)
+            values = piece["weight"] if piece["master"] is None else piece["master"]
+            values.view(-1).copy_(whole[piece["start"] : piece["start"] + values.numel()])
+            for moment in (piece["exp_avg"], piece["exp_avg_sq"]):
+                if moment is not None:
+                    moment.zero_()
 
 
 def setup(given: Setup) -> DeepCompile:

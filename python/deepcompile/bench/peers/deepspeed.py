@@ -28,6 +28,12 @@ from .with_engine import EnginePeer
 
 WARMUP = 5
 """The step of DeepCompile's second schedule entry, as in the seed."""
+RESOLVED = (
+    "communication_data_type", "zero_allgather_bucket_size", "zero_reduce_bucket_size",
+    "zero_prefetch_bucket_size", "zero_param_persistence_threshold", "zero_max_live_parameters",
+    "zero_max_reuse_distance", "zero_overlap_comm", "zero_contiguous_gradients",
+)  # fmt: skip
+"""Of DeepSpeed's engine: properties and functions."""
 
 
 def configuration(setup: Setup) -> dict[str, Any]:
@@ -218,6 +224,7 @@ class DeepSpeed(EnginePeer):
         return {
             "deepspeed": self._version,
             "config": self._config,
+            "resolved": self._resolved(),
             "zero_optimizer": type(self.engine.optimizer).__name__,
             "optimizer": type(inner).__name__,
             "deepcompile_active": bool(
@@ -227,6 +234,17 @@ class DeepSpeed(EnginePeer):
             "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "default"),
             "TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "default"),
         }
+
+    def _resolved(self) -> dict[str, Any]:
+        """What its engine says of settings that the configuration leaves open."""
+        said = {}
+        for name in RESOLVED:
+            ask = getattr(self.engine, name, None)
+            try:
+                said[name] = str(ask() if callable(ask) else ask)
+            except Exception as error:  # of another version
+                said[name] = f"not to be read ({type(error).__name__})"
+        return said
 
     def compile_times(self) -> list[tuple[str, float]] | None:
         if self._setup.condition.framework != "ds_deepcompile":

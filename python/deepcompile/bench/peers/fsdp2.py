@@ -29,6 +29,7 @@ from torch.distributed.fsdp import (
 from ...errors import UserError
 from .. import weights
 from ..conditions import Condition
+from ..results import CANNOT_RUN
 from . import Batch, Peer, Setup
 from .local import adamw, adamw_settings, compile_layers
 
@@ -47,7 +48,7 @@ def why_not(condition: Condition) -> str | None:
         if not hasattr(FSDPModule, "set_symm_mem_for_comm"):
             return f"copy_engine needs torch 2.13, which is not installed, but {torch.__version__}"
         if not torch.cuda.is_available():
-            return "copy_engine needs GPUs, and NCCL for them is not installed here"
+            return f"{CANNOT_RUN}: copy_engine needs GPUs"
     if condition.variant == "overlap" and not condition.compile:
         return "overlap is made by compiling: use fsdp_c"
     return None
@@ -113,6 +114,14 @@ class Sharded(Peer):
     def go_on(self, condition: Condition) -> bool:
         return True
 
+    def restart(self) -> bool:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # an evaluation leaves the root whole
+        self._optimizer.state.clear()
+        weights.refill(self.model)
+        return True
+
 
 class Fsdp2(Sharded):
     def __init__(self, setup: Setup):
@@ -165,6 +174,7 @@ class Fsdp2(Sharded):
         policy = self._policy
         return {
             "sharding": "FSDP2, a group a layer and one for the rest",
+            "reshard_after_forward": _reshards(weights.layers(self.model)[0]),
             "reshard_between_micro_batches": not self._best,
             "gradient_sync": "last micro-batch only",
             "param_dtype": str(policy.param_dtype),

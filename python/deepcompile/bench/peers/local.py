@@ -56,6 +56,13 @@ class Masters:
             with torch.no_grad():
                 torch._foreach_copy_(self.parameters, self.masters)
 
+    def restart(self) -> None:
+        """Take the parameters' values, and forget all states."""
+        self.optimizer.state.clear()
+        if self.short:
+            with torch.no_grad():
+                torch._foreach_copy_(self.masters, self.parameters)
+
 
 def limit_dynamo() -> None:
     torch._dynamo.config.cache_size_limit = DYNAMO_LIMIT
@@ -117,4 +124,9 @@ class Local(Peer):
         }
 
     def go_on(self, condition: Any) -> bool:
+        return True
+
+    def restart(self) -> bool:
+        weights.refill(self.model)
+        self._masters.restart()
         return True
