@@ -290,3 +290,13 @@ def test_compile_times_of_reused_code_are_left_out_and_said(tmp_path):
     drawn = plot(Results(rows), tmp_path, "compile_time")
     assert drawn[0][1].is_file()
     assert left_out_note(chart, metric("throughput")) == ""
+
+
+def test_ranks_on_a_cpu_are_not_called_gpus():
+    ours = Condition("llama-3-8b", "deepcompile", compile=True)
+    peer = Condition("llama-3-8b", "fsdp_c", compile=True)
+    for kind, unit in (("cpu", "tokens/s/rank"), ("cuda", "tokens/s/GPU")):
+        rows = [Row.measured(c, [[0.5]], machine={"kind": kind}) for c in (ours, peer)]
+        (chart,) = charts(Results(rows), by_accumulation=False)
+        text = gains_text([chart], metric("throughput"))
+        assert f"({unit}): above 1 ours is the better one" in text

@@ -39,7 +39,9 @@ bool same_number(const RuntimeValue& a, const RuntimeValue& b) {
 Replays::Replays(std::shared_ptr<RunRecorder> recorder, MemoryMeter& meter, c10::Device device)
     : recorder_(std::move(recorder)), meter_(meter), device_(device) {
   report_.on = recorder_ != nullptr;
-  if (!report_.on) report_.why_not = "it is switched off";
+  if (!report_.on) {
+    report_.why_not = device.is_cpu() ? "a CPU has none" : "it is switched off";
+  }
 }
 
 Replays::Origin Replays::origin_of(const RuntimeValue& input) {

@@ -51,6 +51,15 @@ class Chart:
         """Groups of bars: lengths, or accumulation steps."""
         return sorted({self.place(row.condition) for row in self.rows})
 
+    @property
+    def device(self) -> str:
+        """What a rank has, in a word."""
+        kinds = {row.machine.get("kind") for row in self.rows}
+        return "rank" if kinds == {"cpu"} else "GPU"
+
+    def axis(self, what: Metric) -> str:
+        return what.axis.replace("GPU", self.device)
+
     def place(self, condition: Condition) -> int:
         return condition.accumulation if self.by_accumulation else condition.seq_length
 
@@ -182,7 +191,7 @@ def draw(chart: Chart, what: Metric, path: Path) -> None:
     axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_ylim(0, top * 1.12)
     axes.set_xlabel("Accumulation steps" if chart.by_accumulation else "Sequence length")
-    axes.set_ylabel(what.axis)
+    axes.set_ylabel(chart.axis(what))
     axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
@@ -236,7 +245,7 @@ def _title(chart: Chart) -> str:
     machines = sorted({str(r.machine.get("name", "")) for r in chart.rows} - {""})
     predicted = [row.predicted for row in chart.rows]
     how = "hatched: simulated" if chart.mixed else "simulated" if all(predicted) else ""
-    parts = [one.model_label, f"{chart.world} GPUs", f"batch {chart.batch_size}", fixed,
+    parts = [one.model_label, f"{chart.world} {chart.device}s", f"batch {chart.batch_size}", fixed,
              ", ".join(machines[:2]), how]  # fmt: skip
     return " · ".join(part for part in parts if part)
 
@@ -288,7 +297,8 @@ def gains_text(drawn: Sequence[Chart], what: Metric) -> str:
             head = ["ours", "peer", *(f"{by} {place}" for place in chart.places)]
             body = [head, *(row[1:] for row in rows)]
             right = tuple(range(2, len(head)))
-            parts.append(f"{chart.name}, {what.axis}\n{columns(body, right=right)}")
+            head_line = f"{chart.name}, {chart.axis(what)}: above 1 ours is the better one"
+            parts.append(f"{head_line}\n{columns(body, right=right)}")
         if note := left_out_note(chart, what):
             parts.append(f"{chart.name}, without a bar: {note}")
     return "\n\n".join(parts)
