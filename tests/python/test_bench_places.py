@@ -55,7 +55,7 @@ def test_places_that_cannot_be(tmp_path, monkeypatch):
         ({"NUM_NODES": "0"}, "NUM_NODES=0: must be a positive integer"),
         ({"NGPUS_PER_NODE": "all"}, "NGPUS_PER_NODE=all: must be"),
         ({"NUM_NODES": "2"}, "no hostfile hostfile_n2. Write one"),
-        ({"NUM_NODES": "3", "HOSTFILE": hosts}, "2 are left of"),
+        ({"NUM_NODES": "3", "HOSTFILE": hosts}, "2 nodes of .* can take part"),
         ({"HOSTFILE": hosts}, "Set NGPUS_PER_NODE to 4 or fewer"),
         ({"HOSTFILE": hosts, "NGPUS_PER_NODE": "8"}, "hosts of 4 slots"),
         ({"SLURM": "yes"}, "SLURM=yes: must be 1 or 0"),
