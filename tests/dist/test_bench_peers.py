@@ -4,8 +4,10 @@ and a sweep from its command line to its rows."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -52,24 +54,27 @@ def options(folder: str) -> Options:
 
 def losses(
     rank: int, world: int, folder: str, kinds: list[str], accumulation: int = 2
-) -> dict[str, list]:
+) -> tuple[dict[str, list], str]:
+    """By kind, and what the rank printed."""
     from deepcompile.bench import worker
     from deepcompile.distributed import join
 
     ranks = join()
     found = [condition(kind, accumulation=accumulation) for kind in kinds]
-    rows = worker.run_conditions(found, options(folder), ranks)
-    return dict(zip(kinds, ([row.losses, row.effective] for row in rows), strict=True))
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        rows = worker.run_conditions(found, options(folder), ranks)
+    by_kind = dict(zip(kinds, ([row.losses, row.effective] for row in rows), strict=True))
+    return by_kind, said.getvalue()
 
 
-def test_all_peers_train_the_same(tmp_path, capfd):
-    results, _ = run_ranks(losses, 2, str(tmp_path), list(KINDS), timeout=280)
+def test_all_peers_train_the_same(tmp_path):
+    (results, said), _ = run_ranks(losses, 2, str(tmp_path), list(KINDS), timeout=280)
     reference, _ = results["ddp"]
     assert len(reference) == STEPS and reference[-1] < reference[0]
     for kind, (found, _) in results.items():
         assert found == pytest.approx(reference, abs=2e-5), kind
     facts = {kind: effective for kind, (_, effective) in results.items()}
-    said = capfd.readouterr().out
     for kind, value in (("FSDP", "true"), ("FSDP best", "false")):
         (line,) = (x for x in said.splitlines() if x.startswith(f"[bench] {kind} in force: "))
         assert f'"reshard_after_forward": {value}' in line
@@ -115,7 +120,7 @@ def test_conditions_of_one_process_start_from_the_first_weights(kind, tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_deepspeed_trains_the_same(tmp_path, accumulation):
     pytest.importorskip("deepspeed")
-    results, _ = run_ranks(
+    (results, _), _ = run_ranks(
         losses, 2, str(tmp_path), list(DEEPSPEED), accumulation, timeout=600
     )  # fmt: skip
     reference, _ = results["ddp"]
