@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import _core, agreement
 from .errors import UserError
-from .links import machine_for
-from .report.other_choices import by_kind, others_of
+from .links import builtin_text, machine_for
+from .report.other_choices import by_kind, others_of, without_reasons
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -41,8 +41,7 @@ def agreed_program(planner: Planner) -> Any:
 
 def with_reasons(program: Any, reasons: list[tuple[str, str, str]]) -> Any:
     """A copy whose reasons are these, as far as they are about something in it."""
-    lines = [x for x in str(program).splitlines() if not x.startswith("because ")]
-    found = _core.StepProgram.parse("\n".join(lines) + "\n")
+    found = without_reasons(program)
     known = {"", *(p.name for p in found.params), *(r.name for r in found.regions)}
     for reason in reasons:
         if reason[1] in known:
@@ -165,11 +164,12 @@ def next_best(engine: Engine, program: Any, machine: Any) -> list[dict[str, str]
 def _machine_json(engine: Engine) -> dict[str, Any]:
     """machine_for's machine, as JSON that describes it whole."""
     machine, named = machine_for(engine.config, engine.ranks), engine.config.compile.machine
-    path = Path(__file__).parent / "machines" / f"{named or machine.name}.json"
-    if named is not None and named not in _core.Machine.builtin_names():
-        path = Path(named)
+    if named is None or named in _core.Machine.builtin_names():
+        text = builtin_text(named or machine.name)
+    else:
+        text = Path(named).read_text(encoding="utf-8")
     size = {"nodes": machine.nodes, "ranks_per_node": machine.ranks_per_node}
-    return json.loads(path.read_text(encoding="utf-8")) | size
+    return json.loads(text) | size
 
 
 def write_plan(engine: Engine, path: Path, program: Any) -> Path:

@@ -39,6 +39,11 @@ def named_machine(config: Config) -> Any:
     return _core.Machine.load(name)
 
 
+def builtin_text(name: str) -> str:
+    """The JSON of a built-in machine."""
+    return (Path(__file__).parent / "machines" / f"{name}.json").read_text(encoding="utf-8")
+
+
 def machine_for(config: Config, ranks: Ranks) -> Any:
     """The configuration's machine, or the built-in that resembles this one most, with as many
     ranks as there are."""
@@ -49,8 +54,7 @@ def machine_for(config: Config, ranks: Ranks) -> Any:
     machine = _core.Machine.builtin(name)
     if machine.ranks >= ranks.world:
         return machine
-    text = (Path(__file__).parent / "machines" / f"{name}.json").read_text(encoding="utf-8")
-    wider = json.loads(text) | {"nodes": 1, "ranks_per_node": ranks.world}
+    wider = json.loads(builtin_text(name)) | {"nodes": 1, "ranks_per_node": ranks.world}
     return _core.Machine.parse(json.dumps(wider), f"{name} with {ranks.world} ranks")
 
 

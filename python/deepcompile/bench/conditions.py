@@ -188,10 +188,15 @@ class Condition:
         return Condition(**values)
 
 
+def _last_word(model: str) -> str:
+    """Of a name, a folder or a file; a config.json's is its folder's."""
+    *before, name = model.rstrip("/").split("/")
+    name = name.removesuffix(".json")
+    return before[-1] if name == "config" and before else name
+
+
 def model_label(model: str) -> str:
-    name = model.rstrip("/").split("/")[-1].removesuffix(".json")
-    if name == "config" and "/" in model:
-        name = model.split("/")[-2]
+    name = _last_word(model)
     return MODEL_NAMES.get(name, name) or "model"
 
 
@@ -202,9 +207,7 @@ SEED_OWNERS = ("meta-llama", "mistralai")
 def model_file_word(model: str) -> str:
     """The model in names of files: as in the seed, the name without what is before it. Others get
     a few letters behind it, as two folders may end alike."""
-    name = model.rstrip("/").split("/")[-1].removesuffix(".json")
-    if name == "config" and "/" in model:
-        name = model.rstrip("/").split("/")[-2]
+    name = _last_word(model)
     owner, slash, _ = model.partition("/")
     if not slash or (owner in SEED_OWNERS and model.count("/") == 1):
         return name

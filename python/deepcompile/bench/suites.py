@@ -280,9 +280,7 @@ def name(condition: Condition) -> str:
 def _exclusive(condition: Condition) -> bool:
     """Whether it needs a process group of its own: it changes the process, or does not give its
     memory back."""
-    return (
-        condition.deepcompile or condition.framework.startswith("zero") or bool(condition.variant)
-    )
+    return condition.has_engine or bool(condition.variant)
 
 
 def _budget_of_a_peer(condition: Condition) -> bool:

@@ -21,11 +21,15 @@ def is_planned(program: Any) -> bool:
     return not program.params or ops != {"run"}
 
 
+def without_reasons(program: Any) -> Any:
+    """A copy that says nothing of why."""
+    lines = [line for line in str(program).splitlines() if not line.startswith("because ")]
+    return _core.StepProgram.parse("\n".join(lines) + "\n")
+
+
 def plain_of(program: Any) -> Any:
     """The program before any pass: each region's first run alone."""
-    text = str(program)
-    lines = [line for line in text.splitlines() if not line.startswith("because ")]
-    plain = _core.StepProgram.parse("\n".join(lines) + "\n")
+    plain = without_reasons(program)
     seen: set[str] = set()
     for section in plain.sections:
         runs = [i for i in section.instrs if i.op == "run" and i.operand not in seen]
