@@ -57,7 +57,32 @@ def llama_gpu() -> nn.Module:
     )  # fmt: skip
 
 
+def mixtral_gpu() -> nn.Module:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    return MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=3,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+            num_local_experts=4, num_experts_per_tok=2, use_cache=False,
+        )
+    )  # fmt: skip
+
+
+def gpt2_dropout_gpu() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=512, n_embd=256, n_layer=3, n_head=4, n_positions=128,
+            resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, use_cache=False,
+            bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM",
+        )
+    )  # fmt: skip
+
+
 MODELS = {"llama": cases.llama, "mixtral": cases.mixtral, "gpt2_dropout": gpt2_dropout}
+GPU_MODELS = {"llama": llama_gpu, "mixtral": mixtral_gpu, "gpt2_dropout": gpt2_dropout_gpu}
 
 
 @dataclass(frozen=True)
@@ -112,8 +137,8 @@ def start(job: Job, world: int) -> Any:
     if job.gpu:
         config["bf16"] = {"enabled": True}
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 10_000
-        config["compile"] = {"differentiable_outputs": "loss"}
-    model = (llama_gpu() if job.gpu else MODELS[job.model]()).train()
+        config["compile"] = {"differentiable_outputs": "loss", "region_bytes": 1 << 20}
+    model = (GPU_MODELS if job.gpu else MODELS)[job.model]().train()
     return deepcompile.initialize(model=model, config=config)[0]
 
 
