@@ -184,15 +184,28 @@ AutoBuilder::Stage* AutoBuilder::find(std::vector<Stage>& stages, const AutoChoi
 AutoBuilder::Stage* AutoBuilder::restore(std::vector<Stage>& stages, const AutoChoice& choice,
                                          Same same) {
   Stage* known = find(stages, choice, same);
-  if (known != nullptr) replace_instrs(known->instrs, &scratch_);
+  if (known != nullptr && known->id != shown_) show(known->instrs, known->id);
   return known;
+}
+
+// Into the lists that are there: what they hold of memory is used again.
+void AutoBuilder::show(const SectionInstrs& instrs, uint64_t stage) {
+  for (size_t s = 0; s < instrs.size(); ++s) scratch_.sections[s].instrs = instrs[s];
+  shown_ = stage;
 }
 
 // The program as it is, as this choice's stage; the one asked for longest ago goes.
 AutoBuilder::Stage& AutoBuilder::remember(std::vector<Stage>& stages, const AutoChoice& choice) {
-  if (stages.size() == kStages) stages.pop_back();
-  stages.insert(stages.begin(), Stage{choice, instrs_of(scratch_), {}, {}});
-  return stages.front();
+  if (stages.size() < kStages) stages.emplace_back();
+  std::rotate(stages.begin(), stages.end() - 1, stages.end());
+  Stage& stage = stages.front();
+  shown_ = stage.id = ++stages_;
+  stage.choice = choice;
+  stage.instrs.resize(scratch_.sections.size());
+  for (size_t s = 0; s < stage.instrs.size(); ++s) stage.instrs[s] = scratch_.sections[s].instrs;
+  stage.reasons.clear();
+  stage.timeline.reset();
+  return stage;
 }
 
 // The program is as the stage has left it.
@@ -204,7 +217,7 @@ const MemoryTimeline& AutoBuilder::timeline_of(Stage& stage) const {
 // What runs, and where the optimizer does.
 AutoBuilder::Stage& AutoBuilder::runs_stage(const AutoChoice& choice) {
   if (Stage* known = restore(runs_stages_, choice, same_runs)) return *known;
-  replace_instrs(classical_instrs_, &scratch_);
+  show(classical_instrs_, 0);
   if (!choice.recompute.empty()) recompute_quickly(graphs_, choice.recompute, scratch_);
   run_place(choice, scratch_, trial_environment_);
   return remember(runs_stages_, choice);
@@ -215,6 +228,7 @@ AutoBuilder::Stage& AutoBuilder::memory_stage(const AutoChoice& choice) {
   Stage& runs = runs_stage(choice);
   if (choice.offload_values.empty() && choice.offload_states.empty()) return runs;
   const MemoryTimeline* timeline = &timeline_of(runs);
+  shown_ = 0;
   run_offload_values(choice, scratch_, trial_environment_, timeline);
   if (!choice.offload_values.empty()) timeline = nullptr;
   run_offload_states(choice, scratch_, trial_environment_, timeline);
@@ -227,6 +241,7 @@ AutoBuilder::Stage& AutoBuilder::keep_stage(const AutoChoice& choice, Stage& mem
   if (!keeps(choice)) return memory;
   if (Stage* known = restore(keep_stages_, choice, same_keep)) return *known;
   const MemoryTimeline* timeline = choice.keep ? nullptr : &timeline_of(memory);
+  shown_ = 0;
   run_keep(choice, scratch_, trial_environment_, timeline);
   return remember(keep_stages_, choice);
 }
@@ -235,7 +250,9 @@ AutoBuilder::Stage& AutoBuilder::keep_stage(const AutoChoice& choice, Stage& mem
 void AutoBuilder::link_stage(const AutoChoice& choice, Stage& memory) {
   if (restore(link_stages_, choice, same_link) != nullptr) return;
   Stage& kept = keep_stage(choice, memory);
-  if (prefetches(choice)) run_prefetch(choice, scratch_, trial_environment_, &timeline_of(kept));
+  const MemoryTimeline* timeline = prefetches(choice) ? &timeline_of(kept) : nullptr;
+  shown_ = 0;
+  if (timeline != nullptr) run_prefetch(choice, scratch_, trial_environment_, timeline);
   if (choice.order_simulations == 0) return;
   PassEnvironment environment = trial_environment_;
   environment.simulator = environment_.simulator;
@@ -257,6 +274,7 @@ Trial AutoBuilder::measure(const AutoChoice& choice) {
   bool fits = true;
   try {  // these refuse programs above the budget, and leave them as they are
     link_stage(choice, *memory);
+    shown_ = 0;
     if (choice.coalesce) coalesce(&scratch_);
   } catch (const UserError&) {
     fits = false;

@@ -51,6 +51,7 @@ class AutoBuilder {
  private:
   // A program on the way to a choice's plan: trials in a row mostly share some.
   struct Stage {
+    uint64_t id = 0;
     AutoChoice choice;
     SectionInstrs instrs;
     std::vector<Reason> reasons;             // of order_link, if that is its last pass
@@ -59,6 +60,7 @@ class AutoBuilder {
   using Same = bool (*)(const AutoChoice&, const AutoChoice&);
 
   Stage* find(std::vector<Stage>& stages, const AutoChoice& choice, Same same);
+  void show(const SectionInstrs& instrs, uint64_t stage);
   Stage* restore(std::vector<Stage>& stages, const AutoChoice& choice, Same same);
   Stage& remember(std::vector<Stage>& stages, const AutoChoice& choice);
   const MemoryTimeline& timeline_of(Stage& stage) const;
@@ -72,6 +74,8 @@ class AutoBuilder {
   std::unique_ptr<CachedCosts> costs_;
   StepProgram classical_;
   StepProgram scratch_;
+  uint64_t shown_ = 0;   // the stage whose instructions scratch_ has, if any
+  uint64_t stages_ = 0;  // made so far
   SectionInstrs classical_instrs_;
   std::vector<RecomputableGraph> graphs_;  // of the classical program
   // The last few, latest first.

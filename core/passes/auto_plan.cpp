@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "passes/auto_exchange.h"
 #include "passes/auto_search.h"
 #include "passes/held_plan.h"
 #include "passes/placement.h"
@@ -19,12 +20,22 @@
 namespace deepcompile {
 namespace {
 
+// Tries after the levels, by auto_exchange.h, and simulations of order_link.
+struct Effort {
+  int exchanges, parts, rounds, singles, orders;
+};
+
 // Programs with no more forward runs, and no more instructions, are searched
 // region by region.
 constexpr size_t kSmallRuns = 12;
 constexpr size_t kSmallInstrs = 400;
 // Simulations of order_link: for small programs, and for others.
 constexpr int kOrderSmall = 16, kOrderLarge = 4;
+// Where simulations are plenty, and where they are not; both where a plan holds, which was found
+// with more; and where single toggles were tried.
+constexpr Effort kMuch{120, 48, 3, 48, kOrderLarge}, kLittle{36, 12, 0, 0, kOrderLarge};
+constexpr Effort kMuchAgain{120, 48, 0, 48, kOrderLarge}, kLittleAgain{0, 0, 0, 0, kOrderLarge};
+constexpr Effort kToggled{0, 0, 0, 0, kOrderSmall};
 // Parts of the budget left to it by what is kept: the last only where the one before helped.
 constexpr double kRoomToOrder[] = {0, 0.08, 0.03};
 // Less of a step than one in so many is not worth moving or computing anything again.
@@ -148,6 +159,8 @@ class Planning {
         most_(simulations),
         builder_(plain, environment) {
     late_.early_updates = false;
+    if (environment.held == nullptr) return;
+    held_ = beside(environment_, [&](AutoBuilder& other) { return try_held(other, plain_); });
   }
 
   AutoBuilder& builder() { return builder_; }
@@ -166,9 +179,7 @@ class Planning {
     return out;
   }
 
-  std::future<std::optional<HeldTrials>> try_held_beside() {
-    return beside(environment_, [&](AutoBuilder& other) { return try_held(other, plain_); });
-  }
+  std::optional<HeldTrials> held() const { return held_.valid() ? held_.get() : std::nullopt; }
 
  private:
   template <typename Ask>
@@ -187,28 +198,50 @@ class Planning {
     const MemoryMenu menu(builder.classical(), *builder.environment().estimator);
     Builders builders(builder, plain_, environment);
     LevelSearch levels(builders, menu, most);
-    Found best = levels.run();
-    beside_ += builders.simulations();
-    const int left = most - builder.simulations() - builders.simulations();
-    const Found& classical = levels.classical();
+    Searched out;
+    out.best = levels.run();
+    out.classical = levels.classical();
     const bool small = count_forward_runs(plain_) <= kSmallRuns &&
                        count_instrs(builder.classical()) <= kSmallInstrs;
-    if (small) best = toggle_search(builder, menu, {best, classical}, left);
-    if (!best.trial.fits) return {best, classical};
-    const int orders = small ? kOrderSmall : kOrderLarge;
+    if (small) {
+      const int left = most - builder.simulations() - builders.simulations();
+      out.best = toggle_search(builder, menu, {out.best, out.classical}, left);
+    }
+    if (out.best.trial.fits) {
+      const Effort effort = small ? kToggled : effort_for(most);
+      finish(builders, menu, environment, levels.all_again(), effort, &out);
+    }
+    beside_ += builders.simulations();
+    return out;
+  }
+
+  Effort effort_for(int simulations) const {
+    const std::optional<HeldTrials> held = this->held();
+    const bool holds = held && (held->again.trial.fits || held->as_it_is.fits);
+    if (simulations > kPlenty) return holds ? kMuchAgain : kMuch;
+    return holds ? kLittleAgain : kLittle;
+  }
+
+  void finish(Builders& builders, const MemoryMenu& menu, const PassEnvironment& environment,
+              const std::optional<AutoChoice>& all_again, const Effort& effort, Searched* found) {
+    Found& best = found->best;
+    const Found& classical = found->classical;
+    best = exchange_parts(builders, menu, std::move(best), effort.exchanges);
+    best = give_back_parts(builders, menu, std::move(best), effort.parts);
+    best = free_more(builders, menu, std::move(best), effort.rounds);
     std::future<Found> again;
-    if (levels.all_again()) {
-      again = beside(environment, [&, best](AutoBuilder& other) {
-        return order(other, *levels.all_again(), orders, classical, best);
+    if (all_again) {
+      again = beside(environment, [&, from = best](AutoBuilder& other) {
+        return order(other, *all_again, effort.orders, classical, from);
       });
     }
-    best = order(builder, AutoChoice(best.choice), orders, classical, best);
+    best = order(builders.first(), AutoChoice(best.choice), effort.orders, classical, best);
     if (again.valid()) {
-      Found found = again.get();
-      if (better(found.trial, best.trial)) best = std::move(found);
+      Found other = again.get();
+      if (better(other.trial, best.trial)) best = std::move(other);
     }
-    leave_out_idle(builder, &best);
-    return {best, classical};
+    leave_out_idle(builders.first(), &best);
+    best = give_back_singly(builders, menu, std::move(best), effort.singles);
   }
 
   const StepProgram& plain_;
@@ -217,6 +250,7 @@ class Planning {
   int most_;
   AutoBuilder builder_;
   std::atomic<int> beside_ = 0;  // simulations of other builders
+  std::shared_future<std::optional<HeldTrials>> held_;
 };
 
 void explain_step(const Planning& planning, const Found& classical, const Trial& best,
@@ -241,10 +275,8 @@ void AutoPlan::run(StepProgram& program, PassContext& context) const {
   check(program, context.environment());
   Planning planning(program, context.environment(), options_.simulations);
   AutoBuilder& builder = planning.builder();
-  std::future<std::optional<HeldTrials>> of_held;
-  if (context.environment().held != nullptr) of_held = planning.try_held_beside();
   auto [best, classical] = planning.search();
-  const std::optional<HeldTrials> held = of_held.valid() ? of_held.get() : std::nullopt;
+  const std::optional<HeldTrials> held = planning.held();
   if (held && better(held->again.trial, best.trial)) best = held->again;
   if (best.trial.fits) prefer_classical(classical, &best);
   if (held && held->as_it_is.fits && !better(best.trial, held->as_it_is)) {

@@ -10,9 +10,7 @@ namespace {
 // A search may cost about this many instructions simulated.
 constexpr size_t kWork = 200'000;
 constexpr size_t kFewest = 22, kMost = 6000;
-// With more simulations than this, all recipes are tried; else only so many,
-// unless none fits.
-constexpr int kPlenty = 100;
+// Recipes that are tried where simulations are not plenty, unless none fits.
 constexpr size_t kRecipes = 3;
 constexpr int kTries = 3;
 // Of the budget, left for gathers ahead and for what only a simulation has in flight: much,

@@ -27,6 +27,9 @@ inline Bytes part_of(Bytes bytes, double part) {
   return {static_cast<int64_t>(static_cast<double>(bytes.value) * part)};
 }
 
+// More simulations than this are plenty: those of programs whose plans are soon simulated.
+constexpr int kPlenty = 100;
+
 // How many of these a search of this program may make.
 int simulations_for(const StepProgram& classical);
 

@@ -25,6 +25,8 @@ class Builders {
   static size_t usual() { return std::clamp(std::thread::hardware_concurrency(), 1u, 4u); }
 
   AutoBuilder& first() { return first_; }
+  // One of them by itself, for its own thread.
+  Builders alone(AutoBuilder& one) const { return {one, plain_, environment_, 1}; }
   // Simulations of the others.
   int simulations() const {
     int sum = 0;
