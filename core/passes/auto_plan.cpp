@@ -209,7 +209,7 @@ class Planning {
     }
     if (out.best.trial.fits) {
       const Effort effort = small ? kToggled : effort_for(most);
-      finish(builders, menu, environment, levels.all_again(), effort, &out);
+      out.best = finish(builders, menu, environment, levels.all_again(), effort, out);
     }
     beside_ += builders.simulations();
     return out;
@@ -222,26 +222,38 @@ class Planning {
     return holds ? kLittleAgain : kLittle;
   }
 
-  void finish(Builders& builders, const MemoryMenu& menu, const PassEnvironment& environment,
-              const std::optional<AutoChoice>& all_again, const Effort& effort, Searched* found) {
-    Found& best = found->best;
-    const Found& classical = found->classical;
-    best = exchange_parts(builders, menu, std::move(best), effort.exchanges);
-    best = give_back_parts(builders, menu, std::move(best), effort.parts);
-    best = free_more(builders, menu, std::move(best), effort.rounds);
+  // The best of `start` and what exchanges make of it, with the link in order.
+  static Found finished(Builders& builders, const MemoryMenu& menu, const Effort& effort,
+                        const Found& classical, Found start) {
+    Found best = start;
+    if (start.trial.fits) {
+      start = exchange_parts(builders, menu, std::move(start), effort.exchanges);
+      start = give_back_parts(builders, menu, std::move(start), effort.parts);
+      start = free_more(builders, menu, std::move(start), effort.rounds);
+      best = start;
+    }
+    return order(builders.first(), start.choice, effort.orders, classical, std::move(best));
+  }
+
+  // From what the levels found, and from everything run again.
+  Found finish(Builders& builders, const MemoryMenu& menu, const PassEnvironment& environment,
+               const std::optional<AutoChoice>& all_again, const Effort& effort,
+               const Searched& found) {
     std::future<Found> again;
     if (all_again) {
-      again = beside(environment, [&, from = best](AutoBuilder& other) {
-        return order(other, *all_again, effort.orders, classical, from);
+      again = beside(environment, [&](AutoBuilder& other) {
+        Builders alone = builders.alone(other);
+        Found start{*all_again, other.measure(*all_again)};
+        return finished(alone, menu, effort, found.classical, std::move(start));
       });
     }
-    best = order(builders.first(), AutoChoice(best.choice), effort.orders, classical, best);
+    Found best = finished(builders, menu, effort, found.classical, found.best);
     if (again.valid()) {
       Found other = again.get();
       if (better(other.trial, best.trial)) best = std::move(other);
     }
     leave_out_idle(builders.first(), &best);
-    best = give_back_singly(builders, menu, std::move(best), effort.singles);
+    return give_back_singly(builders, menu, std::move(best), effort.singles);
   }
 
   const StepProgram& plain_;

@@ -12,8 +12,8 @@
 // The result's simulated peak is within the budget, and it is never slower
 // than the classical plan where that is within the budget too, nor than the
 // plan that holds (PassEnvironment::held). The number of
-// simulations depends on the program's size alone: the same program, machine
-// and budget give the same plan.
+// simulations depends on the program's size and on whether a plan holds: the
+// same program, machine, budget and plan that holds give the same plan.
 #pragma once
 
 #include "passes/pass.h"
@@ -21,7 +21,7 @@
 namespace deepcompile {
 
 struct AutoOptions {
-  int simulations = 0;  // most simulations; 0: by the program's size
+  int simulations = 0;  // most of the search by levels and toggles; 0: by the program's size
 };
 
 class AutoPlan final : public Pass {
