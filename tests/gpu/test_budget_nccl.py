@@ -21,6 +21,8 @@ SHARES = (0.6, 0.4, 0.3)
 WARM, TIMED = 20, 5
 """Steps until the plan and its recording have held for some, so that the allocator has settled, and
 steps timed."""
+ROOM = 64 << 20
+"""Bytes left at least of a device that is filled: an allocation of all that is free fails."""
 SEQUENCE, BATCH, VOCABULARY = 256, 16, 8192
 """Enough sequences for flash attention's backward: with fewer, it takes more scratch memory when it
 is deterministic."""
@@ -184,7 +186,7 @@ def short_of_memory(rank: int, world: int, graphs: str, hold: int) -> dict[str, 
             needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
             torch.cuda.empty_cache()
             free = torch.cuda.mem_get_info()[0]
-            filler = torch.empty(free - needed // 2, dtype=torch.uint8, device="cuda")
+            filler = torch.empty(free - max(needed // 2, ROOM), dtype=torch.uint8, device="cuda")
         if step + 1 == hold:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -204,10 +206,10 @@ def short_of_memory(rank: int, world: int, graphs: str, hold: int) -> dict[str, 
 @pytest.mark.parametrize("world", WORLDS)
 def test_memory_held_by_another_allocation(world):
     """The run goes on with the same bits; the report counts the fallback and the lower budget. From
-    CUDA graphs, too: taken before a recording, as a recording needs memory of its own, and after
-    it, when its steps have theirs and notice nothing before the next plan."""
+    CUDA graphs, too: taken before the first recording, which needs memory of its own, and after the
+    last, whose steps have theirs and notice nothing."""
     free_run = run_ranks(short_of_memory, world, "off", 0, timeout=200, backend="nccl")
-    for graphs, hold in (("off", 7), ("auto", 3), ("auto", 12)):
+    for graphs, hold in (("off", 7), ("auto", 2), ("auto", 12)):
         held_run = run_ranks(short_of_memory, world, graphs, hold, timeout=200, backend="nccl")
         last, said = held_run[-1], f"{world} GPUs, graphs {graphs}, from step {hold}"
         print(
@@ -217,8 +219,8 @@ def test_memory_held_by_another_allocation(world):
         for rank, (free, held) in enumerate(zip(free_run, held_run, strict=True)):
             assert held["losses"] == free["losses"] and held["digest"] == free["digest"], said
             assert free["relieved"] == free["lowered"] == 0
-            if hold < 12:
-                assert held["lowered"] >= 1 and held["budget"] < free["budget"], said
+            assert held["budget"] < free["budget"] or hold == 12, said
+            assert held["graphs"]["replayed"] > 0 or hold < 12, said
+            if graphs == "off":
+                assert held["lowered"] >= 1, said
                 assert (held["relieved"] > 0) == (rank == world - 1), said
-            if graphs == "auto":
-                assert held["graphs"]["replayed"] > 0, said
