@@ -20,9 +20,11 @@
 namespace deepcompile {
 namespace {
 
-// Tries after the levels, by auto_exchange.h, and simulations of order_link.
+// Tries after the levels, by auto_exchange.h, simulations of order_link, and whether everything run
+// again is another start.
 struct Effort {
   int exchanges, parts, rounds, singles, orders;
+  bool all_again;
 };
 
 // Programs with no more forward runs, and no more instructions, are searched
@@ -31,11 +33,16 @@ constexpr size_t kSmallRuns = 12;
 constexpr size_t kSmallInstrs = 400;
 // Simulations of order_link: for small programs, and for others.
 constexpr int kOrderSmall = 16, kOrderLarge = 4;
-// Where simulations are plenty, and where they are not; both where a plan holds, which was found
-// with more; and where single toggles were tried.
-constexpr Effort kMuch{120, 48, 3, 48, kOrderLarge}, kLittle{36, 12, 0, 0, kOrderLarge};
-constexpr Effort kMuchAgain{120, 48, 0, 48, kOrderLarge}, kLittleAgain{0, 0, 0, 0, kOrderLarge};
-constexpr Effort kToggled{0, 0, 0, 0, kOrderSmall};
+// Where simulations are plenty, and where they are not.
+constexpr Effort kMuch{120, 48, 3, 48, kOrderLarge, true};
+constexpr Effort kLittle{36, 12, 0, 0, kOrderLarge, true};
+// The same when a plan is made again, in less time: the one that holds was found with more. Where
+// simulations are not plenty and that one fits, it is enough.
+constexpr Effort kMuchAgain{120, 48, 0, 48, kOrderLarge, true};
+constexpr Effort kLittleAgain{12, 7, 0, 0, kOrderLarge, false};
+constexpr Effort kOrderOnly{0, 0, 0, 0, kOrderLarge, false};
+// Where single toggles were tried.
+constexpr Effort kToggled{0, 0, 0, 0, kOrderSmall, true};
 // Parts of the budget left to it by what is kept: the last only where the one before helped.
 constexpr double kRoomToOrder[] = {0, 0.08, 0.03};
 // Less of a step than one in so many is not worth moving or computing anything again.
@@ -179,7 +186,8 @@ class Planning {
     return out;
   }
 
-  std::optional<HeldTrials> held() const { return held_.valid() ? held_.get() : std::nullopt; }
+  // Null where none holds. Waits for its trials.
+  const HeldTrials* held() const { return held_.valid() && held_.get() ? &*held_.get() : nullptr; }
 
  private:
   template <typename Ask>
@@ -216,23 +224,29 @@ class Planning {
   }
 
   Effort effort_for(int simulations) const {
-    const std::optional<HeldTrials> held = this->held();
-    const bool holds = held && (held->again.trial.fits || held->as_it_is.fits);
-    if (simulations > kPlenty) return holds ? kMuchAgain : kMuch;
-    return holds ? kLittleAgain : kLittle;
+    const bool plenty = simulations > kPlenty;
+    if (environment_.held == nullptr) return plenty ? kMuch : kLittle;
+    if (plenty) return kMuchAgain;
+    const HeldTrials* held = this->held();
+    const bool fits = held != nullptr && (held->again.trial.fits || held->as_it_is.fits);
+    return fits ? kOrderOnly : kLittleAgain;
   }
 
-  // The best of `start` and what exchanges make of it, with the link in order.
+  // The best of `start` and what exchanges make of it, with the link in order: what is shorter
+  // before that need not be after it.
   static Found finished(Builders& builders, const MemoryMenu& menu, const Effort& effort,
-                        const Found& classical, Found start) {
-    Found best = start;
-    if (start.trial.fits) {
-      start = exchange_parts(builders, menu, std::move(start), effort.exchanges);
-      start = give_back_parts(builders, menu, std::move(start), effort.parts);
-      start = free_more(builders, menu, std::move(start), effort.rounds);
-      best = start;
-    }
-    return order(builders.first(), start.choice, effort.orders, classical, std::move(best));
+                        const Found& classical, const Found& start) {
+    const auto ordered = [&](const AutoChoice& choice, Found best) {
+      return order(builders.first(), choice, effort.orders, classical, std::move(best));
+    };
+    Found best = ordered(start.choice, start);
+    if (!start.trial.fits) return best;
+    Found other = exchange_parts(builders, menu, start, effort.exchanges);
+    other = give_back_parts(builders, menu, std::move(other), effort.parts);
+    other = free_more(builders, menu, std::move(other), effort.rounds);
+    if (other.choice == start.choice) return best;
+    if (better(other.trial, best.trial)) best = other;
+    return ordered(other.choice, std::move(best));
   }
 
   // From what the levels found, and from everything run again.
@@ -240,11 +254,11 @@ class Planning {
                const std::optional<AutoChoice>& all_again, const Effort& effort,
                const Searched& found) {
     std::future<Found> again;
-    if (all_again) {
+    if (all_again && effort.all_again) {
       again = beside(environment, [&](AutoBuilder& other) {
         Builders alone = builders.alone(other);
-        Found start{*all_again, other.measure(*all_again)};
-        return finished(alone, menu, effort, found.classical, std::move(start));
+        const Found start{*all_again, other.measure(*all_again)};
+        return finished(alone, menu, effort, found.classical, start);
       });
     }
     Found best = finished(builders, menu, effort, found.classical, found.best);
@@ -288,10 +302,10 @@ void AutoPlan::run(StepProgram& program, PassContext& context) const {
   Planning planning(program, context.environment(), options_.simulations);
   AutoBuilder& builder = planning.builder();
   auto [best, classical] = planning.search();
-  const std::optional<HeldTrials> held = planning.held();
-  if (held && better(held->again.trial, best.trial)) best = held->again;
+  const HeldTrials* held = planning.held();
+  if (held != nullptr && better(held->again.trial, best.trial)) best = held->again;
   if (best.trial.fits) prefer_classical(classical, &best);
-  if (held && held->as_it_is.fits && !better(best.trial, held->as_it_is)) {
+  if (held != nullptr && held->as_it_is.fits && !better(best.trial, held->as_it_is)) {
     explain_step(planning, classical, held->as_it_is, context);
     stay_with(held->plan, context, &program);
     return;
