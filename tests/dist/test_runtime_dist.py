@@ -194,7 +194,27 @@ def test_an_absent_peer_is_an_error_that_names_the_instruction(mode):
     message, seconds, saved = result
     assert "[runtime] rank 0: forward 0, instruction" in message
     assert "(wait w1)" in message or "(gather w1)" in message, message
+    assert "no word of it from rank 1: it ended, is somewhere else, or still waits" in message
     assert seconds < 12 and saved == 0
+
+
+def one_of_four_stays_away(rank, world):
+    toy = make_toy(rank, world, 3, timeout_s=3.0)
+    toy.micro_step(*batch(rank))
+    toy.step()
+    dist.barrier()
+    if rank == 2:
+        time.sleep(8)
+        return None
+    with pytest.raises(UserError) as caught:
+        toy.micro_step(*batch(rank))
+    return str(caught.value)
+
+
+def test_who_is_absent_is_named_on_every_rank_that_waits():
+    for rank, message in enumerate(run_ranks(one_of_four_stays_away, 4, timeout=60)):
+        assert rank == 2 or f"[runtime] rank {rank}: forward 0, instruction" in message, message
+        assert rank == 2 or "no word of it from rank 2: it" in message, message
 
 
 def eager_with_absent_peer(rank, world):

@@ -3,11 +3,14 @@
 
 #include <c10/core/StreamGuard.h>
 
+#include <algorithm>
+#include <atomic>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
 
 #include "base/error.h"
+#include "runtime/comm/absent_ranks.h"
 
 namespace deepcompile {
 namespace {
@@ -69,28 +72,54 @@ class Collectives {
   bool async_;
 };
 
-// Waits on the host. c10d's own timeout runs from the moment an operation
-// starts on its worker thread; this one from the moment we wait.
-void wait_on_host(const Work& work, milliseconds timeout) {
-  translated([&] { work->wait(timeout); });
-}
+// Waits on the host for collectives, and says who did not come to the first that fails. c10d's own
+// timeout runs from the moment an operation starts on its worker thread; this one from the moment
+// we wait.
+class HostWaits {
+ public:
+  HostWaits(Group group, milliseconds timeout)
+      : timeout_(timeout), absent_(std::move(group), std::min(kPatience, timeout / 2)) {}
+
+  // The transport's `number`-th collective.
+  void wait(const Work& work, int64_t number) {
+    try {
+      translated([&] { work->wait(timeout_); });
+    } catch (const TransportError& error) {
+      if (failed_.exchange(true)) throw;  // ranks no longer count alike
+      const std::string name = std::to_string(transport_) + "/" + std::to_string(number);
+      throw TransportError(error.what() + absent_.describe(name));
+    }
+  }
+
+ private:
+  static constexpr milliseconds kPatience{3000};
+  static inline std::atomic<int64_t> transports =
+      0;  // of this process, made in the ranks' one order
+
+  milliseconds timeout_;
+  AbsentRanks absent_;
+  int64_t transport_ = ++transports;
+  std::atomic<bool> failed_ = false;
+};
 
 class HostTransfer final : public Transfer {
  public:
   // `span`: stopped when the wait is over; null if something else stops it.
-  HostTransfer(Work work, milliseconds timeout, std::shared_ptr<Span> span)
-      : work_(std::move(work)), timeout_(timeout), span_(std::move(span)) {}
+  HostTransfer(Work work, int64_t number, std::shared_ptr<HostWaits> waits,
+               std::shared_ptr<Span> span)
+      : work_(std::move(work)), number_(number), waits_(std::move(waits)), span_(std::move(span)) {}
 
   void wait() override {
     if (!work_) return;
     const Work work = std::exchange(work_, nullptr);
-    wait_on_host(work, timeout_);
+    waits_->wait(work, number_);
     if (span_) span_->stop(std::nullopt);
   }
 
  private:
   Work work_;  // holds the tensors until the backend is done with them
-  milliseconds timeout_;
+  int64_t number_;
+  std::shared_ptr<HostWaits> waits_;
   std::shared_ptr<Span> span_;
 };
 
@@ -107,7 +136,8 @@ bool stops_by_itself(const Work& work, const std::shared_ptr<Span>& span) {
 class HostTransport final : public Transport {
  public:
   HostTransport(Group group, milliseconds timeout)
-      : collectives_(std::move(group), timeout, /*async=*/true), timeout_(timeout) {}
+      : collectives_(group, timeout, /*async=*/true),
+        waits_(std::make_shared<HostWaits>(std::move(group), timeout)) {}
 
   std::unique_ptr<Transfer> gather(at::Tensor full, at::Tensor shard,
                                    std::shared_ptr<Span> span) override {
@@ -135,17 +165,20 @@ class HostTransport final : public Transport {
   template <typename Call>
   std::unique_ptr<Transfer> start(std::shared_ptr<Span> span, Call&& call) {
     if (span) span->start(std::nullopt);
+    const int64_t number = ++started_;
     Work work = translated(call);
     if (span && stops_by_itself(work, span)) span = nullptr;
-    return std::make_unique<HostTransfer>(std::move(work), timeout_, std::move(span));
+    return std::make_unique<HostTransfer>(std::move(work), number, waits_, std::move(span));
   }
   template <typename Call>
   void finish(Call&& call) {
-    wait_on_host(translated(call), timeout_);
+    const int64_t number = ++started_;
+    waits_->wait(translated(call), number);
   }
 
   Collectives collectives_;
-  milliseconds timeout_;
+  std::shared_ptr<HostWaits> waits_;
+  int64_t started_ = 0;  // collectives; as many on every rank, as they start in one order
 };
 
 class StreamTransport final : public Transport {
