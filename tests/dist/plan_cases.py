@@ -81,7 +81,13 @@ def gpt2_dropout_gpu() -> nn.Module:
     )  # fmt: skip
 
 
+def llama_deep() -> nn.Module:
+    """Of more regions than auto tries one by one."""
+    return cases.llama(layers=8)
+
+
 MODELS = {"llama": cases.llama, "mixtral": cases.mixtral, "gpt2_dropout": gpt2_dropout}
+CPU_MODELS = {**MODELS, "llama_deep": llama_deep}
 GPU_MODELS = {"llama": llama_gpu, "mixtral": mixtral_gpu, "gpt2_dropout": gpt2_dropout_gpu}
 
 
@@ -102,6 +108,8 @@ class Job:
     combinations: int = 0
     """1: also every combination of the optional passes, chained, or each alone on a GPU; n: every
     n-th; 0: none."""
+    budgets: int = 0
+    """Plans of auto's, each under a budget of its own, beside those."""
     gpu: bool = False
     """On GPUs, compiled by Inductor, in bf16."""
 
@@ -138,7 +146,7 @@ def start(job: Job, world: int) -> Any:
         config["bf16"] = {"enabled": True}
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 10_000
         config["compile"] = {"differentiable_outputs": "loss", "region_bytes": 1 << 20}
-    model = (GPU_MODELS if job.gpu else MODELS)[job.model]().train()
+    model = (GPU_MODELS if job.gpu else CPU_MODELS)[job.model]().train()
     return deepcompile.initialize(model=model, config=config)[0]
 
 
@@ -378,10 +386,13 @@ class Comparison:
         from random_plans import affordable, random_budget, timed
 
         stage_pass = STAGE_PASS[self.job.stage]
-        chosen = [[stage_pass, *names] for names in combinations()]
-        chosen += [["auto"]] * AUTO_BUDGETS
+        chosen = []
+        if self.job.combinations:
+            chosen = [[stage_pass, *names] for names in combinations()] + [["auto"]] * AUTO_BUDGETS
+        chosen = list(enumerate(chosen))[:: self.job.combinations or None]
+        chosen += [(1000 + at, ["auto"]) for at in range(self.job.budgets)]
         found = []
-        for at, passes in list(enumerate(chosen))[:: self.job.combinations]:
+        for at, passes in chosen:
             rng = random.Random(at)
             program = timed(self.bench.plain, rng)
             budget = random_budget(program, stage_pass, rng)
@@ -409,7 +420,7 @@ def compare(rank: int, world: int, jobs: list[Job], folder: str) -> list[dict[st
         comparison = Comparison(job, rank, world, Path(folder))
         before, captured = comparison.bench.compilations(), time.monotonic()
         plans = comparison._agreed(comparison.random) if job.alone + job.chained else []
-        combined = comparison._agreed(comparison.named) if job.combinations else []
+        combined = comparison._agreed(comparison.named) if job.combinations + job.budgets else []
         planned = time.monotonic()
         comparison.check(plans[: job.alone], 1)
         comparison.check(plans[job.alone :], CHAIN)

@@ -94,6 +94,16 @@ def test_combinations_on_4_ranks(tmp_path):
     assert result["early"] > 0, "no combination updated in a backward"
 
 
+def test_auto_on_a_step_of_many_regions(tmp_path):
+    """It searches such steps by how much is freed in which way, and then by exchanges."""
+    jobs = [
+        Job("llama_deep", 1, 0.0, budgets=20),
+        Job("llama_deep", 2, CLIP, budgets=10),
+    ]
+    results = compared(2, jobs, tmp_path)
+    assert [result["combinations"] for result in results] == [20, 10]
+
+
 def test_stages_give_the_same_bits(tmp_path):
     """Each stage's random plans equal its own plan, and the stages each other; but with
     accumulation, stage 1 sums a step's gradients in another order than they do."""
