@@ -42,7 +42,7 @@ constexpr Effort kMuchAgain{120, 48, 0, 48, kOrderLarge, true};
 constexpr Effort kLittleAgain{12, 7, 0, 0, kOrderLarge, false};
 constexpr Effort kOrderOnly{0, 0, 0, 0, kOrderLarge, false};
 // Where single toggles were tried.
-constexpr Effort kToggled{0, 0, 0, 0, kOrderSmall, true};
+constexpr Effort kToggled{0, 0, 0, 48, kOrderSmall, true};
 // Parts of the budget left to it by what is kept: the last only where the one before helped.
 constexpr double kRoomToOrder[] = {0, 0.08, 0.03};
 // Less of a step than one in so many is not worth moving or computing anything again.
