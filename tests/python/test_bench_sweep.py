@@ -12,6 +12,7 @@ import pytest
 
 from deepcompile.bench import lines, one, peers, process, results, suites, sweep, table, worker
 from deepcompile.bench.conditions import Condition
+from deepcompile.bench.display import Display
 from deepcompile.bench.options import Options
 from deepcompile.bench.process import Outcome, Place
 from deepcompile.bench.results import Results, Row
@@ -159,6 +160,22 @@ def test_after_a_failure_the_rest_of_its_group_runs(tmp_path):
     logs = [tmp_path / "logs" / sweep.log_name(c) for c in found]
     assert [log.read_text()[:9] for log in logs] == ["all of it", "[bench] b", "all of it"]
     assert [r.ok for r in Results.load(tmp_path / "results").rows] == [True, False, True]
+
+
+def test_the_time_left_knows_what_is_first_in_a_process():
+    """It compiles for the others."""
+    shown = Display(6, 0, quiet=True)
+    assert shown.left == "time left unknown"
+    shown.start_processes(2)
+    shown.end("", 100.0)
+    assert shown.left == "about 8 min 20 s left"  # nothing is known of the others
+    shown.end("", 10.0, first=False)
+    assert shown.left == "about 2 min 10 s left"  # 100 + 3 * 10
+    shown.start_processes(1)
+    assert shown.left == "about 3 min 40 s left"
+    alone = Display(3, 0, quiet=True)
+    alone.end("", 20.0)
+    assert alone.left == "about 40 s left"
 
 
 def test_one_rank_for_a_single_gpu(tmp_path):

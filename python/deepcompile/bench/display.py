@@ -28,8 +28,9 @@ class Display:
 
     def __init__(self, total: int, done: int, quiet: bool = False):
         self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self._total, self._done, self._spent = total, done, 0.0
-        self._ran = 0
+        self._total, self._done = total, done
+        self._took: dict[bool, list[float]] = {True: [], False: []}
+        self._firsts: int | None = None
         self._bar: Progress | None = None
         self._task = None
         self._shown = ""
@@ -51,11 +52,20 @@ class Display:
 
     @property
     def left(self) -> str:
-        """The time left, by what conditions took so far."""
-        if not self._ran:
+        """The time left, by what conditions took so far: those that are first in a process, which
+        compile for the others, and the others."""
+        first, later = (sum(t) / len(t) if t else None for t in self._took.values())
+        if first is None and later is None:
             return "time left unknown"
-        seconds = self._spent / self._ran * (self._total - self._done)
+        rest = self._total - self._done
+        firsts = rest if self._firsts is None else min(self._firsts, rest)
+        seconds = firsts * (later if first is None else first)
+        seconds += (rest - firsts) * (first if later is None else later)
         return f"about {duration(seconds)} left" if seconds >= 1 else "done"
+
+    def start_processes(self, more: int) -> None:
+        """So many more processes will start; without this, each condition is first in one."""
+        self._firsts = (self._firsts or 0) + more
 
     def expect(self, more: int) -> None:
         """So many are left, as far as is known now."""
@@ -79,11 +89,13 @@ class Display:
         if self._bar is not None:
             self._bar.update(self._task, description=f"{self._shown}  {text}")
 
-    def end(self, result: str, seconds: float, ran: bool = True) -> None:
-        """One condition is done."""
+    def end(self, result: str, seconds: float, ran: bool = True, first: bool = True) -> None:
+        """One condition is done. `first`: in its process."""
         self._done += 1
         if ran:
-            self._ran, self._spent = self._ran + 1, self._spent + seconds
+            self._took[first].append(seconds)
+            if first and self._firsts:
+                self._firsts -= 1
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, left=self.left)
         self.say(f"      {result}" + (f" ({duration(seconds)}, {self.left})" if ran else ""))

@@ -105,8 +105,10 @@ class Sweep:
         with Display(len(self.conditions), len(kept), quiet) as display:
             self._say_what_is_there(todo, kept, display)
             self._skip([c for c in todo if c not in possible], display)
+            groups = suites.groups(possible, self.share_process)
+            display.start_processes(len(groups))
             try:
-                for group in suites.groups(possible, self.share_process):
+                for group in groups:
                     self.run_group(group, display)
             except (KeyboardInterrupt, TimeOver) as stopped:
                 left = len(self.conditions) - sum(self.counts.values())
@@ -172,10 +174,13 @@ class Sweep:
     def run_group(self, group: list[Condition], display: Display) -> None:
         """All of a group; after a failure the rest in a new process group. Raises TimeOver, and
         UserError where the launcher starts nothing: it would not for the others either."""
+        processes = 0
         while group:
             left = self.deadline - time.monotonic()
             if left <= 0:
                 raise TimeOver
+            display.start_processes(1 if processes else 0)  # more than were known of
+            processes += 1
             log = self.logs / log_name(group[0])
             known = len(self.rows())
             done: dict[Condition, Row] = {}
@@ -186,7 +191,8 @@ class Sweep:
                         done[row.condition] = row
                         self.counts["measured"] += 1
                         self._remember(row)
-                        display.end(_said(row), watch.seconds(row.condition))
+                        took = watch.seconds(row.condition)
+                        display.end(_said(row), took, first=watch.is_first(row.condition))
 
             watch = Watch(group, display, look, self.logs)
             outcome = self.runner(
@@ -215,7 +221,7 @@ class Sweep:
             results.append(self.options.results, self.failed(failed, error))
             self.counts["failed"] += 1
             said = f"failed {suites.name(failed)}: {error[:300]} (log: {log})"
-            display.end(said, watch.seconds(failed))
+            display.end(said, watch.seconds(failed), first=watch.is_first(failed))
 
     def _remember(self, row: Row) -> None:
         """That a data set was out of reach: the next process groups need not wait for it."""
@@ -282,6 +288,10 @@ class Watch:
             self._display.step("step " + line.partition(STEP_MARK)[2].partition(",")[0])
         if self._log is not None:
             self._log.write(line + "\n")
+
+    def is_first(self, condition: Condition) -> bool:
+        """Of its process group."""
+        return condition == self._first
 
     @property
     def now(self) -> Condition:
