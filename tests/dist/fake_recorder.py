@@ -10,6 +10,7 @@ values, as nothing runs at that time, until memory is asked for again.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,7 @@ class Arena:
     """First fit from below, so that memory is used again as soon as it can be."""
 
     def __init__(self, size: int):
-        self.memory = (ctypes.c_char * size)()
+        self.memory = (ctypes.c_char * size).from_buffer(mmap.mmap(-1, size))
         self.base = ctypes.addressof(self.memory)
         self.free = [(0, size)]
         self.held = 0

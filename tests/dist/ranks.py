@@ -8,6 +8,7 @@ rank that does not end in time is named, with its stack, and killed. Nothing out
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -73,6 +74,7 @@ def run_ranks(
 
 def _rank_main(home: Path, rank: int, job: tuple) -> None:
     fn, world, args, timeout, backend, threads = job
+    gc.freeze()  # collections need not look through what the server imported
     stack = open(home / f"{rank}.stack", "w")  # noqa: SIM115 - open until the process ends
     faulthandler.enable(stack)
     faulthandler.dump_traceback_later(max(1.0, timeout - 3.0), file=stack)

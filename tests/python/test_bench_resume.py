@@ -21,7 +21,7 @@ from deepcompile.errors import UserError
 ENGINE = {"compile": {"region_bytes": 5}}
 OTHERS = {
     "learning_rate": 1e-3, "max_grad_norm": 0.0, "dataset_name": "ag_news", "num_epochs": 2,
-    "bench_step": 40, "warmup_step": 20, "attn_impl": "eager", "deterministic": True,
+    "bench_step": 40, "warmup_step": 20, "in_a_row": 5, "attn_impl": "eager", "deterministic": True,
     "load_weights": True, "eval": True, "profile": True, "engine": ENGINE,
 }  # fmt: skip
 

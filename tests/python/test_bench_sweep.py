@@ -352,18 +352,20 @@ def test_the_table_of_a_folder(tmp_path, capsys):
              "versions": {"torch": "2.11"}, "peak_bytes": 1 << 30}  # fmt: skip
     for c in found:
         seconds = c.accumulation * times.get(c.label, 0.05)
-        results.append(tmp_path, Row.measured(c, [[seconds, 1.1 * seconds, seconds]], **facts))
+        in_a_row = 0.9 * seconds if c.ours else None
+        steps = [[seconds, 1.1 * seconds, seconds]]
+        results.append(tmp_path, Row.measured(c, steps, in_a_row=in_a_row, **facts))
     results.append(tmp_path, Row.failed(dataclasses.replace(found[0], seq_length=2048), OOM))
     assert table.main(["--table", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     lines = [line for line in said.splitlines() if line.startswith("| llama-tiny-2L")]
     assert len(lines) == 9
-    cells = "| 1 | 1024 | 1 | FSDP (C) | 300.0 (300-330) | 3,413 | 1.0 | 3.0 | 1.00 | - |"
+    cells = "| 1 | 1024 | 1 | FSDP (C) | 300.0 (300-330) | - | 3,413 | 1.0 | 3.0 | 1.00 | - |"
     assert lines[0] == "| llama-tiny-2L " + cells
     assert lines[1].split("|")[5:7] == [" FSDP (C) offload ", " 600.0 (600-660) "]
-    assert "| 1 | DeepCompile (auto) budget=fsdp_c | 50.00 (50.0-55.0) |" in lines[3]
+    assert "| 1 | DeepCompile (auto) budget=fsdp_c | 50.00 (50.0-55.0) | 45.0 |" in lines[3]
     assert lines[3].endswith("| 6.00 | - |") and "| 4 | DeepCompile (auto) | 400" in lines[6]
-    assert lines[8].endswith("| FSDP (C) | OOM | - | - | - | - | - |")
+    assert lines[8].endswith("| FSDP (C) | OOM | - | - | - | - | - | - |")
     assert "9 conditions; 2 x Chip; torch 2.11; commit abc; 20 steps after 10." in said
     assert table.main(["--table"]) == 2 and "needs a folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

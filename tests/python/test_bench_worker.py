@@ -19,7 +19,7 @@ from deepcompile.bench.options import Options
 from deepcompile.bench.peers import deepcompile as ours
 from deepcompile.bench.peers import deepspeed as theirs
 from deepcompile.bench.peers import overlap
-from deepcompile.bench.results import Results
+from deepcompile.bench.results import Results, Row
 from deepcompile.distributed import Ranks
 from deepcompile.errors import UserError
 
@@ -454,6 +454,34 @@ def test_one_condition_from_weights_to_row(tmp_path, monkeypatch, capsys):
     again = dataclasses.replace(options, save_weights=False, load_weights=True, profile=False)
     (loaded,) = worker.run_conditions([dataclasses.replace(TINY, seed=0)], again, CPU)
     assert loaded.losses == row.losses
+
+
+def test_steps_in_a_row_wait_for_the_device_once(tmp_path):
+    done = []
+
+    class Meter:
+        def begin(self):
+            done.append("begin")
+
+        def end(self):
+            done.append("end")
+            return 0.5
+
+    class Peer:
+        def step(self, micro):
+            done.append(micro)
+
+    assert worker.steps_in_a_row(Peer(), [[1, 2], [3, 4]], Meter()) == 0.25
+    assert done == ["begin", [1, 2], [3, 4], "end"]
+
+    # On a CPU there is nothing to wait for, so none are run; a row keeps what was found.
+    options = Options(bench_step=2, warmup_step=1, result_dir=str(tmp_path))
+    (row,) = worker.run_conditions([TINY], options, CPU)
+    assert row.in_a_row is None
+    row.in_a_row = 0.125
+    assert Row.from_json(row.to_json()).in_a_row == 0.125
+    with pytest.raises(UserError, match="in_a_row"):
+        Row.from_json(row.to_json().replace('"in_a_row": 0.125', '"in_a_row": -1'))
 
 
 def test_lengths_of_one_model_share_it(tmp_path, monkeypatch):

@@ -86,6 +86,8 @@ def learning_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"optimizer steps in all; {shown}, or the suite's")  # fmt: skip
     add("--warmup_step", type=not_negative, default=default.warmup_step,
         help=f"the first of them, which are not measured; {shown}, or the suite's")  # fmt: skip
+    add("--in_a_row", type=not_negative, default=default.in_a_row, help="steps after those, run "
+        f"without waiting for the device between them (GPUs); 0: none; {shown}")  # fmt: skip
     add("--print_interval", type=positive, default=default.print_interval, help=shown)
     add("--attn_impl", type=attention, choices=ATTENTION, default=default.attn_impl, help=shown)
     add("--profile", action="store_true", help="trace the last three steps of the "

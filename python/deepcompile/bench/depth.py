@@ -320,7 +320,7 @@ def parser() -> Parser:
     add("--table", metavar="DIR", help="only print what the rows there say")
     sweep.limit_arguments(made)
     learning_arguments(made)
-    made.set_defaults(bench_step=10, warmup_step=6, max_grad_norm=0.0, num_epochs=100)
+    made.set_defaults(bench_step=10, warmup_step=6, in_a_row=0, max_grad_norm=0.0, num_epochs=100)
     return made
 
 

@@ -17,10 +17,10 @@ BETAS, EPS, DECAY = (0.9, 0.999), 1e-8, 0.01
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flex_attention")
 """What attn_impl may be."""
 MEASURED = ("learning_rate", "max_grad_norm", "dataset_name", "num_epochs", "bench_step",
-            "warmup_step", "attn_impl", "deterministic", "load_weights", "eval", "profile",
-            "engine")  # fmt: skip
+            "warmup_step", "in_a_row", "attn_impl", "deterministic", "load_weights", "eval",
+            "profile", "engine")  # fmt: skip
 """The options that change what a row says; rows record them."""
-MORE = ("eval", "profile")
+MORE = ("in_a_row", "eval", "profile")
 """Those of them that a row may have without being asked: it then says more."""
 
 
@@ -37,6 +37,9 @@ class Options:
     """Optimizer steps in all."""
     warmup_step: int = 15
     """The first of them, which are not measured."""
+    in_a_row: int = 10
+    """Steps after those, with no waiting for the device between them; 0: none. A CPU has none:
+    there a step has ended when its call returns."""
     print_interval: int = 1
     attn_impl: str = "sdpa"
     profile: bool = False
@@ -65,7 +68,7 @@ class Options:
                 "[bench] profile: the last steps of the warm-up are traced, and warmup_step is 0. "
                 "Raise it."
             )
-        for name in ("learning_rate", "max_grad_norm"):
+        for name in ("learning_rate", "max_grad_norm", "in_a_row"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"[bench] {name} {getattr(self, name)}: must not be negative.")
         for name in ("num_epochs", "print_interval"):

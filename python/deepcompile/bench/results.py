@@ -57,6 +57,9 @@ class Row:
     """The spread: the shortest and the longest of those steps."""
     slowest_rank: int | None = None
     """The one whose own median is the largest."""
+    in_a_row: float | None = None
+    """As median, where nothing waits for the device between steps: from the start of the first to
+    the end of the last, on the rank that took longest, by their number."""
     alloc_bytes: int | None = None
     """Allocated after the last step, on the rank that has most."""
     peak_bytes: int | None = None
@@ -170,6 +173,7 @@ _KINDS: dict[str, Any] = {
     "fastest": _NUMBER,
     "slowest": _NUMBER,
     "slowest_rank": int,
+    "in_a_row": _NUMBER,
     "alloc_bytes": int,
     "peak_bytes": int,
     "compile_seconds": _NUMBER,
@@ -186,7 +190,7 @@ _KINDS: dict[str, Any] = {
     "timestamp": str,
 }
 _LARGEST = 1e30
-_POSITIVE = ("median", "mean", "fastest", "slowest", "tokens_per_second_per_gpu")
+_POSITIVE = ("median", "mean", "fastest", "slowest", "in_a_row", "tokens_per_second_per_gpu")
 _MAY_BE_NULL = {f.name for f in dataclasses.fields(Row) if f.default is None}
 
 

@@ -26,13 +26,15 @@ from .results import Results, Row
 WORKLOADS = ("w1", "w2", "w3")
 HEAD = ("workload", "seq", "acc", "FSDP2 default", "FSDP2 best", "ours", "default / ours",
         "best / ours")  # fmt: skip
-LONG_HEAD = ("model", "batch", "seq", "acc", "framework", "ms a step", "tokens/s/GPU", "peak GiB",
-             "device GiB", "x default", "x best")  # fmt: skip
+IN_A_ROW = "in a row"
+LONG_HEAD = ("model", "batch", "seq", "acc", "framework", "ms a step", IN_A_ROW, "tokens/s/GPU",
+             "peak GiB", "device GiB", "x default", "x best")  # fmt: skip
 LONG_TEXT = (0, 4)
 LONG_NOTE = """\
-Milliseconds a step: median (fastest-slowest). Memory of the fullest rank: the allocator's peak, and
-what is in use on the device. The last columns: how many times as fast as FSDP2 + compile by its
-defaults, and at its best, at the same sizes."""
+Milliseconds a step: median (fastest-slowest); in a row: with no waiting for the device between
+steps. Memory of the fullest rank: the allocator's peak, and what is in use on the device. The last
+columns: how many times as fast as FSDP2 + compile by its defaults, and at its best, at the same
+sizes."""
 
 
 # ---- what tables share
@@ -123,12 +125,13 @@ def _long_line(row: Row, peers: dict[str, Row]) -> list[str]:
     c = row.condition
     head = [c.model_label, str(c.batch_size), str(c.seq_length), str(c.accumulation), c.label]
     if not row.ok:
-        return [*head, row.failure, *["-"] * 5]
+        return [*head, row.failure, *["-"] * 6]
     used = max(row.effective.get("device_bytes_of_ranks") or [0])
     gib = [f"{b / 2**30:.1f}" if b else "-" for b in (row.peak_bytes, used)]
+    in_a_row = f"{row.in_a_row * 1e3:.1f}" if row.in_a_row else "-"
     rate = f"{row.tokens_per_second_per_gpu:,.0f}"
     ratios = [_times(peers.get(kind), row) for kind in ("default", "best")]
-    return [*head, milliseconds(row), rate, *gib, *ratios]
+    return [*head, milliseconds(row), in_a_row, rate, *gib, *ratios]
 
 
 def long_table(results: Results) -> str:
@@ -143,7 +146,12 @@ def long_table(results: Results) -> str:
             peers.setdefault(_place(row), {})[kind] = row
     rows.sort(key=lambda r: (_sizes(r.condition), order_of(r.condition)))
     lines = [_long_line(row, peers.get(_place(row), {})) for row in rows]
-    return "\n".join(aligned(LONG_HEAD, lines, LONG_TEXT))
+    shown = [
+        at for at, name in enumerate(LONG_HEAD)
+        if name != IN_A_ROW or any(row.in_a_row for row in rows)
+    ]  # fmt: skip
+    head, *lines = ([line[at] for at in shown] for line in (LONG_HEAD, *lines))
+    return "\n".join(aligned(head, lines, LONG_TEXT))
 
 
 def origin(results: Results) -> str:

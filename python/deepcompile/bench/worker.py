@@ -110,6 +110,31 @@ def run_steps(
     return run
 
 
+def steps_in_a_row(
+    peer: peers.Peer, steps: Sequence[list[dict[str, torch.Tensor]]], meter: measure.Meter
+) -> float:
+    """Seconds of each of `steps` (its micro-batches, on the device) on this rank, where the host
+    goes on to the next as soon as it has given the device all of one's work."""
+    meter.begin()
+    for micro in steps:
+        peer.step(micro)
+    return meter.end() / len(steps)
+
+
+def _in_a_row(
+    peer: peers.Peer, condition: Condition, options: Options, ranks: Ranks, batches: Any
+) -> float | None:
+    """The slowest rank's; collective."""
+    meter = measure.Meter(ranks, peer.outside_bytes, peer.recorded_peak)
+    if not (meter.on_gpu and options.in_a_row):
+        return None
+    steps = [
+        [on_device(next(batches), ranks.device) for _ in range(condition.accumulation)]
+        for _ in range(options.in_a_row)
+    ]
+    return max(ranks.gather(steps_in_a_row(peer, steps, meter)))
+
+
 def _compile_seconds(peer: peers.Peer, condition: Condition, run: Run, options: Options,
                      before: float) -> float:  # fmt: skip
     """As the framework counts it; else what the warm-up took beyond its number of steps."""
@@ -192,10 +217,12 @@ def train(
     say(ranks, f"[bench] {condition.label} in force: {json.dumps(facts, default=str)}")
     before = sum(s for _, s in peer.compile_times() or ()) if condition.compile else 0.0
     run = run_steps(peer, condition, options, ranks, batches)
+    in_a_row = _in_a_row(peer, condition, options, ranks, batches)
     if options.eval:
         loss = peer.evaluate(on_device(next(batches), ranks.device))
         facts["eval_loss"] = statistics.fmean(ranks.gather(float(loss)))
     row = _row(peer, condition, options, ranks, run, facts)
+    row.in_a_row = in_a_row
     row.compile_seconds = _compile_seconds(peer, condition, run, options, before)
     return row
 
