@@ -185,7 +185,7 @@ py::list records(Runtime& runtime) {
 }
 
 py::dict relieved(Runtime& runtime) {
-  const ReliefReport found = runtime.relieved();
+  const auto found = without_gil([&] { return runtime.relieved(); });
   py::dict report;
   report["times"] = found.times;
   report["states_bytes"] = found.states_bytes;
@@ -408,9 +408,11 @@ PYBIND11_MODULE(_runtime, m) {
       "reduce: what they go over, nccl (the process group), copy_engine or auto; not nccl:\n"
       "making the runtime is collective. copy_engine_options, for tests and benchmarks: library\n"
       "(a file in libcuda's place), host (a name in this host's place), least_bytes (of a shard\n"
-      "or piece that is copied), overlap (copies that prefer to run beside compute). recorder: "
-      "see\n"
-      "bindings/runtime/python_recorder.h; None: regions always run through their own code.");
+      "or piece that is copied), in_step_bytes (of one that keeps ranks in step), signals "
+      "(writes,\n"
+      "copies or auto). recorder: see bindings/runtime/python_recorder.h; None: regions always "
+      "run\n"
+      "through their own code.");
   bind_params(runtime);
   bind_steps(runtime);
   bind_resources(runtime);

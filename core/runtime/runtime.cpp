@@ -97,7 +97,11 @@ void Runtime::wait(const std::vector<std::string>& names) {
 
 void Runtime::release(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
-    eagerly("release", name, [&] { store_.release(store_.at(name)); });
+    eagerly("release", name, [&] {
+      const ParamState& param = store_.at(name);
+      replays_.release(param);
+      store_.release(store_.at(name));
+    });
   }
 }
 

@@ -149,6 +149,8 @@ class Runtime {
   template <typename Action>
   void eagerly(const char* what, ParamState& param, Action&& action);
   void settle_here();  // what needs no other rank
+  // Of gradients that are summed on ranks alone, where no reduction of the step took them.
+  void reduce_local_sums();
   // `call`: an open call keeps its plan after unload_plan; -1 for none.
   std::shared_ptr<LoadedPlan> plan_at(int64_t plan, int64_t call = -1);
   const PlanSection& section_at(const LoadedPlan& loaded, int64_t section) const;

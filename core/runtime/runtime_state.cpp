@@ -23,10 +23,13 @@ StepResult Runtime::step(int64_t plan, const StepOptions& options) {
   if (update == sections.end()) {
     throw UserError("[runtime] plan " + loaded.plan.name + " has no update section.");
   }
-  eagerly("step", loaded.plan.name, [&] { optimizer_.begin(options); });
+  optimizer_.check(options);
   Frame frame;
   frame.slots.resize(loaded.plan.values.size());
   try {
+    settle_here();
+    reduce_local_sums();
+    eagerly("step", loaded.plan.name, [&] { optimizer_.begin(options); });
     const auto counted = meter_.section([&] { return relief_.held_bytes(frame); });
     executor_.run(loaded, static_cast<size_t>(update - sections.begin()), &frame, calls_->size());
   } catch (...) {
@@ -60,7 +63,17 @@ void Runtime::abandon_step() {
 
 void Runtime::settle_here() {
   for (const auto& param : store_.params()) {
-    eagerly("update", *param, [&] { optimizer_.apply(*param); });
+    if (param->due) eagerly("update", *param, [&] { optimizer_.apply(*param); });
+  }
+}
+
+void Runtime::reduce_local_sums() {
+  for (const auto& param : store_.params()) {
+    if (!param->local_sum.defined()) continue;
+    eagerly("reduce", *param, [&] {  // again from where no memory was found
+      if (!param->pending) store_.reduce(*param, {});
+      store_.accumulate(*param);
+    });
   }
 }
 

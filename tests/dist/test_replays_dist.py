@@ -8,6 +8,7 @@ from typing import Any
 
 import cases
 import numpy as np
+import pytest
 import torch
 import toy_step
 from fake_recorder import FakeRecorder
@@ -95,6 +96,40 @@ KEPT = (
     (("  run fwd.1\n  release w2\n", "  run fwd.1\n"), LASTING[0][0]),
     (),
 )
+
+
+def look_between(rank: int, world: int, when: int) -> dict[str, Any]:
+    """In one step w1, whole from forward to backward, is released between them, as
+    GatheredParameters does."""
+    import torch.distributed as dist
+
+    toy_step.PLANS["w1 stays"] = ((("  run fwd.0\n  release w1\n", "  run fwd.0\n"),), ())
+    options = dict(group=dist.group.WORLD, plan="w1 stays")
+    toys = [toy_step.Toy(rank, world, recorder=r, **options) for r in (None, FakeRecorder())]
+    losses: list[list[torch.Tensor]] = []
+    for toy in toys:
+        losses.append([])
+        for step in range(9):
+            inputs = list(toy_step.batch(step * world + rank))
+            call, toy.token = toy.runtime.new_call(toy.graph)
+            (loss,) = toy.runtime.run(toy.graph, 0, call, inputs)
+            if step == when:
+                assert toy.runtime.is_whole("w1")
+                toy.runtime.release(["w1"])
+            toy.runtime.run(toy.graph, 1, call, [torch.ones_like(loss)])
+            toy.step()
+            losses[-1].append(loss)
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+    theirs, ours = (toy.everything() for toy in toys)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    return toys[1].runtime.replays()
+
+
+@pytest.mark.parametrize("when", [2, 4])
+def test_what_is_released_amid_a_step_is_not_written_over(when):
+    """Step 2 is recorded, step 4 replayed."""
+    for found in run_ranks(look_between, 2, when):
+        assert found["recordings"] >= 1 and found["replayed"] > 0, found
 
 
 def evaluate_between(rank: int, world: int) -> tuple[dict[str, Any], list[int]]:

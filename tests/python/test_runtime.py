@@ -2,6 +2,8 @@
 """The runtime on one rank: optimizer, slots, calls, errors."""
 
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -449,3 +451,28 @@ def test_buffer_report_counts_bytes():
     assert toy.runtime.buffer_report()["gradients"] > 0
     toy.runtime.zero_grad()
     assert toy.runtime.buffer_report()["gradients"] == 0
+
+
+def test_queries_wait_for_another_threads_region():
+    """A region holds the runtime and wants Python's lock, so a query must not have that."""
+    script = """
+import sys, threading
+sys.path.insert(0, sys.argv[1])
+import toy_step
+runs, goes_on = threading.Event(), threading.Event()
+def slow(args):
+    runs.set()
+    goes_on.wait(0.2)
+    return toy_step.CODES[0](args)
+toy = toy_step.Toy(codes=[slow, *toy_step.CODES[1:]])
+for name in ("relieved", "buffer_report", "replays", "kernels", "peak_bytes", "records"):
+    runs.clear()
+    thread = threading.Thread(target=lambda: toy.micro_step(*toy_step.batch(0)))
+    thread.start()
+    runs.wait()
+    getattr(toy.runtime, name)()
+    thread.join()
+    toy.step()
+"""
+    folder = toy_step.__file__.rpartition("/")[0]
+    subprocess.run([sys.executable, "-c", script, folder], check=True, timeout=100)

@@ -31,9 +31,12 @@
 //   A reduction's pieces arrive after whatever their sender's stream was given before
 //   them, so where one was waited for there is nothing to wait for.
 // - No deadlock: all ranks give their streams the same gathers and reductions in
-//   the same order, each writes its word before it waits, and no wait before the copies
-//   of one needs anything of a later one, whatever each rank's batches are. A batch
-//   holds gathers back only while the compute stream is given nothing that waits for a peer.
+//   the same order and each writes its word before it waits. Small gathers of a batch wait for
+//   all their words before the first copy; a large one, whose copies others may wait for
+//   (link_rounds.h), waits for its own. A batch holds gathers back only while the compute stream
+//   is given nothing that waits for a peer; but a rank that finds no memory at one of them
+//   elsewhere starts those before it and waits (Relief): for copies of its own, which need
+//   no more than words written at the batches' starts.
 // - The host waits for nothing. Values grow by two with each gather and are
 //   compared as differences, so they may go round.
 //

@@ -20,7 +20,9 @@
 // Why nothing hangs: all ranks have the same transfers in the same order, and a rank waits for
 // earlier rounds and transfers only. Of the ranks that wait take one in the first transfer and
 // round: what it waits for is done. So whoever has several transfers to start lets no wait for a
-// later one come before the copies of an earlier one; telling may come as early as one likes.
+// later one come before the copies of an earlier one; telling may come as early as one likes. What
+// else a rank may wait for between two of them, to make room in its memory, has to be told before
+// a wait for the later one (push_reductions.h).
 //
 // With two ranks there is one peer and one round, and nothing to do.
 //

@@ -171,8 +171,9 @@ void PushReductions::push(const std::vector<uint64_t>& numbers, uint64_t given) 
     }
     push(reduction, &steps);
     reduction.given = given++;
+    // Before anything is waited for, as a peer short of memory may want this one's sum first.
+    if (i + 1 == room) signals_.tell(&steps, *inbox_, static_cast<uint32_t>(numbers[i]));
   }
-  signals_.tell(&steps, *inbox_, static_cast<uint32_t>(numbers.back()));
   signals_.run(std::move(steps), comm);
   for (const uint64_t number : numbers) {
     if (const auto span = std::move(under_way_.at(number).span)) span->stop(comm);
@@ -218,6 +219,10 @@ bool PushReductions::add_to(uint64_t number, const RunningTotal& to) {
 }
 
 void PushReductions::finish(uint64_t number) {
+  while (!under_way_.empty() && under_way_.begin()->first < number) {
+    ask(under_way_.begin()->first);
+    sum_up();
+  }
   ask(number);
   sum_up();
 }

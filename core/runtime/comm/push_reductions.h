@@ -15,6 +15,9 @@
 //      in step (link_rounds.h);
 //   3. write n to every rank's word "arrived".
 //
+// Reductions of a batch do this one after another; those without rounds do it together, up to
+// the next with rounds.
+//
 // and on the compute stream, when some are waited for: wait until every word
 // "arrived" is at least the last of them, and add the pieces up in the order of ranks
 // (PieceSum). The last number up to which all sums are done here is written to "freed"
@@ -30,6 +33,10 @@
 //   order, so no wait needs anything that comes after it, and nothing hangs. Which
 //   reductions go together may differ between ranks: a wait for one that is held
 //   back starts it first.
+// - A rank short of memory waits for sums between two reductions that go together elsewhere
+//   (Relief). What it waits for was told before a peer waits for the next; and as it waits in
+//   the order of their numbers, it has freed all places that a peer's batch with the one it waits
+//   for can take.
 // - Sums are in f32 with one rounding, in the order of ranks: the same bits under
 //   every plan. With two ranks they are those of a sum in the gradient's type.
 // - Numbers are compared as differences, so the 32 bits of a word may go round.
@@ -106,7 +113,7 @@ class PushReductions {
   void push(UnderWay& reduction, PeerSignals::Steps* next);
   void ask(uint64_t number);                             // for its sum; nothing if it was asked for
   bool add_to(uint64_t number, const RunningTotal& to);  // false: it was, or cannot be
-  void finish(uint64_t number);                          // nothing if it was
+  void finish(uint64_t number);                          // and all before it; nothing if it was
   void tell_freed(PeerSignals::Steps* steps);            // nothing if all know
   void drop(uint64_t number);
   std::vector<const void*> pieces_of(const UnderWay& reduction) const;  // in the order of ranks

@@ -128,8 +128,9 @@ int64_t Relief::evict_params(int64_t wanted, const std::set<const ParamState*>& 
       if (used.count(param.get()) != 0) continue;
       if ((param->presence == Presence::kInFlight) != in_flight) continue;
       if (param->coming) continue;  // rows are not moved, and placing them may want memory
-      // A transfer that was started here needs nothing more of this rank, so
-      // waiting for it ends.
+      // The others free nothing, and a wait for them may need what this rank has yet to start. A
+      // gather of a sharded one needs nothing more of this rank once it was started.
+      if (param->placement != Placement::kSharded) continue;
       if (in_flight) store_.wait(*param);
       freed += param->send_full_away();
     }

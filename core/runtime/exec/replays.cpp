@@ -123,6 +123,13 @@ void Replays::leave_step() {
   if (mode_ == Mode::kRecording) drop();
 }
 
+void Replays::release(const ParamState& param) {
+  if (mode_ != Mode::kRecording || !param.full.defined()) return;
+  const void* const buffer = storage_of(param.full);
+  const auto is_its = [&](const auto& made) { return made.second._unsafe_get_target() == buffer; };
+  if (std::any_of(recording_->gathered.begin(), recording_->gathered.end(), is_its)) drop();
+}
+
 void Replays::fail_section() {
   if (mode_ == Mode::kRecording) drop();
   mode_ = Mode::kPlain;

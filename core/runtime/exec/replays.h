@@ -64,7 +64,10 @@ class Replays {
   // `may_record`: memory is not short and nobody traces.
   void begin_section(const LoadedPlan& loaded, size_t section, size_t open_calls, bool may_record);
   void end_step();
-  void leave_step();    // something that is no part of it runs: it is not recorded
+  void leave_step();  // something that is no part of it runs: it is not recorded
+  // P's full buffer goes, by no instruction of the step: if the step that is recorded has made it,
+  // it is not recorded, as later runs may get its memory while P stays there in other steps.
+  void release(const ParamState& param);
   void fail_section();  // nothing more of the step is recorded or replayed
   // The recording goes, as its memory is needed, or its plan does. Tensors in its
   // memory keep it. False if there was none.

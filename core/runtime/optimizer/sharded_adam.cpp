@@ -45,15 +45,16 @@ ShardedAdam::ShardedAdam(ParamStore& store, StateMover& states, Transport& trans
                          c10::Device device, double clip)
     : store_(store), states_(states), transport_(transport), device_(device), clip_(clip) {}
 
-void ShardedAdam::begin(const StepOptions& options) {
+void ShardedAdam::check(const StepOptions& options) const {
   for (const auto& param : store_.params()) {
     if (!param->pending) continue;
     throw UserError("[runtime] parameter " + param->name +
                     " has a reduction that was not accumulated. Accumulate it before the step.");
   }
   check_early(options);
-  apply_all();
-  reduce_local_sums();
+}
+
+void ShardedAdam::begin(const StepOptions& options) {
   options_ = options;
   result_ = {};
   factor_ = options.loss_scale_inv;
@@ -86,14 +87,6 @@ void ShardedAdam::check_early(const StepOptions& options) const {
                       " were changed since, which early updates forbid. Change them before the "
                       "last micro batch, or plan with place_optimizer at the step.");
     }
-  }
-}
-
-void ShardedAdam::reduce_local_sums() {
-  for (const auto& param : store_.params()) {
-    if (!param->local_sum.defined()) continue;
-    store_.reduce(*param, {});
-    store_.accumulate(*param);
   }
 }
 
@@ -223,10 +216,6 @@ void ShardedAdam::apply(ParamState& param) {
   const bool changed = due.changed;
   param.due.reset();
   if (changed) store_.owned_changed(param);
-}
-
-void ShardedAdam::apply_all() {
-  for (const auto& param : store_.params()) apply(*param);
 }
 
 ShardedAdam::Run ShardedAdam::run_of(ParamState& param, size_t first, size_t last) {

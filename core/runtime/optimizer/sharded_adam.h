@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // ShardedAdam: one optimizer step over the pieces this rank owns.
 //
-// A step is begin, then the update section's norm and updates in the plan's
-// order, then end. Every update consumes its gradient. An update may come
-// later: a deferred one waits, with all it needs, for whoever applies it; or
-// earlier: in the backward of the last micro batch, before begin. Members that no
-// reduction had a gradient for are left alone, with their states and step
-// numbers, as torch does with gradients that are None.
+// A step is check and begin, with nothing due and no sum of this rank's alone between them, then
+// the update section's norm and updates in the plan's order, then end. Every update consumes its
+// gradient. An update may come later: a deferred one waits, with all it needs, for whoever applies
+// it; or earlier: in the backward of the last micro batch, before begin. Members that no reduction
+// had a gradient for are left alone, with their states and step numbers, as torch does with
+// gradients that are None.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -41,9 +41,10 @@ class ShardedAdam {
   ShardedAdam(ParamStore& store, StateMover& states, Transport& transport, c10::Device device,
               double clip);
 
+  // UserError if a step cannot be taken now, or not with these options.
+  void check(const StepOptions& options) const;
   // Agrees between ranks on which members have gradients (only after eager
-  // reductions, which may differ) and on whether to skip. Collective. Applies
-  // what an earlier step deferred and reduces what is summed on ranks alone.
+  // reductions, which may differ) and on whether to skip. Collective.
   void begin(const StepOptions& options);
   // Collective. Can be called again after it failed for want of memory.
   void norm();
@@ -53,7 +54,6 @@ class ShardedAdam {
   // Applies what is due; nothing if nothing is. What other ranks own is stale
   // then. Can be called again after it failed for want of memory.
   void apply(ParamState& param);
-  void apply_all();
   // Until it is off, updates may be only noted down; `launch` starts those, in few
   // launches. For it the transport is given its batch of waits first.
   void set_batch(bool on);
@@ -78,7 +78,6 @@ class ShardedAdam {
   at::Tensor squared_sum_here();  // of this rank's pieces of the gradients, 0-dim
   bool any_not_finite() const;
   void check_early(const StepOptions& options) const;
-  void reduce_local_sums();
   void make_due(ParamState& param, double factor, const at::Tensor& factor_tensor);
   // Members [first, last) with equal settings, and their elements that this rank owns.
   struct Run {
