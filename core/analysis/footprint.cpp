@@ -17,18 +17,20 @@ ParamFootprint footprint(const StepProgram& program, ParamId id) {
 
   ParamFootprint out;
   out.weights = {weight_size * (param.placement == Placement::kSharded ? shard : full)};
-  if (param.placement == Placement::kSharded) out.gathered = {weight_size * full};
+  // One rank's shard is the whole.
+  const bool elsewhere = program.world > 1;
+  if (param.placement == Placement::kSharded && elsewhere) out.gathered = {weight_size * full};
   // The rows are collected beside the buffer that they then go into.
   const bool rows = program.rows_read(id) > 0;
-  if (rows) out.gathered += program.gather_bytes(id);
+  if (rows && elsewhere) out.gathered += program.gather_bytes(id);
   if (!param.trainable) return out;
   if (weight_size < state_size) out.master = {state_size * own};
   out.moments = {2 * state_size * own};
   out.reduction_input = rows ? program.reduce_bytes(id) : Bytes{reduce_size * full};
   out.reduction_result = {reduce_size * own};
   const int64_t sum_size = std::max<int64_t>(reduce_size, element_size(DType::kF32));
-  const bool one_reduction = program.accumulation == 1 || program.boundary;
-  out.gradient = {(one_reduction ? reduce_size : sum_size) * own};
+  out.gradient = {(program.accumulation == 1 ? reduce_size : sum_size) * own};
+  out.total = {sum_size * own};
   if (program.boundary && program.accumulation > 1) out.local_sum = {sum_size * full};
   return out;
 }

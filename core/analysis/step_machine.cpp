@@ -13,7 +13,7 @@ StepMachine::StepMachine(const StepProgram& program)
     : program_(program),
       liveness_(analyze_liveness(program)),
       sums_locally_(program.boundary && program.accumulation > 1),
-      adopts_(program.boundary || program.accumulation == 1),
+      adopts_(program.params.size(), program.accumulation == 1),
       params_(program.params.size()),
       values_(program.values.size()) {
   footprints_.reserve(params_.size());
@@ -23,8 +23,18 @@ StepMachine::StepMachine(const StepProgram& program)
   }
   // Here, as the program's table is large and visited again and again.
   for (size_t i = 0; i < values_.size(); ++i) values_[i].bytes = program.values[i].bytes.value;
+  std::vector<bool> reduced(params_.size(), false);
   for (const Section& section : program.sections) {
-    for (const Instr& instr : section.instrs) foreign_gradients_ &= instr.op != Op::kReduce;
+    for (const Instr& instr : section.instrs) {
+      if (instr.op != Op::kReduce) continue;
+      foreign_gradients_ = false;
+      const size_t id = index(*instr.param);
+      if (reduced[id]) {  // by several graphs
+        adopts_[id] = false;
+        footprints_[id].gradient = footprints_[id].total;
+      }
+      reduced[id] = true;
+    }
   }
   plan_sections();
 }
@@ -164,7 +174,7 @@ void StepMachine::reduce(const Instr& instr) {
       events_->stage(instr);
     }
   }
-  events_->memory(MemoryPart::kReductions, of.reduction_result.value);
+  events_->memory(MemoryPart::kReductions, result_bytes(instr));
   events_->transfer(Resource::kLink, Op::kReduce, instr);
   events_->mark(slot(instr, kReducedSlot));
 }
@@ -179,13 +189,16 @@ void StepMachine::accumulate(const Instr& instr) {
   ParamState& s = state(instr);
   const ParamFootprint& of = bytes(instr);
   events_->wait(slot(instr, kReducedSlot));
-  if (adopts_) events_->memory(MemoryPart::kReductions, -of.reduction_result.value);
+  const bool adopts = adopts_[index(*instr.param)];
+  const int64_t sent = of.reduction_input.value, came = result_bytes(instr);
+  // What becomes the gradient is not there twice.
+  const int64_t adopted = !adopts ? 0 : program_.world == 1 ? sent : came;
+  events_->memory(MemoryPart::kReductions, -adopted);
   if (!std::exchange(s.gradient, true)) {
     events_->memory(MemoryPart::kGradients, of.gradient.value);
   }
   events_->kernel(Op::kAccumulate, instr);
-  events_->memory(MemoryPart::kReductions, -of.reduction_input.value);
-  if (!adopts_) events_->memory(MemoryPart::kReductions, -of.reduction_result.value);
+  events_->memory(MemoryPart::kReductions, adopted - sent - came);
 }
 
 // Applies a gradient that is complete and due; otherwise nothing.

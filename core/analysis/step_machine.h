@@ -123,6 +123,10 @@ class StepMachine {
   void give_up(ValueId id);
 
   bool is_in_place(const Instr& instr) const;
+  // What a reduction brings back; on one rank it is what was sent.
+  int64_t result_bytes(const Instr& instr) const {
+    return program_.world == 1 ? 0 : bytes(instr).reduction_result.value;
+  }
   ParamState& state(const Instr& instr) { return params_[index(*instr.param)]; }
   const ParamFootprint& bytes(const Instr& instr) const { return footprints_[index(*instr.param)]; }
   TransferSlot slot(const Instr& instr, Slot kind) const {
@@ -137,7 +141,7 @@ class StepMachine {
   std::vector<ParamFootprint> footprints_;
   std::vector<SectionPlan> sections_;
   bool sums_locally_ = false;      // until the last micro batch
-  bool adopts_ = true;             // the reduction's result becomes the gradient
+  std::vector<bool> adopts_;       // by parameter: the reduction's result becomes the gradient
   bool foreign_gradients_ = true;  // the program reduces nothing
   std::vector<ParamState> params_, before_;
   std::vector<ValueState> values_;

@@ -23,6 +23,12 @@ std::vector<bool> marked(const std::vector<Id>& ids, size_t size) {
   return out;
 }
 
+template <typename T>
+void sort_unique(std::vector<T>* list) {
+  std::sort(list->begin(), list->end());
+  list->erase(std::unique(list->begin(), list->end()), list->end());
+}
+
 // Adds the id to the sorted list, or takes it out.
 template <typename Id>
 void flip(std::vector<Id>* ids, const Id& id) {

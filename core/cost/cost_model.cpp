@@ -13,7 +13,14 @@ namespace {
 
 constexpr double kNanosPerSecond = 1e9;
 
+// Some thirty years, which a machine of no speed at all takes for anything.
+constexpr double kLongest = 1e18;
+
 Nanos from_seconds(double seconds) {
+  if (!(seconds * kNanosPerSecond < kLongest)) {
+    throw UserError("[cost] something takes " + std::to_string(seconds) +
+                    " s by the machine's figures. Correct its bandwidths and rates.");
+  }
   return {static_cast<int64_t>(std::ceil(seconds * kNanosPerSecond - 1e-6))};
 }
 
@@ -130,14 +137,14 @@ Nanos MachineCosts::reduce_time(const StepProgram& program, ParamId id) const {
   return time;
 }
 
-// With one reduction a step its buffer becomes the gradient and is only scaled
-// to the mean; with more, result and sum are read and the sum is written.
+// With one micro batch the reduction's buffer becomes the gradient and is only scaled to the mean;
+// with more, result and sum are read and the sum is written, or written alone if it is the only
+// one.
 Nanos MachineCosts::accumulate_time(const StepProgram& program, ParamId id) const {
   const ParamFootprint of = footprint(program, id);
-  const Bytes sum = of.reduction_result + of.gradient * 2;
-  const bool one_reduction = program.accumulation == 1 || program.boundary;
+  const Bytes sum = of.reduction_result + of.gradient * (program.boundary ? 1 : 2);
   const Bytes rows = program.rows_read(id) > 0 ? of.reduction_input : Bytes{};
-  return memory_time(to_double(rows + (one_reduction ? of.reduction_result * 2 : sum)));
+  return memory_time(to_double(rows + (program.accumulation == 1 ? of.reduction_result * 2 : sum)));
 }
 
 Nanos MachineCosts::local_sum(const StepProgram& program, ParamId id) const {

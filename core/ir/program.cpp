@@ -21,6 +21,16 @@ void check_name(std::string_view what, const std::string& name) {
                   "digit or _.");
 }
 
+// So that products of them stay numbers: elements of 8 bytes, on 4096 ranks.
+constexpr int64_t kMost = int64_t{1} << 48;
+
+void check_not_too_many(std::string_view what, const std::string& name, std::string_view field,
+                        int64_t number) {
+  if (number <= kMost) return;
+  throw UserError(quoted(what, name) + std::string(field) + " is " + std::to_string(number) +
+                  ", and " + std::to_string(kMost) + " is the most there can be.");
+}
+
 void check_not_negative(std::string_view what, const std::string& name, std::string_view field,
                         int64_t number) {
   if (number >= 0) return;
@@ -111,6 +121,7 @@ ParamId StepProgram::add_param(Param param) {
     throw UserError(quoted("param", param.name) + "has " + std::to_string(param.numel) +
                     " elements. Give at least 1.");
   }
+  check_not_too_many("param", param.name, "number of elements", param.numel);
   if (param.members.empty()) param.members.push_back(param.name);
   const ParamId id{static_cast<uint32_t>(params.size())};
   operands_.emplace(param.name, id);
@@ -122,6 +133,7 @@ ParamId StepProgram::add_param(Param param) {
 ValueId StepProgram::add_value(Value value) {
   check_operand_name("value", value.name);
   check_not_negative("value", value.name, "size in bytes", value.bytes.value);
+  check_not_too_many("value", value.name, "size in bytes", value.bytes.value);
   if (value.grad_of) check_param_ref("value", value.name, *value.grad_of);
   const std::optional<RowsOf> rows = value.rows_of;
   if (rows) check_rows(value.name, *rows);
@@ -187,6 +199,7 @@ RegionId StepProgram::add_region(Region region) {
                     "another region has this name. Rename one of them.");
   }
   check_not_negative("region", region.name, "workspace", region.workspace.value);
+  check_not_too_many("region", region.name, "workspace", region.workspace.value);
   check_not_negative("region", region.name, "moved", region.moved.value);
   check_not_negative("region", region.name, "flops", region.flops);
   if (region.time) check_not_negative("region", region.name, "time", region.time->value);

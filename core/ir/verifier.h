@@ -12,7 +12,8 @@
 //     in its own section and since the last release. So a section is right
 //     whatever ran before it; a gather of what is whole already costs nothing;
 //   - each gradient is reduced once in the backward that makes it, by the one
-//     reduce that names its parameter, and each reduction is accumulated after;
+//     reduce that names its parameter, those of one member in the order in which they are made,
+//     and each reduction is accumulated after; nothing is reduced after its update in a backward;
 //   - with an update section: every trainable parameter is updated or deferred
 //     in it once, after the norm if the step clips, and gathered again if it is
 //     kept whole; a deferred one is gathered in every section that uses it;

@@ -15,6 +15,7 @@ class PlanVerifier {
  public:
   explicit PlanVerifier(const StepProgram& program)
       : program_(program),
+        made_at_(program.values.size(), 0),
         deferred_(program.params.size()),
         applied_(program.params.size()),
         early_(program.params.size()) {
@@ -150,17 +151,24 @@ class PlanVerifier {
                "` and `wait " + p + "` before it.");
       }
     }
-    made_.insert(made_.end(), region.outputs.begin(), region.outputs.end());
+    for (ValueId id : region.outputs) {
+      made_.push_back(id);
+      made_at_[index(id)] = made_.size();
+    }
   }
 
   template <typename Fail>
   void reduce(const Instr& instr, Fail fail) {
     const ParamId id = *instr.param;
     if (!program_.param(id).trainable) fail(name(id) + " is frozen. Remove the reduce.");
+    if (early_[index(id)]) {
+      fail(name(id) + " has had its update in this step's backward. Update it later.");
+    }
     if (state(id).reduced) {
       fail(name(id) + " is reduced already in this section. Reduce all its gradients at once.");
     }
     if (instr.values.empty()) fail("names no gradient. List the gradients of " + name(id) + ".");
+    last_made_.assign(program_.param(id).members.size(), 0);
     for (ValueId value : instr.values) {
       const auto& of = program_.value(value).grad_of;
       if (!of || of->param != id) {
@@ -170,6 +178,13 @@ class PlanVerifier {
         fail("names " + program_.value(value).name + " twice. Remove one of them.");
       }
       reduced_[index(value)] = true;
+      size_t& last = last_made_[of->member];
+      if (made_at_[index(value)] < last) {
+        fail("names " + program_.value(value).name +
+             " behind a gradient of the same member that is made later: they are added in this "
+             "order. Name them as they are made.");
+      }
+      last = made_at_[index(value)];
     }
     state(id).reduced = true;
     state(id).in_flight_reduction = true;
@@ -269,8 +284,10 @@ class PlanVerifier {
 
   const StepProgram& program_;
   std::vector<State> states_;
-  std::vector<bool> reduced_;  // by value
-  std::vector<ValueId> made_;  // in this section
+  std::vector<bool> reduced_;      // by value
+  std::vector<ValueId> made_;      // in this section
+  std::vector<size_t> made_at_;    // by value: its place there
+  std::vector<size_t> last_made_;  // by member of one parameter: where its last gradient is made
   SectionKind kind_ = SectionKind::kForward;
   std::vector<bool> deferred_;  // by parameter: by the update section
   std::vector<bool> applied_;   // by parameter: a deferred update is over by now

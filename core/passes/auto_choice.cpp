@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "passes/auto_choice.h"
 
+#include <charconv>
 #include <sstream>
 #include <tuple>
+#include <utility>
+
+#include "base/error.h"
 
 namespace deepcompile {
 namespace {
@@ -51,16 +55,26 @@ std::string print_levels(const AutoChoice& choice) {
   return text;
 }
 
-void read_levels(const std::string& text, AutoChoice* choice) {
-  if (!text.starts_with("levels: ")) return;
+namespace {
+
+int to_int(const std::string& text) {
+  int number = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc{} || end != text.data() + text.size() || number < 0) {
+    throw UserError("[passes] levels: '" + text + "' is not a number of a plan's. Plan anew.");
+  }
+  return number;
+}
+
+void read_words(const std::string& text, AutoChoice* choice) {
   choice->limits.clear();
-  std::istringstream words(text.substr(8));
+  std::istringstream words(text);
   for (std::string word; words >> word;) {
     const size_t equals = word.find('=');
     const std::string key = word.substr(0, equals), value = word.substr(equals + 1);
     if (key == "spare") choice->spare = parse_bytes(value);
-    if (key == "ahead") choice->ahead = std::stoi(value);
-    if (key == "order") choice->order_simulations = std::stoi(value);
+    if (key == "ahead") choice->ahead = to_int(value);
+    if (key == "order") choice->order_simulations = to_int(value);
     if (key == "coalesce") choice->coalesce = value == "1";
     if (key == "prefetch") choice->prefetch = parse_bytes(value);
     if (key != "limits") continue;
@@ -69,6 +83,19 @@ void read_levels(const std::string& text, AutoChoice* choice) {
       choice->limits.push_back(each == "-" ? Bytes{-1} : parse_bytes(each));
     }
   }
+}
+
+}  // namespace
+
+void read_levels(const std::string& text, AutoChoice* choice) {
+  if (!text.starts_with("levels: ")) return;
+  AutoChoice read = *choice;
+  try {
+    read_words(text.substr(8), &read);
+  } catch (const UserError&) {  // written by hand
+    return;
+  }
+  *choice = std::move(read);
 }
 
 }  // namespace deepcompile

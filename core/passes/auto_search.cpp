@@ -111,12 +111,12 @@ AutoChoice LevelTry::fit(const Recipe& recipe, Bytes target, Place place) {
       best = std::move(choice);
       found = true;
       bias = need - wanted;
-      if (-over.value * 100 < target.value) break;  // within 1%
+      if (-over.value < target.value / 100) break;  // within 1%
       need += part_of(over, 0.9);
     } else {
       if (found) break;
       // A little is what copies take that come in early: leave them less room.
-      const bool little = over.value * 50 < target.value;
+      const bool little = over.value < target.value / 50;
       if (all && !little) break;
       if (little) spare += over + over;
       need += std::max(over, part_of(target, kLeast));

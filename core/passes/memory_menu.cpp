@@ -77,57 +77,90 @@ MemoryMenu::ByRun MemoryMenu::none() const {
   return out;
 }
 
+bool MemoryMenu::waits_in(size_t graph, const ByRun& again, ValueId id) const {
+  const RecomputableGraph& in = graphs_[graph];
+  const ValueUse& use = in.values[index(id)];
+  if (use.output || use.maker == kNever) return false;
+  const bool needed =
+      use.first_backward != kNever || std::any_of(use.users.begin(), use.users.end(),
+                                                  [&](size_t user) { return again[graph][user]; });
+  return needed && (!again[graph][use.maker] || is_pinned(in, again[graph], id));
+}
+
 template <typename Visit>
 void MemoryMenu::for_each_waiting(const ByRun& again, Visit visit) const {
   for (size_t g = 0; g < graphs_.size(); ++g) {
     const RecomputableGraph& graph = graphs_[g];
-    const auto read_again = [&](const ValueUse& use) {
-      return std::any_of(use.users.begin(), use.users.end(),
-                         [&](size_t user) { return again[g][user]; });
-    };
     for (size_t r = 0; r < graph.runs.size(); ++r) {
       for (ValueId id : program_.region(graph.runs[r]).outputs) {
-        const ValueUse& use = graph.values[index(id)];
-        if (use.output || use.maker != r) continue;
-        const bool needed = use.first_backward != kNever || read_again(use);
-        if (needed && (!again[g][r] || is_pinned(graph, again[g], id))) visit(id);
+        if (graph.values[index(id)].maker == r && waits_in(g, again, id)) visit(id);
       }
     }
   }
 }
 
-Bytes MemoryMenu::waiting(const std::vector<bool>& groups) const {
-  Bytes total;
-  ByRun again = none();
-  for (const Run& each : runs_) again[each.graph][each.run] = groups[each.group];
-  for_each_waiting(again, [&](ValueId id) { total += program_.value(id).bytes; });
-  return total;
+void MemoryMenu::find_touched() {
+  touched_.resize(groups_.size());
+  for (size_t g = 0; g < groups_.size(); ++g) {
+    for (size_t at : groups_[g]) {
+      const Run& run = runs_[at];
+      const Region& made_by = program_.region(region(run));
+      for (ValueId id : made_by.outputs) touched_[g].emplace_back(run.graph, id);
+      for (const Operand& operand : made_by.inputs) {
+        if (const auto* id = std::get_if<ValueId>(&operand))
+          touched_[g].emplace_back(run.graph, *id);
+      }
+    }
+    sort_unique(&touched_[g]);
+  }
 }
 
-// The groups that free most a nanosecond if they join; none if nothing helps.
-std::vector<size_t> MemoryMenu::best_step(const std::vector<bool>& taken, Bytes now) const {
+void MemoryMenu::mark(const std::vector<size_t>& groups, bool on, ByRun* again) const {
+  for (size_t g : groups) {
+    for (size_t at : groups_[g]) (*again)[runs_[at].graph][runs_[at].run] = on;
+  }
+}
+
+// What it would be if these groups, none of which runs again yet, did.
+MemoryMenu::Step MemoryMenu::weighed(const std::vector<size_t>& groups, ByRun* again) const {
+  std::vector<std::pair<size_t, ValueId>> several;
+  for (size_t i = 0; groups.size() > 1 && i < groups.size(); ++i) {
+    several.insert(several.end(), touched_[groups[i]].begin(), touched_[groups[i]].end());
+  }
+  sort_unique(&several);
+  const auto& touched = groups.size() == 1 ? touched_[groups.front()] : several;
+  const auto waiting = [&] {
+    Bytes total;
+    for (const auto& [graph, id] : touched) {
+      if (waits_in(graph, *again, id)) total += program_.value(id).bytes;
+    }
+    return total;
+  };
+  Nanos time{1};
+  bool hinted = true;
+  for (size_t g : groups) {
+    time += group_time_[g];
+    hinted = hinted && program_.region(region(runs_[groups_[g].front()])).checkpoint;
+  }
+  Step step{groups, waiting()};
+  mark(groups, true, again);
+  step.gain -= waiting();
+  mark(groups, false, again);
+  step.worth =
+      static_cast<double>(step.gain.value) / static_cast<double>(time.value) * (hinted ? kHint : 1);
+  return step;
+}
+
+// The groups that free most a nanosecond if they join.
+MemoryMenu::Step MemoryMenu::best_step(const std::vector<bool>& taken, ByRun* again) const {
   std::vector<size_t> open;
   for (size_t g = 0; g < groups_.size(); ++g) {
     if (eligible_[g] && !taken[g]) open.push_back(g);
   }
-  std::vector<size_t> best;
-  double best_worth = 0;
-  const auto weigh = [&](const std::vector<size_t>& step) {
-    std::vector<bool> with = taken;
-    Nanos time{1};
-    bool hinted = true;
-    for (size_t g : step) {
-      with[g] = true;
-      time += group_time_[g];
-      hinted = hinted && program_.region(region(runs_[groups_[g].front()])).checkpoint;
-    }
-    const Bytes gain = now - waiting(with);
-    const double worth =
-        static_cast<double>(gain.value) / static_cast<double>(time.value) * (hinted ? kHint : 1);
-    if (gain > Bytes{0} && worth > best_worth) {
-      best_worth = worth;
-      best = step;
-    }
+  Step best;
+  const auto weigh = [&](const std::vector<size_t>& groups) {
+    Step step = weighed(groups, again);
+    if (step.gain > Bytes{0} && step.worth > best.worth) best = std::move(step);
   };
   for (size_t i = 0; i < open.size(); ++i) {
     weigh({open[i]});
@@ -140,15 +173,15 @@ std::vector<size_t> MemoryMenu::best_step(const std::vector<bool>& taken, Bytes 
 }
 
 void MemoryMenu::find_units() {
+  find_touched();
   std::vector<bool> taken(groups_.size(), false);
-  Bytes now = waiting(taken);
+  ByRun again = none();
   while (true) {
-    const std::vector<size_t> step = best_step(taken, now);
-    if (step.empty()) return;
-    for (size_t g : step) taken[g] = true;
-    const Bytes then = waiting(taken);
-    add_units(step, now - then);
-    now = then;
+    const Step step = best_step(taken, &again);
+    if (step.groups.empty()) return;
+    for (size_t g : step.groups) taken[g] = true;
+    mark(step.groups, true, &again);
+    add_units(step.groups, step.gain);
   }
 }
 

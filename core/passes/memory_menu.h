@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "cost/cost_model.h"
@@ -61,17 +62,25 @@ class MemoryMenu {
 
   void add_up_compute();
   void group_runs();
+  void find_touched();
   void find_units();
   void find_states();
   void put_unusual_last();
   ByRun none() const;
   RegionId region(const Run& run) const { return graphs_[run.graph].runs[run.run]; }
-  // Bytes that wait for the backward if the marked groups run again.
-  Bytes waiting(const std::vector<bool>& groups) const;
+  // Whether a value of this graph waits for the backward if the marked runs are made again there.
+  bool waits_in(size_t graph, const ByRun& again, ValueId id) const;
   // Calls visit(value) for each value that then waits.
   template <typename Visit>
   void for_each_waiting(const ByRun& again, Visit visit) const;
-  std::vector<size_t> best_step(const std::vector<bool>& taken, Bytes now) const;
+  struct Step {
+    std::vector<size_t> groups;  // that join; none if nothing helps
+    Bytes gain;                  // that no longer wait then
+    double worth = 0;            // bytes a nanosecond
+  };
+  Step weighed(const std::vector<size_t>& groups, ByRun* again) const;
+  Step best_step(const std::vector<bool>& taken, ByRun* again) const;
+  void mark(const std::vector<size_t>& groups, bool on, ByRun* again) const;
   Movable movable(ValueId id) const;
   void add_units(const std::vector<size_t>& groups, Bytes saved);
 
@@ -82,6 +91,9 @@ class MemoryMenu {
   std::vector<std::vector<size_t>> groups_;  // members, positions in runs_
   std::vector<bool> eligible_;               // by group
   std::vector<Nanos> group_time_;            // by group, a step
+  // By group: values that its runs make or read, with their graphs. No others wait otherwise if it
+  // joins.
+  std::vector<std::vector<std::pair<size_t, ValueId>>> touched_;
   std::vector<RecomputeUnit> recompute_;
   std::vector<Movable> states_;
   Nanos forward_compute_, compute_;

@@ -6,6 +6,7 @@
 
 #include "base/error.h"
 #include "ir/verifier.h"
+#include "passes/run_order.h"
 #include "passes/section_edit.h"
 
 namespace deepcompile {
@@ -68,6 +69,7 @@ PassRecord run_one(StepProgram& program, const Pass& pass, const PipelineOptions
   pass.run(program, context);
   if (start) record.time = options.clock() - *start;
   verify_after(pass, program);
+  if (const auto moved = moved_run(instrs, program)) fail(pass, *moved);
   record.changed = instrs != instrs_of(program);
   record.instrs_after = count_instrs(program);
   record.reasons = program.reasons.size() - std::min(program.reasons.size(), reasons);

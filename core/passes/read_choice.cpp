@@ -153,6 +153,8 @@ AutoChoice read_choice(AutoBuilder& builder, const StepProgram& plan) {
   for (const Reason& reason : plan.reasons) {
     if (reason.pass == "auto" && reason.object.empty()) read_levels(reason.text, &choice);
   }
+  // Of a plan that was edited by hand.
+  if (choice.limits.size() != plan.sections.size()) choice.limits.clear();
   read_gaps(builder, plan, &choice);
   return choice;
 }

@@ -14,7 +14,7 @@ import hashlib
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import _core
@@ -161,12 +161,32 @@ def _plan_beside(plain: Any, update: Any, planned_update: Any, request: Request)
         return classical(plain, request.stage_pass, deferred(planned_update))
 
 
+def _trains_the_same(graphs: list[Any], others: Sequence[Any]) -> bool:
+    """Whether a graph beside the step trains what the step does: a step that runs both may come,
+    and an update of one's backward would then be too early for the other's."""
+    used = set().union(*(_reads(graph) for graph in graphs))
+    return any(
+        used & _reads(other)
+        for other in others
+        if any(section.kind == "backward" for section in other.sections)
+    )
+
+
+def _reads(program: Any) -> set[str]:
+    """Parameters of a graph that its regions read or make gradients of."""
+    read = {x.split("[")[0] for region in program.regions for x in region.inputs}
+    trained = {v.grad_of.split("[")[0] for v in program.values if v.grad_of}
+    return (read | trained) & {p.name for p in program.params}
+
+
 def plan_step(
     name: str, graphs: list[Any], others: dict[str, Any], update: Any, request: Request
 ) -> Agreed:
     """The plan of a step of `graphs` in order, and of `others`, by skeleton, beside it. All are
     compute only."""
     start = time.perf_counter()
+    if request.early_updates and _trains_the_same(graphs, list(others.values())):
+        request = replace(request, early_updates=False)
     merged = _core.merge_steps(name, graphs, update)
     log = run_passes(merged, request, held_program(name, graphs, request))
     *parts, planned_update = _core.split_step(merged, graphs, update)

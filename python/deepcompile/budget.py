@@ -41,7 +41,8 @@ def _read_number(path: str) -> int | None:
 
 
 def host_memory() -> tuple[int, int]:
-    """(total, available) bytes of this host, or of the control group that limits the process."""
+    """(total, available) bytes of this host, or of the control group that limits the process; what
+    the system only keeps of files is available."""
     table = {}
     for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         key, value = line.split(":")
@@ -50,8 +51,18 @@ def host_memory() -> tuple[int, int]:
     limit = _read_number("/sys/fs/cgroup/memory.max")
     used = _read_number("/sys/fs/cgroup/memory.current")
     if limit is not None and used is not None:
+        used -= _files()
         total, available = min(total, limit), min(available, max(0, limit - used))
     return total, available
+
+
+def _files() -> int:
+    """Bytes of files that the system only keeps for the control group, until it wants the room."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
 
 
 def local_ranks(world: int) -> int:

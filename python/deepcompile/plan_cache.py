@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import json
 import os
 import tempfile
@@ -23,12 +22,12 @@ from typing import Any
 
 import torch
 
-from . import _core
+from . import _core, budget
 from .agreement import Agreed
 from .config import Config
 from .distributed import Ranks
-from .errors import UserError
 from .params import ParamTable
+from .pass_identity import identity
 from .schedule import Entry
 
 FORMAT = 2
@@ -51,14 +50,6 @@ class Kept:
     """Key of a region's computation to [nanoseconds, bytes of scratch or None]."""
 
 
-def _source(function: Any) -> str:
-    """What tells a user's pass from another version of it."""
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
-
-
 def _version() -> str:
     from . import __version__
 
@@ -73,8 +64,10 @@ def job(
     backend: str,
 ) -> dict[str, Any]:
     """What plans of a job depend on, in JSON's types."""
-    device = ranks.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    device, memory = "cpu", None
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+        memory = torch.cuda.get_device_properties(ranks.device).total_memory
     return {
         "params": [
             [spec.name, str(spec.dtype), spec.numel, spec.placement, spec.trainable,
@@ -89,16 +82,22 @@ def job(
             "clip": config.gradient_clipping > 0,
             "reduce": config.reduce_dtype,
         },
-        "schedule": [
-            [entry.step, [p if isinstance(p, str) else _source(p) for p in entry.passes]]
-            for entry in schedule
-        ],
+        "schedule": [[entry.step, [identity(p) for p in entry.passes]] for entry in schedule],
         "backend": backend,
         "world": ranks.world,
-        "device": name,
+        "ranks_per_host": budget.local_ranks(ranks.world),
+        "device": device,
+        "device_bytes": memory,
+        "machine": _machine(config.compile.machine),
         "torch": torch.__version__,
         "deepcompile": _version(),
     }  # fmt: skip
+
+
+def _machine(named: str | None) -> str | None:
+    """A built-in machine's name, or what is in the file."""
+    path = Path(named or "")
+    return path.read_text(encoding="utf-8") if named and path.is_file() else named
 
 
 def job_key(facts: dict[str, Any]) -> str:
@@ -139,17 +138,46 @@ def read(folder: str, facts: dict[str, Any]) -> Kept | None:
     """What was kept of this job; None, with a warning if there is a file that is no use."""
     key = job_key(facts)
     path = path_of(folder, key)
-    if not path.exists():
-        return None
     try:
         return _parse(path.read_text(encoding="utf-8"), key)
-    except (OSError, ValueError, KeyError, TypeError, UserError) as error:
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever is in the file: a run does not depend on it
         warnings.warn(
             f"[plan_cache] {path}: is ignored, {_why(error)}. This run plans anew, and writes it "
             "again.",
             stacklevel=2,
         )
         return None
+
+
+def fetch(
+    folder: str, there: int, about: tuple[ParamTable, Config, Ranks, Sequence[Entry], str]
+) -> tuple[dict[str, Any], Kept | None, Entry | None]:
+    """A job's facts, what was kept of it and the entry of the schedule whose plan that is: None if
+    nothing is or if it takes more than `there`, bytes for a plan now. `about`: what `job` takes.
+    Collective."""
+    ranks, schedule = about[2], about[3]
+
+    def work() -> tuple[dict[str, Any], Kept | None]:
+        facts = job(*about)
+        return facts, read(folder, facts) if ranks.rank == 0 else None
+
+    facts, kept = ranks.together("[plan_cache]", work)
+    kept = ranks.from_first(kept)
+    entries = [e for e in schedule if kept and e.measured and e.names() == kept.agreed.entry]
+    if not entries:
+        return facts, None, None
+    peak = kept.agreed.predicted_peak or 0
+    if peak <= there:
+        return facts, kept, entries[-1]
+    if ranks.rank == 0:
+        warnings.warn(
+            f"[plan_cache] the kept plan takes {peak / 2**30:.2f} GiB, and there are "
+            f"{there / 2**30:.2f} GiB now. This run plans anew.",
+            stacklevel=2,
+        )
+    return facts, None, None
 
 
 def _why(error: Exception) -> str:

@@ -428,17 +428,14 @@ class Planner:
         if folder is None or self.measured_entry() is None:
             return False
         start = time.perf_counter()
-        self._job = plan_cache.job(self._table, self._config, self._ranks, self.schedule, backend)
-        kept = plan_cache.read(folder, self._job) if self._ranks.rank == 0 else None
-        kept = self._ranks.from_first(kept)
+        job = (self._table, self._config, self._ranks, self.schedule, backend)
+        self._job, kept, entry = plan_cache.fetch(folder, self.agree_budget(), job)
         if kept is None:
             return False
         self.costs = _core.CostTable.parse(kept.costs)
         self._kept_regions = kept.regions
         self.adopt(kept.agreed, 0, "plan cache", start)
-        entries = [e for e in self.schedule if e.measured]
-        fitting = [e for e in entries if e.names() == kept.agreed.entry]
-        self._entry, self.pending, self._from_cache = (fitting or entries)[-1], False, True
+        self._entry, self.pending, self._from_cache = entry, False, True
         return True
 
     def _kept(self, agreed: Agreed) -> plan_cache.Kept:
@@ -450,8 +447,14 @@ class Planner:
     def _confirm_cached(self, step: int) -> None:
         """After the first step by a cached plan: whether it fits what was captured; collective."""
         self._from_cache = False
-        unknown = [name for names in self._ranks.gather(self._unknown) for name in names]
+        ran = (r for k in self.last_order for r in self.graphs[k].captured.ir.regions)
+        other_shapes = any(r.key not in self._kept_regions for r in ran)
+        found = self._ranks.gather((self._unknown, other_shapes))
+        unknown = [name for names, _ in found for name in names]
         if not unknown:
+            # Rank 0's, by which plans are made. The kept one is right for others too, but what it
+            # takes and what it costs is not known: it holds until the next step was profiled.
+            self.pending = found[0][1]
             return
         if self._ranks.rank == 0:
             warnings.warn(

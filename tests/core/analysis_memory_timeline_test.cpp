@@ -49,12 +49,88 @@ param wide f64 1000
   program.accumulation = 2;  // sums are kept in fp32
   EXPECT_EQ(of("sharded").gradient, Bytes{512 * 4});
   EXPECT_EQ(of("sharded").local_sum, Bytes{0});
-  program.boundary = true;  // one reduction a step, of a full-size sum in fp32
-  EXPECT_EQ(of("sharded").gradient, Bytes{512 * 2});
+  program.boundary = true;  // one reduction a step, of a full-size sum in fp32, into another
+  EXPECT_EQ(of("sharded").gradient, Bytes{512 * 4});
   EXPECT_EQ(of("sharded").local_sum, Bytes{1024 * 4});
   EXPECT_EQ(of("frozen").local_sum, Bytes{0});
   program.accumulation = 1;
+  EXPECT_EQ(of("sharded").gradient, Bytes{512 * 2});
   EXPECT_EQ(of("sharded").local_sum, Bytes{0});
+}
+
+// f32 weights of 256 B, moments 512. On one rank the shard is what is gathered, and the gradient
+// as the backward made it is what comes back and stays.
+TEST(Footprint, OneRankHasNothingTwice) {
+  StepProgram program = parse_program(R"(step s
+param a f32 64
+value x 64B
+value loss 4B
+value t.loss 4B
+value ga 256B grad=a
+region f time=1ns (x, a) -> (loss)
+region b time=1ns (t.loss, x, a) -> (ga)
+forward 0 (x) -> (loss)
+  gather a
+  wait a
+  run f
+  release a
+end
+backward 0 (t.loss) -> ()
+  gather a
+  wait a
+  run b
+  release a
+  reduce a (ga)
+  accumulate a
+end
+update
+  update a
+end
+)");
+  const int64_t resident = 256 + 512, values = 64 + 4 + 4;
+  EXPECT_EQ(memory_peak(program), Bytes{resident + values + 256});
+  // Of two, with shards of as many elements: ga, twice as much to send, what comes back, the loss.
+  program.world = 2;
+  EXPECT_EQ(memory_peak(program), Bytes{resident + 256 + 512 + 256 + 4});
+}
+
+// What two graphs reduce is added up in f32, though there is one micro batch.
+TEST(Footprint, SeveralReductionsOfAStepAreATotal) {
+  const std::string graph = R"(value xG 4B
+value lossG 4B
+value tG 4B
+value gG 128B grad=a
+region fG time=1ns (xG, a) -> (lossG)
+region bG time=1ns (tG) -> (gG)
+)";
+  const std::string sections = R"(forward G (xG) -> (lossG)
+  gather a
+  wait a
+  run fG
+  release a
+end
+backward G (tG) -> ()
+  run bG
+  reduce a (gG)
+  accumulate a
+end
+)";
+  const auto gradients = [&](int graphs) {
+    std::string tables, parts;
+    for (int g = 0; g < graphs; ++g) {
+      for (const auto& [from, to] : {std::pair(&graph, &tables), std::pair(&sections, &parts)}) {
+        for (const char c : *from) c == 'G' ? * to += std::to_string(g) : * to += c;
+      }
+    }
+    const StepProgram program = parse_program("step s world=2 reduce=bf16\nparam a bf16 64\n" +
+                                              tables + parts + "update\n  update a\nend\n");
+    const MemoryTimeline timeline = memory_timeline(program);
+    // Before the update, less the shard's weights, master and moments and the caller's loss.
+    const MemoryAt& last = timeline.points[timeline.points.size() - 2];
+    return last.after.value - 64 * (2 + 4 + 8) - 4;
+  };
+  EXPECT_EQ(gradients(1), 64 * 2);
+  EXPECT_EQ(gradients(2), 64 * 4);
 }
 
 // Shards of a and b 256 B each, norms whole 512: 1024 B of weights. Moments 512

@@ -222,6 +222,13 @@ TEST(MachineCosts, AnUnknownRateIsAnError) {
   EXPECT_THROW(fill_analytic_times(program, machine), UserError);
 }
 
+TEST(MachineCosts, WhatTakesForEverIsAnError) {
+  const Machine machine =
+      parse_machine(edited("\"memory_bandwidth\": 4e9", "\"memory_bandwidth\": 1e-6"));
+  StepProgram program = parse_program(kProgram);
+  EXPECT_THROW(fill_analytic_times(program, machine), UserError);
+}
+
 TEST(MachineCosts, FillKeepsMeasuredTimes) {
   StepProgram program = parse_program(kProgram);
   EXPECT_EQ(fill_analytic_times(program, parse_machine(kMachine)), 4);

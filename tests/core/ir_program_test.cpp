@@ -93,6 +93,14 @@ TEST(Program, RejectsWhatCannotBe) {
               program.add_value({"v", Bytes{-1}, {}});
             }),
             "[ir] value 'v': size in bytes is -1. Give a number that is not negative.");
+  EXPECT_EQ(error_of([&] { program.add_param(param("huge", INT64_MAX)); }),
+            "[ir] param 'huge': number of elements is 9223372036854775807, and 281474976710656 is "
+            "the most there can be.");
+  EXPECT_EQ(error_of([&] {
+              program.add_value({"v", Bytes{INT64_MAX}, {}});
+            }),
+            "[ir] value 'v': size in bytes is 9223372036854775807, and 281474976710656 is the most "
+            "there can be.");
   EXPECT_EQ(error_of([&] {
               program.add_value({"v", Bytes{4}, ParamRef{p, 1}});
             }),

@@ -210,6 +210,63 @@ TEST(Verifier, ChecksReductions) {
             "reduce.");
 }
 
+// Two gradients of one parameter, by regions of two graphs and in one.
+TEST(Verifier, NothingIsReducedAfterItsUpdateAndEachInItsOrder) {
+  const std::string text = R"(step two world=2
+param p f32 128
+value x 4B
+value y 4B
+value tx 4B
+value ty 4B
+value g0 512B grad=p
+value g1 512B grad=p
+value g2 512B grad=p
+region f0 (x, p) -> ()
+region f1 (y, p) -> ()
+region b0 (tx) -> (g0)
+region b1 (ty, p) -> (g1)
+region b2 (ty) -> (g2)
+forward 0 (x) -> ()
+  gather p
+  wait p
+  run f0
+  release p
+end
+forward 1 (y) -> ()
+  gather p
+  wait p
+  run f1
+  release p
+end
+backward 1 (ty) -> ()
+  gather p
+  wait p
+  run b1
+  release p
+  run b2
+  reduce p (g1, g2)
+  accumulate p
+end
+backward 0 (tx) -> ()
+  run b0
+  reduce p (g0)
+  accumulate p
+end
+update
+  update p
+end
+)";
+  EXPECT_EQ(verify_text(text), "no error");
+  expect_errors(
+      text, {{"  accumulate p\nend\nbackward 0", "  accumulate p\n  update p\nend\nbackward 0",
+              "backward 0, instruction 2 (reduce p (g0)): p has had its update in this step's "
+              "backward. Update it later."},
+             {"reduce p (g1, g2)", "reduce p (g2, g1)",
+              "backward 1, instruction 6 (reduce p (g2, g1)): names g1 behind a gradient of the "
+              "same member that is made later: they are added in this order. Name them as they are "
+              "made."}});
+}
+
 TEST(Verifier, ChecksTheUpdate) {
   expect_errors(
       complete(),

@@ -373,8 +373,11 @@ TEST(AutoChoice, LevelsRoundTrip) {
   AutoChoice read;
   read_levels(print_levels(choice), &read);
   EXPECT_EQ(read, choice);
-  read_levels("kept: 3", &read);
-  EXPECT_EQ(read, choice);
+  for (const char* other : {"kept: 3", "levels: spare=1MiB ahead=x", "levels: ahead=99999999999",
+                            "levels: ahead=-1", "levels: limits=1MiB,many"}) {
+    read_levels(other, &read);
+    EXPECT_EQ(read, choice) << other;
+  }
 }
 
 }  // namespace

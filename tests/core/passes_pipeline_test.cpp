@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "ir/text.h"
 #include "passes/pipeline.h"
 #include "test_support.h"
@@ -77,6 +80,45 @@ TEST(Pipeline, NamesThePassThatBreaksTheProgramAndUndoesIt) {
             "[passes] careless: left a program that is not valid: two: forward 0, instruction 2 "
             "(run f.a): uses a before its gather has been waited for. Put `wait a` before it.");
   EXPECT_EQ(print(program), kTwoLayers);
+}
+
+// ra and rb draw random numbers, and may write to the model's input s; reads reads it before.
+TEST(Pipeline, RunsThatAreNotRepeatableKeepTheirPlaces) {
+  const std::string text = R"(step once
+value s 64B
+value a 4B
+value b 4B
+value c 4B
+region reads time=1ns (s) -> (c)
+region ra time=1ns once (s) -> (a)
+region rb time=1ns once () -> (b)
+forward 0 (s) -> (a, b, c)
+  run reads
+  run ra
+  run rb
+end
+)";
+  const auto swapped = [&](size_t i, size_t j) {
+    const auto pass = make_pass("swaps", {}, [=](StepProgram& program, PassContext&) {
+      std::swap(program.sections[0].instrs[i], program.sections[0].instrs[j]);
+    });
+    StepProgram program = parse_program(text);
+    return error_of([&] { run_pipeline(program, {pass.get()}); });
+  };
+  const std::string why =
+      ", which draws random numbers or writes to its inputs: the result would not be the same. "
+      "Leave them in their order.";
+  EXPECT_EQ(swapped(1, 2), "[passes] swaps: `run ra` is on the other side of `run rb`" + why);
+  EXPECT_EQ(swapped(0, 1), "[passes] swaps: `run reads` is on the other side of `run ra`" + why);
+  // rb reads nothing that anybody writes to.
+  StepProgram program =
+      parse_program(replaced(text, "region reads time=1ns (s)", "region reads time=1ns ()"));
+  const auto last = make_pass("last", {}, [](StepProgram& edited, PassContext&) {
+    auto& instrs = edited.sections[0].instrs;
+    std::rotate(instrs.begin(), instrs.begin() + 1, instrs.end());
+  });
+  run_pipeline(program, {last.get()});
+  EXPECT_EQ(print(program, program.sections[0].instrs[2]), "run reads");
 }
 
 TEST(Pipeline, LetsOtherExceptionsThrough) {

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from deepcompile import cli
-from deepcompile.bench import depth, depth_table, measure, process, results, suites, sweep, worker
+from deepcompile import budget, cli
+from deepcompile.bench import depth, depth_table, process, results, suites, sweep, worker
 from deepcompile.bench.conditions import Condition
 from deepcompile.bench.options import Options
 from deepcompile.bench.process import Outcome, Place
@@ -115,7 +115,7 @@ def test_the_first_depth_is_where_memory_ends(monkeypatch):
     device = types.SimpleNamespace(total_memory=140 << 30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
-    monkeypatch.setattr(measure, "host_memory", lambda: (256 << 30, 200 << 30))
+    monkeypatch.setattr(budget, "host_memory", lambda: (256 << 30, 200 << 30))
     big = dataclasses.replace(BASE, model="llama-3-70b")
     kinds = [big, dataclasses.replace(big, offload_params=True),
              dataclasses.replace(big, framework="deepcompile"),

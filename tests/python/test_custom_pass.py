@@ -37,6 +37,10 @@ struct Renames : Fails {
   std::string_view name() const override { return "renames"; }
   void run(StepProgram& program, PassContext&) const override { program.params[0].numel = 1; }
 };
+struct Lightens : Fails {
+  std::string_view name() const override { return "lightens"; }
+  void run(StepProgram& program, PassContext&) const override { program.regions[0].workspace = {}; }
+};
 struct Early : Fails {
   std::string_view name() const override { return "early"; }
   Contract contract() const override { return {.needs = {Fact::kUpdatesPlaced}}; }
@@ -48,6 +52,7 @@ struct Early : Fails {
 };
 DEEPCOMPILE_PASS(Fails);
 DEEPCOMPILE_PASS(Renames);
+DEEPCOMPILE_PASS(Lightens);
 DEEPCOMPILE_PASS(Early);
 """
 STEP = """\
@@ -57,7 +62,7 @@ value x 64B
 value loss 4B
 value t.loss 4B
 value ga 16KiB grad=a
-region f time=10ms (x, a) -> (loss)
+region f workspace=4KiB time=10ms (x, a) -> (loss)
 region b time=20ms (t.loss, x, a) -> (ga)
 forward 0 (x) -> (loss)
   run f
@@ -131,12 +136,13 @@ def test_the_library_sees_the_hosts_costs(example: Path):
 
 
 def test_errors_name_pass_and_library(failing: Path):
-    fails, renames, early = load_library(failing)
+    fails, renames, lightens, early = load_library(failing)
     program = _core.StepProgram.parse(STEP)
     with pytest.raises(UserError, match=r'fails \(.*custom_pass.so\): on "purpose"'):
         _core.run_passes(program, [fails])
-    with pytest.raises(UserError, match=r"renames \(.*\): changed the program's tables"):
-        _core.run_passes(program, [renames])
+    for pass_ in (renames, lightens):
+        with pytest.raises(UserError, match=r"\(.*\): changed the program's tables"):
+            _core.run_passes(program, [pass_])
     _core.run_passes(
         program,
         [zero3_compile.add_z3_gather_release, early],

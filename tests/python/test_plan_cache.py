@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import os
 import warnings
 
 import pytest
 import torch
-from test_engine import step
+from test_engine import batch, step
 from test_planning import SEED_STYLE, compiled, history
 
 from deepcompile import _core, plan_cache
 from deepcompile.agreement import Agreed
+from deepcompile.links import builtin_text
+from deepcompile.pass_identity import identity
+from deepcompile.passes import prefetch
+from deepcompile.planning import Planner
 from deepcompile.schedule import check_schedule
 
 FACTS = {"params": [], "world": 2}
@@ -47,6 +53,9 @@ def changed(path, edit) -> None:
         (lambda p: changed(p, lambda t: t.update(format=99)), "has format 99, not 2"),
         (lambda p: changed(p, lambda t: t.update(body=t["body"] + " ")), "checksum is wrong"),
         (lambda p: changed(p, lambda t: t.pop("body")), "lacks 'body'"),
+        (lambda p: changed(p, lambda t: t.update(body=None)), "is ignored"),
+        (lambda p: p.write_text("[" * 100_000), "is ignored"),
+        (lambda p: (p.unlink(), p.mkdir()), "is ignored"),
     ],
 )
 def test_files_that_are_no_use_are_named(tmp_path, spoil, cause):
@@ -89,6 +98,76 @@ def test_the_key_covers_what_plans_depend_on():
     keys = [key(), key(backend="inductor")]
     keys += [key(check_schedule([(0, each)], 3, {})) for each in passes]
     assert key() == key() and len(set(keys)) == 4
+
+
+def test_the_key_covers_the_machine(monkeypatch, tmp_path):
+    def key(**settings):
+        engine = compiled(schedule=SEED_STYLE, compile=settings)
+        facts = plan_cache.job(
+            engine.table, engine.config, engine.ranks, engine.planner.schedule, "eager"
+        )
+        return plan_cache.job_key(facts)
+
+    (tmp_path / "mine.json").write_text(builtin_text("2x-cpu"))
+    mine = key(machine=str(tmp_path / "mine.json"))
+    keys = [key(), key(machine="4xh200"), key(machine="4x8-a100"), mine]
+    (tmp_path / "mine.json").write_text(builtin_text("2x-cpu") + " ")
+    keys.append(key(machine=str(tmp_path / "mine.json")))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
+    assert len({*keys, key()}) == 6
+
+
+class Keep:
+    """A pass as an object."""
+
+    def __init__(self, many):
+        self.many = many
+
+    def __call__(self, program, context):
+        pass
+
+    def method(self, program, context):
+        pass
+
+
+class Drop(Keep):
+    pass
+
+
+def made(many, inner=None):
+    def keeps(program, context):
+        return many, inner
+
+    return keeps
+
+
+def test_passes_are_told_apart_by_all_that_they_hold():
+    def itself(program, context):
+        return itself
+
+    def make():
+        return [
+            "prefetch", prefetch.schedule_prefetch.__class__("coalesce", "elsewhere"),
+            Keep(1), Keep(2), Drop(1), Keep, Keep(1).method, Keep(2).method, made(1), made(2),
+            made(1, made(1)), made(1, made(2)), functools.partial(made(1), n=1),
+            functools.partial(made(1), n=2), functools.partial(made(2), n=1), itself, len,
+        ]  # fmt: skip
+
+    first, second = ([identity(pass_) for pass_ in make()] for _ in range(2))
+    assert first == second and len(set(first)) == len(first)
+    assert identity(prefetch.schedule_prefetch) == "prefetch"  # however it is written
+    assert identity(made(object())) != identity(made(object()))  # cannot be known: never the same
+
+
+def test_passes_of_libraries_are_told_apart_by_their_files(tmp_path):
+    from deepcompile.passes.named import NamedPass
+
+    native = type("Loaded", (), {"name": "mine", "summary": ""})()
+    files = [tmp_path / "a.so", tmp_path / "b.so"]
+    for file, text in zip(files, ("one", "two"), strict=True):
+        file.write_text(text)
+    one, two = (identity(NamedPass(native, "", library=os.fspath(file))) for file in files)
+    assert one != two and one.startswith("mine of ")
 
 
 @pytest.mark.parametrize("schedule", [SEED_STYLE, "auto"])
@@ -146,3 +225,39 @@ def test_a_kept_plan_of_another_model_is_dropped(tmp_path):
     assert losses == [step(twin, n) for n in range(4)]
     whys = [why for _, why in history(second)]
     assert whys[:2] == ["plan cache", "the kept plan did not fit"] and len(whys) == 3
+
+
+def test_a_kept_plan_of_other_shapes_is_made_anew(tmp_path):
+    """It holds until a step was profiled; a run of the same shapes keeps it."""
+    settings = {"compile": {"plan_cache": str(tmp_path)}}
+
+    def run(rows: int) -> list[tuple[int, str]]:
+        engine = compiled(schedule=SEED_STYLE, **settings)
+        for number in range(4):
+            loss = engine(batch(number).repeat(rows, 1)).pow(2).mean()
+            engine.backward(loss)
+            engine.step()
+        return history(engine)
+
+    kept = (0, "plan cache")
+    assert run(1) == [(2, "profile of step 2")]
+    assert run(1) == [kept]
+    assert run(5)[0] == kept and len(plan_files := list(tmp_path.iterdir())) == 1
+    planned = json.loads(json.loads(plan_files[0].read_text())["body"])["kept"]["regions"]
+    assert run(5) == [kept]
+    assert run(1)[0] == kept
+    again = json.loads(json.loads(plan_files[0].read_text())["body"])["kept"]["regions"]
+    assert again.keys() != planned.keys()
+
+
+def test_a_kept_plan_that_is_too_large_now_is_not_taken(tmp_path, monkeypatch):
+    settings = {"compile": {"plan_cache": str(tmp_path)}}
+    first = compiled(schedule=SEED_STYLE, **settings)
+    for number in range(3):
+        step(first, number)
+    peak = first.planner.agreed.predicted_peak
+    monkeypatch.setattr(Planner, "agree_budget", lambda self: peak)
+    assert history(compiled(schedule=SEED_STYLE, **settings)) == [(0, "plan cache")]
+    monkeypatch.setattr(Planner, "agree_budget", lambda self: peak - 1)
+    with pytest.warns(UserWarning, match="the kept plan takes 0.00 GiB, and there are"):
+        assert history(compiled(schedule=SEED_STYLE, **settings)) == []

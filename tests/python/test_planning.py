@@ -241,6 +241,51 @@ def test_a_plan_that_is_as_good_as_the_one_that_holds_is_that_one():
     assert sum(text.startswith("chosen: ") for text in texts) == 1
 
 
+def test_early_updates_are_left_out_beside_a_graph_that_trains_the_same():
+    """A step may run both, and what one's backward has updated the other's would read."""
+    text = """
+step g{name} world=8 reduce=bf16
+param P bf16 50000000
+param {mine} bf16 50000000
+value x 20MiB
+value s 20MiB
+value loss 4B
+value go 4B
+value gP 100000000B grad=P
+value g{mine} 100000000B grad={mine}
+region f moved=100MiB flops=2000000000000 (x, P, {mine}) -> (s, loss)
+region b moved=200MiB flops=4000000000000 (go, s, P, {mine}) -> (gP, g{mine})
+forward 0 (x) -> (loss)
+  run f
+end
+backward 0 (go) -> ()
+  run b
+end
+"""
+    parse, machine = _core.StepProgram.parse, _core.Machine.builtin("4x8-h100")
+    own, other = (parse(text.format(name=n, mine=n)) for n in ("Q", "R"))
+    apart = parse(text.format(name="R", mine="R").replace("P", "S"))
+    update = parse(
+        "step update world=8 reduce=bf16\n"
+        + "".join(f"param {p} bf16 50000000\n" for p in "PQRS")
+        + "update\nend\n"
+    )
+    for program in (own, other, apart):
+        _core.analytic_costs(program, machine)
+    told = []
+
+    def tells(program, context):
+        told.append(context.early_updates)
+
+    request = agreement.Request(
+        ("zero3_compile", tells), "zero3_compile", machine, None, 10 << 30, True
+    )
+    for beside, early in ((apart, True), (other, False)):
+        told.clear()
+        agreement.plan_step("s", [own], {_core.skeleton(beside): beside}, update, request)
+        assert told == [early, early]  # of the step and of the graph beside it
+
+
 def test_only_autos_own_plan_of_the_same_step_is_a_candidate():
     planner = planned_by_auto()
     request, graphs = planner.request, planner.step_programs

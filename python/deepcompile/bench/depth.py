@@ -87,13 +87,13 @@ def start_depth(condition: Condition, place: Place) -> int:
     """A guess: how many layers' training state fills most of the memory there is."""
     import torch
 
-    from . import measure
+    from .. import budget
 
     if not torch.cuda.is_available():
         return 1
     rest, layer = suites.elements(condition.model)
     device = 0.85 * torch.cuda.get_device_properties(0).total_memory * place.world
-    host = 0.75 * measure.host_memory()[0] * place.nodes
+    host = 0.75 * budget.host_memory()[0] * place.nodes
     if condition.offload_params:
         room = host / STATE_BYTES
     elif condition.ours and not condition.passes:
@@ -157,9 +157,9 @@ class Host:
         self._reserve = reserve
 
     def __call__(self) -> str | None:
-        from . import measure
+        from .. import budget
 
-        total, available = measure.host_memory()
+        total, available = budget.host_memory()
         if available >= self._reserve * total:
             return None
         left, of = available / 2**30, total / 2**30

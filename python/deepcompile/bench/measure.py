@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from .. import budget
 from ..distributed import Ranks
 from .conditions import Condition
 
@@ -82,19 +81,6 @@ class Meter:
             return self.allocated()
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
-
-
-def host_memory() -> tuple[int, int]:
-    """(total, available) bytes of this host, or of the control group that limits the process; what
-    the system only keeps of files is available."""
-    total, available = budget.host_memory()
-    try:
-        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
-        files = sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-        limited = Path("/sys/fs/cgroup/memory.max").read_text().strip() != "max"
-    except (OSError, ValueError, IndexError):
-        return total, available
-    return total, min(total, available + (files if limited else 0))
 
 
 def host_peak() -> int:

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from .. import budget
 from ..distributed import Ranks, join
 from ..errors import UserError
 from . import measure, peers, results, weights
@@ -155,7 +156,7 @@ def _row(
     memory = ranks.gather(
         (meter.allocated(), meter.peak(), run.warm_peak, meter.in_use(), measure.host_peak())
     )
-    total, available = measure.host_memory()
+    total, available = budget.host_memory()
     host = ranks.gather(statistics.median(run.host_times[options.warmup_step :]))
     losses = torch.stack([loss.float() for loss in run.losses]).cpu()
     after = peer.after()

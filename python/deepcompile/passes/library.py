@@ -17,4 +17,5 @@ def load_library(path: str | os.PathLike) -> list[NamedPass]:
     pass, or was built for another pass ABI.
     """
     path = os.fspath(path)
-    return [NamedPass(p, f"{p.summary}, from {path}") for p in _core.load_pass_library(path)]
+    found = _core.load_pass_library(path)
+    return [NamedPass(p, f"{p.summary}, from {path}", library=path) for p in found]

@@ -15,10 +15,12 @@ class NamedPass:
     context's memory budget and machine.
     """
 
-    def __init__(self, native: str | _core.LoadedPass, where: str, doc: str = ""):
+    def __init__(
+        self, native: str | _core.LoadedPass, where: str, doc: str = "", library: str = ""
+    ):
         """``native``: the pass's name in the core, or what load_pass_library gave. ``where``:
-        how it is written in Python."""
-        self.native = native
+        how it is written in Python. ``library``: the file that it is from."""
+        self.native, self.library = native, library
         self.pass_name: str = native if isinstance(native, str) else native.name
         self._where = where
         self.__doc__ = doc or (None if isinstance(native, str) else native.summary)

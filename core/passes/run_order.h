@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a pass may not do to runs though the program stays valid: regions that draw random numbers
+// or write to what they read (Region::once) keep their order, and every run of a region that reads
+// an input of the model that such a one reads stays on its side of it.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "ir/program.h"
+#include "passes/section_edit.h"
+
+namespace deepcompile {
+
+// What is wrong with `program`, whose instructions were `before`, in words.
+std::optional<std::string> moved_run(const SectionInstrs& before, const StepProgram& program);
+
+}  // namespace deepcompile
