@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
+#include <mutex>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <utility>
@@ -78,7 +80,9 @@ class Collectives {
 class HostWaits {
  public:
   HostWaits(Group group, milliseconds timeout)
-      : timeout_(timeout), absent_(std::move(group), std::min(kPatience, timeout / 2)) {}
+      : timeout_(timeout),
+        transport_(next_of(group->getGroupName())),
+        absent_(std::move(group), std::min(kPatience, timeout / 2)) {}
 
   // The transport's `number`-th collective.
   void wait(const Work& work, int64_t number) {
@@ -93,12 +97,18 @@ class HostWaits {
 
  private:
   static constexpr milliseconds kPatience{3000};
-  static inline std::atomic<int64_t> transports =
-      0;  // of this process, made in the ranks' one order
+
+  // A group's transports are made in the ranks' one order.
+  static int64_t next_of(const std::string& group) {
+    static std::mutex mutex;
+    static std::map<std::string, int64_t> transports;
+    const std::lock_guard<std::mutex> lock(mutex);
+    return ++transports[group];
+  }
 
   milliseconds timeout_;
+  int64_t transport_;
   AbsentRanks absent_;
-  int64_t transport_ = ++transports;
   std::atomic<bool> failed_ = false;
 };
 

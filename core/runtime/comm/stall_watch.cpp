@@ -70,19 +70,23 @@ void StallWatch::watch() {
     const auto now = steady_clock::now();
     const auto late = now - first.since;
     if (failure_.empty() && late > timeout_) {
-      failure_ = diagnose(first);
+      lock.unlock();  // the driver may be long about it, and others look in; `first` is this
+                      // thread's
+      std::string failure = diagnose(first);
+      lock.lock();
+      failure_ = std::move(failure);
       if (failure_.empty()) {  // all came; what the stream does before and after takes long
         first.late_alone = true;
         first.since = now;
         continue;
       }
       std::fprintf(stderr, "[runtime] %s\n", failure_.c_str());
-      release(waits_);
+      release_all(&lock);
     } else if (!failure_.empty() && late > timeout_ + kGrace) {
       std::fprintf(stderr, "[runtime] %s; its stream does not end\n", failure_.c_str());
       std::abort();
     } else if (!failure_.empty()) {
-      release(waits_);  // of a transfer that was checked before the failure, and given after it
+      release_all(&lock);  // of a transfer that was checked before the failure, and given after it
     }
   }
 }
@@ -110,7 +114,9 @@ std::string StallWatch::diagnose(const WatchedWait& wait) const {
   return begin(wait.awaited.front()) + " its own stream: all ranks were there";
 }
 
-void StallWatch::release(const std::deque<WatchedWait>& waits) const {
+void StallWatch::release_all(std::unique_lock<std::mutex>* lock) {
+  const std::deque<WatchedWait> waits = waits_;
+  lock->unlock();
   try {
     for (const WatchedWait& wait : waits) {
       for (const AwaitedWords& words : wait.awaited) {
@@ -122,6 +128,7 @@ void StallWatch::release(const std::deque<WatchedWait>& waits) const {
     }
   } catch (const std::exception&) {  // the grace ends it
   }
+  lock->lock();
 }
 
 }  // namespace deepcompile

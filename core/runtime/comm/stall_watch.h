@@ -5,7 +5,7 @@
 // should write it is gone, and no watchdog of the process group's sees that.
 // The watch knows each wait and when it should be over. Past that it names the
 // parameter and the peers on standard error, writes the words itself so that
-// the stream ends, and from then on every transfer is an error: what the stream
+// the stream ends, and from then on every transfer by copy engine is an error: what the stream
 // computes then is never used. If even that does not end it, the process is
 // ended, as NCCL's watchdog does.
 #pragma once
@@ -58,7 +58,8 @@ class StallWatch {
   void watch();
   // Empty if nobody is missing, for the first time.
   std::string diagnose(const WatchedWait& wait) const;
-  void release(const std::deque<WatchedWait>& waits) const;
+  // Writes what all wait for. Without the lock meanwhile.
+  void release_all(std::unique_lock<std::mutex>* lock);
 
   std::shared_ptr<const Driver> driver_;
   std::chrono::milliseconds timeout_;
