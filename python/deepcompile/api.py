@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from . import cuda_graphs, foreign
 from . import optimizer as optimizers
-from .config import Config, load_config
+from .config import Config, ConfigWarning, load_config
 from .distributed import Ranks, join
 from .engine import Engine
 from .errors import UserError
@@ -137,6 +138,10 @@ def _source_optimizer(
     groups = optimizers.trainable_groups(model, model_parameters)
     if optimizer is None:
         return optimizers.from_config(config.optimizer, groups)
+    if config.optimizer is not None:
+        _warn("optimizer: has no effect, as initialize() was given one")
+    if model_parameters is not None and isinstance(optimizer, torch.optim.Optimizer):
+        _warn("model_parameters: have no effect, as the optimizer has its own groups", "initialize")
     if isinstance(optimizer, torch.optim.Optimizer):
         return optimizer
     if not callable(optimizer):
@@ -147,9 +152,15 @@ def _source_optimizer(
     return optimizer(groups)
 
 
+def _warn(message: str, stage: str = "config") -> None:
+    warnings.warn(f"[{stage}] {message}", ConfigWarning, stacklevel=4)
+
+
 def _scheduler(optimizer: ShardedOptimizer, config: Config, given: Any) -> Any:
     if given is None:
         return None if config.scheduler is None else build_scheduler(optimizer, config.scheduler)
+    if config.scheduler is not None:
+        _warn("scheduler: has no effect, as initialize() was given one")
     if isinstance(given, type) or (callable(given) and not hasattr(given, "step")):
         given = given(optimizer)
     if isinstance(given, torch.optim.lr_scheduler.ReduceLROnPlateau):
@@ -170,14 +181,29 @@ def _dataloader(dataset: Any, config: Config, ranks: Ranks, collate_fn: Any) -> 
     from torch.utils.data import DataLoader, IterableDataset
     from torch.utils.data.distributed import DistributedSampler
 
+    class _EpochSampler(DistributedSampler):
+        """Each pass over the data has an order of its own, the same on every rank."""
+
+        def __iter__(self) -> Iterator[int]:
+            order = super().__iter__()
+            self.set_epoch(self.epoch + 1)
+            return order
+
     sampler = None
-    if not isinstance(dataset, IterableDataset):
+    if isinstance(dataset, IterableDataset):
+        if ranks.world > 1:
+            raise UserError(
+                "[initialize] training_data: an IterableDataset has no items by number to deal out "
+                "to ranks, and all would train on the same. Let it hand out each rank's own part, "
+                "and give it to a DataLoader of your own"
+            )
+    else:
         if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise UserError(
                 f"[initialize] training_data: {type(dataset).__name__} is no dataset with a length "
                 "and items by number; a DataLoader of your own needs no initialize()"
             )
-        sampler = DistributedSampler(
+        sampler = _EpochSampler(
             dataset, ranks.world, ranks.rank, drop_last=config.dataloader_drop_last
         )
     return DataLoader(

@@ -17,6 +17,7 @@ is replaced. A save that dies leaves the previous checkpoint as it was.
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import shutil
@@ -165,9 +166,40 @@ def _sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def _publish(root: Path, tag: str) -> None:
+def plain(value: Any) -> Any:
+    """Numbers of other libraries (NumPy's, in a learning rate) as Python's, in lists and dicts
+    too, as a checkpoint is read without them."""
+    if isinstance(value, dict):
+        kept = copy.copy(value)
+        kept.update({key: plain(each) for key, each in value.items()})
+        return kept
+    if isinstance(value, list) or type(value) is tuple:
+        return type(value)(plain(each) for each in value)
+    if isinstance(value, (int, float)) and type(value) not in (bool, int, float):
+        return int(value) if isinstance(value, int) else float(value)
+    if type(value).__module__ == "numpy" and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
+def _check_whole(root: Path, temporary: Path, world: int) -> None:
+    """UserError unless every rank's part is in the folder."""
+    there = {path.name for path in temporary.iterdir()}
+    lacking = [rank for rank in range(world) if f"rng_{rank}.pt" not in there]
+    written = dcp.FileSystemReader(temporary).read_metadata().storage_data or {}
+    if not lacking and {each.relative_path for each in written.values()} <= there:
+        return
+    who = f"rank {lacking[0]}'s part" if lacking else "a part"
+    raise _fail(
+        root, f"{who} is not in it, but where that rank has a folder of this name. Give all ranks "
+        "one folder that they share",
+    )  # fmt: skip
+
+
+def _publish(root: Path, tag: str, world: int) -> None:
     """Rename the complete TAG.tmp to TAG, then point `latest` at it."""
     temporary, final, old = root / f"{tag}.tmp", root / tag, root / f"{tag}.old"
+    _check_whole(root, temporary, world)
     for path in temporary.iterdir():
         _sync_file(path)
     if final.exists():
@@ -187,11 +219,11 @@ def save(
     tag: str,
     tensors: dict[str, Any],
     meta: dict[str, Any],
-    client_state: dict[str, Any],
+    pickled: dict[str, dict[str, Any]],
     ranks: Ranks,
 ) -> Path:
     """Write one checkpoint; collective. `tensors`: FlatShards, and replicated tensors that
-    rank 0 writes. Returns its folder."""
+    rank 0 writes; `pickled`: "client" and "extra", which may be anything. Returns its folder."""
     root = Path(root)
     tag = ranks.from_first(_check_tag(tag))
     temporary = root / f"{tag}.tmp"
@@ -208,7 +240,12 @@ def save(
         torch.save(rng_state(ranks.device), temporary / f"rng_{ranks.rank}.pt")
         if ranks.rank == 0:
             torch.save({"format": FORMAT, **meta}, temporary / "meta.pt")
-            torch.save(client_state, temporary / "client_state.pt")
+            torch.save(pickled["client"], temporary / "client_state.pt")
+            torch.save(pickled["extra"], temporary / "extra_state.pt")
+
+    def publish() -> None:
+        if ranks.rank == 0:
+            _publish(root, tag, ranks.world)
 
     ranks.together("[checkpoint] save", prepare)
     try:
@@ -224,7 +261,7 @@ def save(
     except dcp.api.CheckpointException as error:
         raise _fail(temporary, f"could not be written: {_causes(error)}") from error
     ranks.together("[checkpoint] save", write_small)
-    ranks.together("[checkpoint] save", lambda: _publish(root, tag) if ranks.rank == 0 else None)
+    ranks.together("[checkpoint] save", publish)
     return root / tag
 
 
@@ -254,17 +291,20 @@ def find(root: str | Path, tag: str | None, ranks: Ranks) -> Path | None:
     return ranks.from_first(chosen)
 
 
-def read_meta(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(meta, client_state) of a checkpoint folder. The client state is a pickle: load only
-    checkpoints that you trust."""
+def read_meta(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(meta, client state, modules' extra states) of a checkpoint folder. All but the first are
+    pickles: load only checkpoints that you trust."""
     try:
         meta = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
-        client = torch.load(folder / "client_state.pt", map_location="cpu", weights_only=False)
+        client, extra = (
+            torch.load(path, map_location="cpu", weights_only=False) if path.exists() else {}
+            for path in (folder / "client_state.pt", folder / "extra_state.pt")
+        )
     except Exception as error:
         raise _fail(folder, f"cannot be read: {error}") from error
     if meta.get("format") != FORMAT:
         raise _fail(folder, f"has format {meta.get('format')}, this version reads {FORMAT}")
-    return meta, client
+    return meta, client, extra
 
 
 def check_shapes(folder: Path, saved: dict[str, list[int]], mine: dict[str, list[int]]) -> None:

@@ -114,16 +114,34 @@ class Batches(Iterator[dict[str, torch.Tensor]]):
 
     def state_dict(self) -> dict[str, int]:
         """The position, to go on from after a restart."""
-        return {"position": self._position, "seed": self._seed}
+        return {
+            "position": self._position, "seed": self._seed, "batch_size": self._batch_size,
+            "world": self._world, "sequence": self._sequence,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on after the batch that ``state`` was taken at."""
+        """Go on after the batch that ``state`` was taken at, also on another number of ranks or
+        with other batches: behind all that was handed out on all ranks in its epoch."""
         if state["seed"] != self._seed:
             raise ValueError(
                 f"[data] the saved position belongs to seed {state['seed']}, not {self._seed}: "
                 f"use the same seed to resume"
             )
-        self._position = int(state["position"])
+        if state.get("sequence", self._sequence) != self._sequence:
+            raise ValueError(
+                f"[data] the saved position is in sequences of {state['sequence']} tokens, not "
+                f"{self._sequence}: use the same length to resume"
+            )
+        at_once = self._batch_size * self._world
+        then = state.get("batch_size", self._batch_size) * state.get("world", self._world)
+        epoch, step = divmod(int(state["position"]), self._windows // then)
+        if step * then % at_once:
+            raise ValueError(
+                f"[data] {step * then} sequences of the saved epoch were read, which batches of "
+                f"{self._batch_size} on {self._world} ranks do not end at: use sizes that do"
+            )
+        step = min(step * then // at_once, self.batches_per_epoch)
+        self._position = epoch * self.batches_per_epoch + step
 
 
 def read_folder(

@@ -275,7 +275,8 @@ class EagerHooks:
         spec, name = self._table.spec(ref), self._table.member(ref).name
         if not spec.packed:
             if ref.param in self._leaf_params:
-                self._leaf_gradients[ref.param] = {name: gradient}
+                made = self._leaf_gradients.setdefault(ref.param, {})
+                made[name] = made[name] + gradient if name in made else gradient
             else:
                 self._reduce(spec.name, {name: gradient})
             if spec.placement == "sharded":

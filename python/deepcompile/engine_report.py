@@ -7,8 +7,11 @@ machine that the configuration names, or a built-in one that resembles this.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -300,6 +303,26 @@ def report_data(engine: Engine) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A file that cannot be written is the user's to change."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"[report] {path}: cannot be written ({error.strerror}). Choose another place."
+        ) from None
+
+
+def _nothing_to_write(engine: Engine, path: Path) -> None:
+    if engine.ranks.rank == 0:
+        warnings.warn(
+            f"[report] {path}: is not written, as no compiled step was traced yet. Train some more "
+            "steps first.",
+            stacklevel=5,
+        )
+
+
 def write(engine: Engine, path: Path, more: dict[str, Any]) -> Path | None:
     """Engine.report."""
     from .report import write_report
@@ -309,7 +332,8 @@ def write(engine: Engine, path: Path, more: dict[str, Any]) -> Path | None:
             return None
         data = report_data(engine)
         notes = [*data["notes"], *more.get("notes", [])]
-        return write_report({**data, **more, "notes": notes}, path)
+        with writing(path):
+            return write_report({**data, **more, "notes": notes}, path)
 
     return engine.ranks.together("[report]", work)
 
@@ -320,11 +344,12 @@ def write_trace(engine: Engine, path: Path) -> Path | None:
     def work() -> Path | None:
         view = None if engine.ranks.rank else step_view(engine)
         if view is None:
-            return None
+            return _nothing_to_write(engine, path)
         sims = predict(engine, view)
         both = [("predicted", sims.best), ("predicted with measured regions", sims.informed)]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_core.perfetto_trace(both, view.plans, view.records), encoding="utf-8")
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(_core.perfetto_trace(both, view.plans, view.records), encoding="utf-8")
         return path
 
     return engine.ranks.together("[report]", work)
@@ -337,6 +362,9 @@ def write_plan(engine: Engine, path: Path) -> Path | None:
         if engine.ranks.rank:
             return None
         program = plan_text_of(engine, step_view(engine))
-        return None if program is None else plan.write_plan(engine, path, program)
+        if program is None:
+            return _nothing_to_write(engine, path)
+        with writing(path):
+            return plan.write_plan(engine, path, program)
 
     return engine.ranks.together("[report]", work)

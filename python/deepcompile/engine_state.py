@@ -60,10 +60,21 @@ def _member_steps(engine: Engine) -> dict[str, int]:
 def _buffers(engine: Engine) -> dict[str, torch.Tensor]:
     """Persistent buffers by the module's names."""
     own = {id(parameter) for parameter in engine.module.parameters()}
+    extra = _with_extra_state(engine.module)
     return {
         name: tensor
         for name, tensor in engine.module.state_dict(keep_vars=True).items()
-        if id(tensor) not in own and isinstance(tensor, torch.Tensor)
+        if id(tensor) not in own and isinstance(tensor, torch.Tensor) and name not in extra
+    }
+
+
+def _with_extra_state(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Modules that have more to keep than tensors, by the name that state_dict() gives it."""
+    plain = torch.nn.Module.get_extra_state
+    return {
+        f"{name}._extra_state".removeprefix("."): each
+        for name, each in module.named_modules()
+        if type(each).get_extra_state is not plain
     }
 
 
@@ -105,15 +116,17 @@ def save(engine: Engine, directory: str | Path, tag: str | None, client: dict[st
     }
     tensors: dict[str, Any] = dict(_shards(engine, STATES))
     tensors |= {f"buffer.{name}": tensor for name, tensor in _buffers(engine).items()}
+    extra = {k: m.get_extra_state() for k, m in _with_extra_state(engine.module).items()}
     return checkpoint.save(
-        directory, tag or f"global_step{engine.global_steps}", tensors, meta, client, engine.ranks
-    )
+        directory, tag or f"global_step{engine.global_steps}", tensors, meta,
+        {"client": client, "extra": extra}, engine.ranks,
+    )  # fmt: skip
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
     """A scheduler's state without functions and modules of its own."""
     kinds = (bool, int, float, str, list, tuple, dict, torch.Tensor, type(None))
-    return {key: value for key, value in state.items() if isinstance(value, kinds)}
+    return checkpoint.plain({k: v for k, v in state.items() if isinstance(v, kinds)})
 
 
 def load(
@@ -130,7 +143,7 @@ def load(
     if folder is None:
         warnings.warn(f"[checkpoint] {directory}: has no checkpoint yet", stacklevel=3)
         return None, {}
-    meta, client = engine.ranks.together("[checkpoint] load", lambda: _check(
+    meta, client, extra = engine.ranks.together("[checkpoint] load", lambda: _check(
         engine, folder, strict_batch, load_optimizer))  # fmt: skip
     engine.planner.settle()
     kinds = STATES if load_optimizer else ("master",)
@@ -138,6 +151,9 @@ def load(
     buffers = {k: v for k, v in _buffers(engine).items() if k in meta["buffers"]}
     tensors |= {f"buffer.{name}": tensor for name, tensor in buffers.items()}
     checkpoint.read_tensors(folder, tensors, engine.ranks)
+    for name, module in _with_extra_state(engine.module).items():
+        if name in extra:
+            module.set_extra_state(extra[name])
     engine.runtime.masters_changed()
     if load_optimizer:
         engine.runtime.set_step(meta["optimizer_steps"])
@@ -163,15 +179,15 @@ def load(
 
 def _check(
     engine: Engine, folder: Path, strict_batch: bool, load_optimizer: bool
-) -> tuple[dict, dict]:
+) -> tuple[dict, dict, dict]:
     """What can be known to be wrong before anything is overwritten."""
-    meta, client = checkpoint.read_meta(folder)
+    meta, client, extra = checkpoint.read_meta(folder)
     checkpoint.check_shapes(folder, meta["shapes"], _shapes(engine))
     if strict_batch:
         checkpoint.check_batch(folder, meta["batch"], _batch(engine))
     if load_optimizer:
         engine.optimizer.check_groups(meta["groups"])
-    return meta, client
+    return meta, client, extra
 
 
 def _micro_steps(engine: Engine, meta: dict[str, Any]) -> int:
@@ -242,13 +258,18 @@ def export(engine: Engine, path: Path) -> Path:
     def write() -> None:
         if engine.ranks.rank:
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(path.name + ".tmp")
-        if path.suffix == ".safetensors":
-            _write_safetensors(state, partial)
-        else:
-            torch.save(state, partial)
-        os.replace(partial, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.suffix == ".safetensors":
+                _write_safetensors(state, partial)
+            else:
+                torch.save(state, partial)
+            os.replace(partial, path)
+        except OSError as error:
+            raise UserError(
+                f"[checkpoint] {path}: cannot be written ({error.strerror}). Choose another place."
+            ) from None
 
     engine.ranks.together("[checkpoint] save_16bit_model", write)
     return path

@@ -32,7 +32,8 @@ def values(tensors) -> list[float]:
 
 
 def save(root, tag="one", fill=None, **kwargs):
-    arguments = {"meta": META, "client_state": {}} | kwargs
+    client = kwargs.pop("client_state", {})
+    arguments = {"meta": META, "pickled": {"client": client, "extra": {}}} | kwargs
     return checkpoint.save(root, tag, shards(7, fill), ranks=ONE, **arguments)
 
 
@@ -42,7 +43,7 @@ def test_other_cuts_read_the_same_values(tmp_path):
     other = shards(3, fill=-1.0)
     checkpoint.read_tensors(folder, other, ONE)
     assert values(other) == list(range(10))
-    meta, client = checkpoint.read_meta(folder)
+    meta, client, _ = checkpoint.read_meta(folder)
     assert meta["shapes"] == META["shapes"] and client == {"epoch": 2}
 
 

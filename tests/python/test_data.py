@@ -88,6 +88,33 @@ def test_resumed_batches_go_on_where_the_others_stopped(folder):
         other.load_state_dict(whole.state_dict())
 
 
+def test_other_ranks_go_on_behind_all_that_was_read():
+    tokens = torch.arange(6 * 40)
+
+    def read(world, batch_size, steps, state=None):
+        """Windows that all ranks get, and the state after them."""
+        found = []
+        for rank in range(world):
+            batches = data.Batches(tokens, batch_size, 6, seed=3, rank=rank, world=world)
+            if state is not None:
+                batches.load_state_dict(state)
+            for _ in range(steps):
+                found += (next(batches)["input_ids"][:, 0] // 6).tolist()
+        return sorted(found), batches.state_dict()
+
+    first, state = read(4, 2, 2)
+    for world, batch_size, steps in ((2, 2, 6), (1, 8, 3), (8, 1, 3), (4, 2, 3)):
+        rest, _ = read(world, batch_size, steps, state)
+        assert len(rest) == 24 and not set(rest) & set(first), (world, batch_size)
+    with pytest.raises(ValueError, match="16 sequences of the saved epoch were read"):
+        read(3, 1, 1, state)
+    with pytest.raises(ValueError, match="in sequences of 6 tokens, not 5"):
+        data.Batches(tokens, 2, 5, seed=3).load_state_dict(state)
+    # What older versions saved goes on as it did.
+    old, _ = read(4, 2, 3, {"position": 2, "seed": 3})
+    assert old == read(4, 2, 3, state)[0]
+
+
 def test_text_returns_from_tokens():
     assert data.decode(data.encode("def f(): # ä").tolist()) == "def f(): # ä"
     assert data.decode([0xFF, 0x41]) == "\ufffdA"

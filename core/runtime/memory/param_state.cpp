@@ -3,6 +3,7 @@
 
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/ScalarType.h>
@@ -169,7 +170,11 @@ void ParamState::store_from_full() {
   if (shard_.defined() && world > 1) {
     shard_.copy_(full.narrow(0, shard_range().start, shard_numel_));
   }
-  if (master_copy_.defined()) master_copy_.copy_(owned());
+  if (!master_copy_.defined()) return;
+  // Where nothing was written, the master keeps what its rounding has lost.
+  const at::Tensor now = owned();
+  const at::Tensor same = master_copy_.to(now.scalar_type()).eq(now);
+  master_copy_.copy_(at::where(same, master_copy_, now.to(master_copy_.scalar_type())));
 }
 
 void ParamState::store_from_master() {

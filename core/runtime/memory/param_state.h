@@ -142,7 +142,7 @@ class ParamState {
   int64_t send_full_away();  // bytes of device memory given back
   void bring_full_back();    // nothing if it is not away
   bool full_is_away() const { return away_.defined(); }
-  void store_from_full();    // shard and master := the full buffer's values
+  void store_from_full();    // shard := the full buffer's values, and where they are new, master
   void store_from_master();  // owned weights := the master's values
   void drop_gradient();
 

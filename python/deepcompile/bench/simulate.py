@@ -12,10 +12,12 @@ import functools
 import itertools
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any
 
@@ -271,7 +273,9 @@ def _results(jobs: list[Job]) -> Iterator[tuple[Job, list[Row]]]:
         return
     # Now: autograd, which a capture uses, does not survive a later fork.
     context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    # A worker that took an interruption for its job's result would go on with the next.
+    ends = (signal.SIGINT, signal.SIG_DFL)
+    with ProcessPoolExecutor(workers, context, signal.signal, ends) as pool:
         waiting = {pool.submit(in_worker, job): job for job in jobs}
         try:
             for done in as_completed(waiting):
@@ -281,6 +285,11 @@ def _results(jobs: list[Job]) -> Iterator[tuple[Job, list[Row]]]:
                 if isinstance(result, str):
                     raise RuntimeError(result)
                 yield waiting[done], [Row.from_json(text) for text in result]
+        except BrokenProcessPool:
+            raise UserError(
+                "[bench] a process that simulates was ended, by the system perhaps, for want of "
+                "memory. Ask for fewer sizes at once."
+            ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

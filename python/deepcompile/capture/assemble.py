@@ -33,8 +33,12 @@ from deepcompile.capture.sources import (
     set_outputs,
 )
 from deepcompile.capture.split import cut
+from deepcompile.capture.versions import Reached
 from deepcompile.errors import UserError
 from deepcompile.params import MemberRef, ParamTable
+
+WRITE = torch.ops.aten.copy_.default
+"""What a graph ends with for each input that it writes to."""
 
 _PREFIX = {"forward": "fwd", "backward": "bwd", "inference": "inf"}
 
@@ -79,10 +83,25 @@ class _Part:
                 values[i] = self._clone(node, is_grad, fake_mode)
         set_outputs(graph, values)
 
-    def _clone(self, node: fx.Node, contiguous: bool, fake_mode: Any) -> fx.Node:
+    def keep_before_writes(self, first: int, fake_mode: Any) -> None:
+        """Let outputs from `first` on, which are saved, be what inputs held before the graph
+        writes to them (buffers): the backward is of that."""
+        values = outputs(self.gm.graph)
+        for i, node in list(enumerate(values))[first:]:
+            if not isinstance(node, fx.Node) or node.op != "placeholder":
+                continue
+            writes = {u for u in node.users if u.target is WRITE and u.args[0] is node}
+            if writes:
+                first_write = next(n for n in self.gm.graph.nodes if n in writes)
+                values[i] = self._clone(node, False, fake_mode, first_write)
+        set_outputs(self.gm.graph, values)
+
+    def _clone(
+        self, node: fx.Node, contiguous: bool, fake_mode: Any, before: fx.Node | None = None
+    ) -> fx.Node:
         form = torch.contiguous_format if contiguous else torch.preserve_format
         graph = self.gm.graph
-        with graph.inserting_before(output_node(graph)):
+        with graph.inserting_before(before or output_node(graph)):
             copy = graph.call_function(
                 torch.ops.aten.clone.default, (node,), {"memory_format": form}
             )
@@ -108,6 +127,7 @@ class Assembler:
         self.section_outputs: dict[str, list[Any]] = {}
         self.saved: list[bool] = []
         self.token = 0
+        self.reached = Reached()
         self.reused = 0
         self._table, self._sources = table, sources
         self._compiler, self._fake_mode = compiler, fake_mode
@@ -130,9 +150,12 @@ class Assembler:
         kept = list(dict.fromkeys(holders.values()))
         set_outputs(forward.graph, [*returned, *kept])
         bwd.gradients = gradient_outputs(backward.graph, self._sources)
+        fwd.keep_before_writes(num_outputs, self._fake_mode)
         fwd.own_outputs(self._fake_mode)
         bwd.own_outputs(self._fake_mode)
         values = outputs(forward.graph)
+        inputs = forward.graph.find_nodes(op="placeholder")
+        self.reached = Reached.of(inputs, values[:num_outputs], values[num_outputs:])
         made = dict(zip(kept, values[num_outputs:], strict=True))
         self._section(fwd, values[:num_outputs])
         for read, numbers in row_reads(fwd.gm.graph, fwd.params, bwd.params, self._table):

@@ -317,12 +317,17 @@ class _Capture:
         if captured.inference:
             self.functions["inference"] = inference_function(runner, calls["inference"])
             return None
-        self.functions["forward"] = forward_function(runner, calls["forward"], assembler.saved)
-        self.functions["backward"] = backward_function(runner, calls["backward"], assembler.token)
+        reached, seen = assembler.reached, {}
+        self.functions["forward"] = forward_function(
+            runner, calls["forward"], assembler.saved, reached, seen
+        )
+        self.functions["backward"] = backward_function(
+            runner, calls["backward"], assembler.token, seen
+        )
         if self.metadata is None:
             return None
         made = assembler.section_outputs["forward"]
-        return direct_call(runner, calls, self.metadata, len(assembler.saved), made)
+        return direct_call(runner, calls, self.metadata, len(assembler.saved), made, reached)
 
 
 @contextlib.contextmanager

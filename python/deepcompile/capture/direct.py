@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deepcompile.capture.graph import CallMap, Runner
+from deepcompile.capture.versions import Reached, check
 from deepcompile.errors import UserError
 
 
@@ -29,8 +30,14 @@ class DirectCall:
     arguments."""
 
     def __init__(
-        self, runner: Runner, calls: dict[str, CallMap], grads: Sequence[bool], first_tangent: int
+        self,
+        runner: Runner,
+        calls: dict[str, CallMap],
+        grads: Sequence[bool],
+        first_tangent: int,
+        reached: Reached,
     ):
+        self.reached = reached
         forward, backward = calls["forward"], calls["backward"]
         self.runner = runner
         self.inputs = forward.inputs
@@ -48,13 +55,13 @@ class DirectCall:
         self.anchor = torch.empty(0, requires_grad=True)
 
     def __call__(self, args: Sequence[Any]) -> tuple[torch.Tensor, ...]:
-        inputs = [args[i] for i in self.inputs]
-        return _Node.apply(self, inputs, self.anchor, *[args[i] for i in self.wanted])
+        inputs, given = [args[i] for i in self.inputs], self.reached.of_arguments(args)
+        return _Node.apply(self, inputs, given, self.anchor, *[args[i] for i in self.wanted])
 
 
 class _Node(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: DirectCall, inputs: list, *_edges: Any) -> tuple:
+    def forward(ctx: Any, call: DirectCall, inputs: list, given: list, *_edges: Any) -> tuple:
         ctx.call = call
         token, results = call.runner.forward(inputs)
         ctx.save_for_backward(token)  # so that a checkpoint around the call can run it again
@@ -62,6 +69,7 @@ class _Node(torch.autograd.Function):
         # Autograd hangs this node, and so the token, on what is returned. The runner may keep the
         # same tensors for the backward: without an alias they would keep each other alive.
         outputs = tuple(results[i].detach() for i in call.results)
+        ctx.seen = call.reached.see(given, outputs)
         ctx.like = [(outputs[i].shape, outputs[i].dtype, outputs[i].device) for i in call.tangents]
         ctx.mark_non_differentiable(*[outputs[i] for i in call.constant])
         return outputs
@@ -72,6 +80,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
         call = ctx.call
         (token,) = ctx.saved_tensors  # its death would drop what the runner has yet to read
+        check(ctx.seen)
         if torch.are_deterministic_algorithms_enabled() and not call.deterministic:
             raise UserError(
                 "[capture] deterministic algorithms: were switched on between a forward and its "
@@ -84,7 +93,7 @@ class _Node(torch.autograd.Function):
                 grad = torch.zeros(shape, dtype=dtype, device=device)
             tangents.append(grad.contiguous())
         results = call.runner.backward(int(token.item()), tangents)
-        return (None, None, None, *[results[i] for i in call.input_grads])
+        return (None, None, None, None, *[results[i] for i in call.input_grads])
 
 
 def is_plain(metadata: Any, gm: fx.GraphModule, forward: fx.Graph) -> bool:
@@ -113,11 +122,16 @@ def _is_contiguous(value: Any) -> bool:
 
 
 def direct_call(
-    runner: Runner, calls: dict[str, CallMap], metadata: Any, saved: int, outputs: Sequence[Any]
+    runner: Runner,
+    calls: dict[str, CallMap],
+    metadata: Any,
+    saved: int,
+    outputs: Sequence[Any],
+    reached: Reached,
 ) -> DirectCall | None:
     """The call of a plain graph; None if a gradient has another layout than contiguous, or
     something else than gradients comes into the backward. ``saved``: what follows the token;
-    ``outputs``: fake tensors of the forward section."""
+    ``outputs``: fake tensors of the forward section; ``reached``: of the forward."""
     grads = [info.requires_grad for info in metadata.output_info]
     first = 1 + saved
     slots = calls["forward"].outputs
@@ -127,7 +141,7 @@ def direct_call(
         return None
     if not all(_is_contiguous(outputs[s.index]) for s, g in zip(slots, grads, strict=True) if g):
         return None
-    return DirectCall(runner, calls, grads, first)
+    return DirectCall(runner, calls, grads, first, reached)
 
 
 def wrap(direct: DirectCall, compiled: Callable[..., Any]) -> Callable[..., Any]:

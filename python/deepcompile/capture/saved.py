@@ -10,6 +10,7 @@ move what was saved.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch._functorch._aot_autograd.descriptors import DummyAOTOutput
 
 from deepcompile.capture.graph import CallMap, Runner
 from deepcompile.capture.sources import output_node
+from deepcompile.capture.versions import Reached, Seen, check
 
 TOKEN = "deepcompile_token"
 
@@ -70,36 +72,47 @@ def _assemble(call: CallMap, results: Any) -> list[Any]:
 
 
 def forward_function(
-    runner: Runner, call: CallMap, saved: list[bool]
+    runner: Runner, call: CallMap, saved: list[bool], reached: Reached, seen: dict[int, list[Seen]]
 ) -> Callable[[list], list[Any]]:
     """The boxed function that AOTAutograd calls as the compiled forward.
 
-    ``saved`` describes what follows the token: True for a tensor, False for a number.
+    ``saved`` describes what follows the token: True for a tensor, False for a number. ``seen``: by
+    token, what it left of what is ``reached``, as long as the token lives.
     """
     empty = torch.empty(0)
     rest = [empty if is_tensor else 0 for is_tensor in saved]
 
     def run(args: list) -> list[Any]:
-        inputs = [args[i] for i in call.inputs]
+        inputs, given = [args[i] for i in call.inputs], reached.of_arguments(args)
         args.clear()
         token, results = runner.forward(inputs)
         # Autograd hangs its node, and so the token, on what it is given. The runner may keep the
         # same tensors for the backward: without an alias they would keep each other alive.
         results = [r.detach() if isinstance(r, torch.Tensor) else r for r in results]
-        return [*_assemble(call, results), token, *rest]
+        made = _assemble(call, results)
+        left = reached.see(given, made)
+        if left:
+            number = int(token.item())
+            seen[number] = left
+            weakref.finalize(token, seen.pop, number, None).atexit = False
+        return [*made, token, *rest]
 
     run._boxed_call = True
     return run
 
 
-def backward_function(runner: Runner, call: CallMap, token: int) -> Callable[[list], list[Any]]:
+def backward_function(
+    runner: Runner, call: CallMap, token: int, seen: dict[int, list[Seen]]
+) -> Callable[[list], list[Any]]:
     """The boxed compiled backward; ``token`` is the token's argument position."""
 
     def run(args: list) -> list[Any]:
         held = args[token]  # its death would drop the saved values before the runner reads them
         inputs = [args[i] for i in call.inputs]
         args.clear()
-        return _assemble(call, runner.backward(int(held.item()), inputs))
+        number = int(held.item())
+        check(seen.get(number, ()))
+        return _assemble(call, runner.backward(number, inputs))
 
     run._boxed_call = True
     return run

@@ -7,6 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ..errors import UserError
 from .arguments import add_command
 
 EXAMPLES = """\
@@ -30,7 +31,10 @@ def add_to(commands: Any) -> None:
     )
     command.add_argument("--title", help="above the picture; default: the process")
     command.add_argument(
-        "--out", metavar="FILE", help=".png, .svg or .pdf; default: the trace's name with .png"
+        "--out",
+        metavar="FILE",
+        help=".png, .svg or .pdf; default: the trace's name with the process's, if one is asked "
+        "for, and .png",
     )
 
 
@@ -39,8 +43,11 @@ def run(options: argparse.Namespace) -> None:
     from ..report import timeline
 
     matplotlib()  # its absence is an error before anything else
+    asked = f".{options.process.replace(' ', '-')}" if options.process else ""
+    out = Path(options.out or Path(options.trace).with_suffix(f"{asked}.png"))
+    if out.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"[timeline] {out}: is no .png, .svg or .pdf. Name the picture so.")
     process, items = timeline.read_step(options.trace, options.process)
-    out = Path(options.out) if options.out else Path(options.trace).with_suffix(".png")
     timeline.draw(items, out, options.title or process)
     found = timeline.times(items)
     width = max(map(len, found))
