@@ -8,6 +8,8 @@ import dataclasses
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -454,6 +456,13 @@ def test_one_condition_from_weights_to_row(tmp_path, monkeypatch, capsys):
     again = dataclasses.replace(options, save_weights=False, load_weights=True, profile=False)
     (loaded,) = worker.run_conditions([dataclasses.replace(TINY, seed=0)], again, CPU)
     assert loaded.losses == row.losses
+
+
+def test_what_a_cached_graph_of_the_overlap_peer_calls_is_there():
+    """Inductor's passes, which bring the operators, do not run where its cache has the graph."""
+    script = "import deepcompile.bench.peers.overlap, torch; torch.ops.bucketing.{}"
+    name = "_pre_bucket_all_gather"
+    subprocess.run([sys.executable, "-c", script.format(name)], check=True, capture_output=True)
 
 
 def test_steps_in_a_row_wait_for_the_device_once(tmp_path):
