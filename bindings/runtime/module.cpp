@@ -408,11 +408,9 @@ PYBIND11_MODULE(_runtime, m) {
       "reduce: what they go over, nccl (the process group), copy_engine or auto; not nccl:\n"
       "making the runtime is collective. copy_engine_options, for tests and benchmarks: library\n"
       "(a file in libcuda's place), host (a name in this host's place), least_bytes (of a shard\n"
-      "or piece that is copied), in_step_bytes (of one that keeps ranks in step), signals "
-      "(writes,\n"
-      "copies or auto). recorder: see bindings/runtime/python_recorder.h; None: regions always "
-      "run\n"
-      "through their own code.");
+      "or piece that is copied), in_step_bytes (of one that keeps ranks in step), signals\n"
+      "(writes, copies or auto). recorder: see bindings/runtime/python_recorder.h; None: regions\n"
+      "always run through their own code.");
   bind_params(runtime);
   bind_steps(runtime);
   bind_resources(runtime);
