@@ -69,8 +69,9 @@ PassRecord run_one(StepProgram& program, const Pass& pass, const PipelineOptions
   pass.run(program, context);
   if (start) record.time = options.clock() - *start;
   verify_after(pass, program);
-  if (const auto moved = moved_run(instrs, program)) fail(pass, *moved);
-  record.changed = instrs != instrs_of(program);
+  const SectionInstrs now = instrs_of(program);
+  if (const auto moved = moved_run(instrs, now, program)) fail(pass, *moved);
+  record.changed = instrs != now;
   record.instrs_after = count_instrs(program);
   record.reasons = program.reasons.size() - std::min(program.reasons.size(), reasons);
   return record;

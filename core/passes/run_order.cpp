@@ -40,7 +40,8 @@ std::vector<std::vector<RegionId>> writers(const StepProgram& program,
 
 }  // namespace
 
-std::optional<std::string> moved_run(const SectionInstrs& before, const StepProgram& program) {
+std::optional<std::string> moved_run(const SectionInstrs& before, const SectionInstrs& now,
+                                     const StepProgram& program) {
   std::vector<RegionId> once;
   for (size_t i = 0; i < program.regions.size(); ++i) {
     if (program.regions[i].once) once.push_back(RegionId{static_cast<uint32_t>(i)});
@@ -52,7 +53,6 @@ std::optional<std::string> moved_run(const SectionInstrs& before, const StepProg
            "`, which draws random numbers or writes to its inputs: the result would not be the "
            "same. Leave them in their order.";
   };
-  const SectionInstrs now = instrs_of(program);
   const auto was = first_runs(before, program.regions.size());
   const auto is = first_runs(now, program.regions.size());
   const auto earlier = [&](RegionId a, RegionId b) { return was[index(a)] < was[index(b)]; };

@@ -12,7 +12,8 @@
 
 namespace deepcompile {
 
-// What is wrong with `program`, whose instructions were `before`, in words.
-std::optional<std::string> moved_run(const SectionInstrs& before, const StepProgram& program);
+// What is wrong with `program`, whose instructions were `before` and are `now`, in words.
+std::optional<std::string> moved_run(const SectionInstrs& before, const SectionInstrs& now,
+                                     const StepProgram& program);
 
 }  // namespace deepcompile

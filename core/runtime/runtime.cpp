@@ -98,9 +98,9 @@ void Runtime::wait(const std::vector<std::string>& names) {
 void Runtime::release(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
     eagerly("release", name, [&] {
-      const ParamState& param = store_.at(name);
+      ParamState& param = store_.at(name);
       replays_.release(param);
-      store_.release(store_.at(name));
+      store_.release(param);
     });
   }
 }

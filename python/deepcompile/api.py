@@ -140,9 +140,9 @@ def _source_optimizer(
         return optimizers.from_config(config.optimizer, groups)
     if config.optimizer is not None:
         _warn("optimizer: has no effect, as initialize() was given one")
-    if model_parameters is not None and isinstance(optimizer, torch.optim.Optimizer):
-        _warn("model_parameters: have no effect, as the optimizer has its own groups", "initialize")
     if isinstance(optimizer, torch.optim.Optimizer):
+        if model_parameters is not None:
+            _warn("model_parameters: have no effect, as the optimizer has groups", "initialize")
         return optimizer
     if not callable(optimizer):
         raise UserError(

@@ -7,11 +7,9 @@ machine that the configuration names, or a built-in one that resembles this.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import platform
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +17,7 @@ import torch
 
 from . import _core
 from . import engine_report_plan as plan
-from .errors import UserError
+from .errors import UserError, writing
 from .links import machine_for
 from .trace_costs import TIMED, WAITS
 
@@ -303,17 +301,6 @@ def report_data(engine: Engine) -> dict[str, Any]:
     }
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """A file that cannot be written is the user's to change."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"[report] {path}: cannot be written ({error.strerror}). Choose another place."
-        ) from None
-
-
 def _nothing_to_write(engine: Engine, path: Path) -> None:
     if engine.ranks.rank == 0:
         warnings.warn(
@@ -332,7 +319,7 @@ def write(engine: Engine, path: Path, more: dict[str, Any]) -> Path | None:
             return None
         data = report_data(engine)
         notes = [*data["notes"], *more.get("notes", [])]
-        with writing(path):
+        with writing("report", path):
             return write_report({**data, **more, "notes": notes}, path)
 
     return engine.ranks.together("[report]", work)
@@ -347,7 +334,7 @@ def write_trace(engine: Engine, path: Path) -> Path | None:
             return _nothing_to_write(engine, path)
         sims = predict(engine, view)
         both = [("predicted", sims.best), ("predicted with measured regions", sims.informed)]
-        with writing(path):
+        with writing("report", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(_core.perfetto_trace(both, view.plans, view.records), encoding="utf-8")
         return path
@@ -364,7 +351,7 @@ def write_plan(engine: Engine, path: Path) -> Path | None:
         program = plan_text_of(engine, step_view(engine))
         if program is None:
             return _nothing_to_write(engine, path)
-        with writing(path):
+        with writing("report", path):
             return plan.write_plan(engine, path, program)
 
     return engine.ranks.together("[report]", work)

@@ -12,7 +12,7 @@ import torch
 
 from . import checkpoint
 from .checkpoint import FlatShard
-from .errors import UserError
+from .errors import UserError, writing
 from .params import MemberRef
 from .profile import Profile, region_costs
 
@@ -259,17 +259,13 @@ def export(engine: Engine, path: Path) -> Path:
         if engine.ranks.rank:
             return
         partial = path.with_name(path.name + ".tmp")
-        try:
+        with writing("checkpoint", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.suffix == ".safetensors":
                 _write_safetensors(state, partial)
             else:
                 torch.save(state, partial)
             os.replace(partial, path)
-        except OSError as error:
-            raise UserError(
-                f"[checkpoint] {path}: cannot be written ({error.strerror}). Choose another place."
-            ) from None
 
     engine.ranks.together("[checkpoint] save_16bit_model", write)
     return path

@@ -4,19 +4,33 @@ InternalError is a bug of ours."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from ._core import InternalError, UserError
 
-__all__ = ["InternalError", "UserError", "exit_code", "fail", "meant"]
+__all__ = ["InternalError", "UserError", "exit_code", "fail", "meant", "writing"]
 
 
 def meant(word: object, known: Iterable[str]) -> str:
     """'; did you mean "prefetch"?' for a misspelt word, or nothing."""
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
     return f'; did you mean "{near[0]}"?' if near else ""
+
+
+@contextlib.contextmanager
+def writing(stage: str, path: str | os.PathLike) -> Iterator[None]:
+    """Around what writes `path`: that it cannot be is the user's to change."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(
+            f"[{stage}] {path}: cannot be written ({why}). Choose another place."
+        ) from None
 
 
 def fail(error: UserError) -> int:

@@ -152,15 +152,19 @@ def read(folder: str, facts: dict[str, Any]) -> Kept | None:
 
 
 def fetch(
-    folder: str, there: int, about: tuple[ParamTable, Config, Ranks, Sequence[Entry], str]
+    folder: str,
+    there: int,
+    table: ParamTable,
+    config: Config,
+    ranks: Ranks,
+    schedule: Sequence[Entry],
+    backend: str,
 ) -> tuple[dict[str, Any], Kept | None, Entry | None]:
     """A job's facts, what was kept of it and the entry of the schedule whose plan that is: None if
-    nothing is or if it takes more than `there`, bytes for a plan now. `about`: what `job` takes.
-    Collective."""
-    ranks, schedule = about[2], about[3]
+    nothing is or if it takes more than `there`, bytes for a plan now. Collective."""
 
     def work() -> tuple[dict[str, Any], Kept | None]:
-        facts = job(*about)
+        facts = job(table, config, ranks, schedule, backend)
         return facts, read(folder, facts) if ranks.rank == 0 else None
 
     facts, kept = ranks.together("[plan_cache]", work)

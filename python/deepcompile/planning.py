@@ -429,7 +429,7 @@ class Planner:
             return False
         start = time.perf_counter()
         job = (self._table, self._config, self._ranks, self.schedule, backend)
-        self._job, kept, entry = plan_cache.fetch(folder, self.agree_budget(), job)
+        self._job, kept, entry = plan_cache.fetch(folder, self.agree_budget(), *job)
         if kept is None:
             return False
         self.costs = _core.CostTable.parse(kept.costs)

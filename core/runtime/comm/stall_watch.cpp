@@ -70,8 +70,8 @@ void StallWatch::watch() {
     const auto now = steady_clock::now();
     const auto late = now - first.since;
     if (failure_.empty() && late > timeout_) {
-      lock.unlock();  // the driver may be long about it, and others look in; `first` is this
-                      // thread's
+      // The driver may be long about it, and others look in. `first` is this thread's.
+      lock.unlock();
       std::string failure = diagnose(first);
       lock.lock();
       failure_ = std::move(failure);

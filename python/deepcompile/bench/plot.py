@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, writing
 from .conditions import Condition, order_of
 from .metrics import Metric, gains, metric, spread
 from .results import Results, Row
@@ -156,13 +156,9 @@ def plot(
             continue
         safe = re.sub(r"[^\w.+-]", "_", chart.name)
         path = place / f"chart_{name}_{safe}.png"
-        try:
+        with writing("bench", path):
             place.mkdir(parents=True, exist_ok=True)
             draw(chart, what, path)
-        except OSError as error:
-            raise UserError(
-                f"[bench] {path}: cannot be written ({error.strerror}). Choose another place."
-            ) from None
         drawn.append((chart, path))
     if not drawn:
         raise UserError(

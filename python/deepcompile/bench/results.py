@@ -20,7 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, writing
 from .conditions import Condition
 
 SCHEMA = 1
@@ -246,15 +246,11 @@ def append(folder: str | os.PathLike, row: Row) -> None:
     from .result_line import to_line
 
     place = Path(folder)
-    try:
+    with writing("bench", place):
         place.mkdir(parents=True, exist_ok=True)
         _append_line(place / ROWS, row.to_json())
         if row.ok:
             _append_line(place / LINES, to_line(row))
-    except OSError as error:
-        raise UserError(
-            f"[bench] {place}: cannot be written ({error.strerror}). Choose another place."
-        ) from None
 
 
 def _append_line(path: Path, line: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .. import _core
-from ..errors import UserError, meant
+from ..errors import UserError, meant, writing
 from ..predict import run_passes
 
 PROGRAM_TEXT = "Give the program's text, as `plan --out` and an engine's write_plan() write it."
@@ -114,12 +114,8 @@ def run_file(path: str) -> Path:
 
 
 def write(path: str, text: str) -> None:
-    try:
+    with writing("cli", path):
         Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"[cli] {path}: cannot be written ({reason(error)}). Choose another place."
-        ) from None
 
 
 def reason(error: Exception) -> str:

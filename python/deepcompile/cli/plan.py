@@ -14,12 +14,12 @@ from typing import Any
 
 from .. import _core
 from ..config import CompileConfig
-from ..errors import UserError
+from ..errors import UserError, writing
 from ..predict import StepOptions, capture_step, default_budget, named_plans, predict
 from ..schedule import STAGE_PASS
 from . import arguments as types
 from .arguments import add_command, add_machine, add_passes
-from .files import read_machine, reason, resolve_passes, write
+from .files import read_machine, resolve_passes, write
 from .output import plans_table
 
 EXAMPLES = """\
@@ -135,12 +135,8 @@ def run(options: argparse.Namespace) -> None:
     if options.chart:
         from ..report.sweep import write_sweep
 
-        try:
+        with writing("cli", options.chart):
             write_sweep(facts, options.chart)
-        except OSError as error:
-            raise UserError(
-                f"[cli] {options.chart}: cannot be written ({reason(error)}). Choose another place."
-            ) from None
     print(json.dumps(facts, indent=2) if options.json else plans_table(facts))
 
 

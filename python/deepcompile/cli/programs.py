@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from .. import _core
-from ..errors import UserError
+from ..errors import UserError, writing
 from ..report.other_choices import NOT_PLANNED, by_kind, is_planned, others_of
 from .arguments import add_command, add_costs, add_machine, add_passes, add_program
 from .explain import explain
@@ -19,7 +19,6 @@ from .files import (
     read_costs,
     read_machine,
     read_program,
-    reason,
     run_named,
     write,
 )
@@ -160,9 +159,5 @@ def run_report(options: argparse.Namespace) -> None:
         ],
         "plan": str(program),
     }
-    try:
+    with writing("cli", options.out):
         print(write_report(data, options.out))
-    except OSError as error:
-        raise UserError(
-            f"[cli] {options.out}: cannot be written ({reason(error)}). Choose another place."
-        ) from None
