@@ -16,7 +16,7 @@ import dataclasses
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,19 +31,35 @@ USE_ALL = ("MultiheadAttention", "TransformerEncoderLayer")
 """Leaf modules that use all their parameters in each call, whatever the data."""
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors inside nested containers and dataclasses."""
+ATTRIBUTE = "_deepcompile_hooks"
+"""Of each hooked module: its hooks. A deep copy has None there, and is a plain module."""
+
+
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """The tensors inside nested containers, dataclasses and objects."""
+    seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
+        return
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        parts: Iterable[Any] = value.values()
     elif isinstance(value, list | tuple | set):
-        for item in value:
-            yield from tensors_in(item)
+        parts = value
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for item in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, item.name, None))
+        parts = [getattr(value, item.name, None) for item in dataclasses.fields(value)]
+    elif isinstance(value, type | nn.Module) or not hasattr(value, "__dict__"):
+        return
+    else:
+        parts = list(vars(value).values())
+    for part in parts:
+        yield from tensors_in(part, seen)
+
+
+def _hooks_of(module: nn.Module) -> EagerHooks | None:
+    return module.__dict__.get(ATTRIBUTE)
 
 
 def _present(hooks: weakref.ref[EagerHooks]) -> EagerHooks:
@@ -77,18 +93,14 @@ class EagerHooks:
         self.order = 0
         """Checksum of the params gathered and reduced by hooks, in order; alike on all ranks."""
         self.reduced = 0  # reductions started by hooks since the engine began
-        self._handles: list[Any] = []
         self._install(model, leaf_classes)
+
+    def __deepcopy__(self, _memo: Any) -> None:
+        """A copy of the model has nothing to gather."""
 
     @property
     def in_backward(self) -> bool:
         return self._in_backward
-
-    def remove(self) -> None:
-        """Take all hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
 
     def _install(self, model: nn.Module, leaf_classes: tuple[str, ...]) -> None:
         for module in model.modules():
@@ -102,14 +114,23 @@ class EagerHooks:
         for ref in self._table.refs():
             if self._table.spec(ref).trainable:
                 self._hook_gradient(ref)
-        self._handles.append(model.register_state_dict_pre_hook(self._before_state_dict))
-        self._handles.append(model.register_load_state_dict_pre_hook(self._before_load))
+        model.__dict__[ATTRIBUTE] = self
+        model.register_state_dict_pre_hook(self._before_state_dict)
+        model.register_load_state_dict_pre_hook(self._before_load_state_dict)
 
-    def _before_state_dict(self, _module: nn.Module, _prefix: str, keep_vars: bool) -> None:
-        if not keep_vars:  # otherwise the parameters themselves are asked for, not their values
-            self._check_whole("state_dict", "call engine.state_dict()")
+    @staticmethod
+    def _before_state_dict(module: nn.Module, _prefix: str, keep_vars: bool) -> None:
+        hooks = _hooks_of(module)
+        if hooks and not keep_vars:  # otherwise the parameters themselves are asked for
+            hooks._check_whole("state_dict", "call engine.state_dict()")
 
-    def _before_load(self, *_args: Any) -> None:
+    @staticmethod
+    def _before_load_state_dict(module: nn.Module, *_args: Any) -> None:
+        hooks = _hooks_of(module)
+        if hooks:
+            hooks._check_load()
+
+    def _check_load(self) -> None:
         remedy = (
             "load the values before initialize(), inside GatheredParameters with a modifier_rank, "
             "or call engine.load_checkpoint()"
@@ -156,21 +177,22 @@ class EagerHooks:
             p.requires_grad for p in module.parameters()
         )
 
-        def before(_module: nn.Module, _args: tuple) -> None:
-            if not torch.compiler.is_compiling():
-                self._before_forward(names)
-                self._leaf_ran |= varies and torch.is_grad_enabled()
+        def before(module: nn.Module, _args: tuple) -> None:
+            if not torch.compiler.is_compiling() and (hooks := _hooks_of(module)):
+                hooks._before_forward(names)
+                hooks._leaf_ran |= varies and torch.is_grad_enabled()
 
-        def after(_module: nn.Module, args: tuple, output: Any) -> None:
-            if not torch.compiler.is_compiling():
-                self._after_forward(names, args if frozen_leaf else (), output)
+        def after(module: nn.Module, args: tuple, output: Any) -> None:
+            if not torch.compiler.is_compiling() and (hooks := _hooks_of(module)):
+                hooks._after_forward(names, args if frozen_leaf else (), output)
 
         # Dynamo traces through the hooks of a module that it captures, and there they do nothing.
         # It must not compile them by themselves when it skipped the module: there they work.
         skip_code(before.__code__)
         skip_code(after.__code__)
-        self._handles.append(module.register_forward_pre_hook(before))
-        self._handles.append(module.register_forward_hook(after, always_call=True))
+        module.__dict__[ATTRIBUTE] = self
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after, always_call=True)
 
     def _hook_gradient(self, ref: MemberRef) -> None:
         # The runtime holds the parameter, which holds its hooks: a circle through C++, which
@@ -181,7 +203,7 @@ class EagerHooks:
             _present(hooks)._gradient_made(ref, parameter)
 
         tensor = self._table.tensor(ref)
-        self._handles.append(tensor.register_post_accumulate_grad_hook(made))
+        tensor.register_post_accumulate_grad_hook(made)
 
     @torch.compiler.disable
     def _before_forward(self, names: list[str]) -> None:

@@ -58,9 +58,17 @@ def machine_for(config: Config, ranks: Ranks) -> Any:
     return _core.Machine.parse(json.dumps(wider), f"{name} with {ranks.world} ranks")
 
 
-def measure(runtime: Any, ranks: Ranks) -> Any:
-    """A _core.CostTable of this job's links, the same on every rank; collective."""
-    sizes = list(SIZES.get(ranks.device.type, SIZES["cuda"]))
+def sizes_within(device_type: str, free: int) -> list[int]:
+    """The sizes, in bytes, at which links can be measured where `free` bytes are left: a transfer
+    holds the whole buffer and a rank's part of it. The smallest is always among them."""
+    sizes = SIZES.get(device_type, SIZES["cuda"])
+    return [size for size in sizes if size == min(sizes) or 2 * size <= free]
+
+
+def measure(runtime: Any, ranks: Ranks, free: int) -> Any:
+    """A _core.CostTable of this job's links, the same on every rank; collective. `free`: bytes
+    that this rank has left."""
+    sizes = sizes_within(ranks.device.type, min(ranks.gather(free)))
     measured = ranks.from_first(runtime.measure_links(sizes, REPEATS))
     table = _core.CostTable(ranks.world)
     table.to_host_beside = measured.pop("to_host_beside", None)

@@ -391,7 +391,7 @@ class Planner:
         """What transfers, updates and the time between instructions take here; collective the
         first time."""
         if self.costs is None:
-            self.costs = links.measure(self._runtime, self._ranks)
+            self.costs = links.measure(self._runtime, self._ranks, self._memory().free)
         profile = self.profile
         if profile.records:
             machine = links.machine_for(self._config, self._ranks)

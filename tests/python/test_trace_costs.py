@@ -4,7 +4,7 @@ with what it finds in the trace, each must take as long as it took."""
 
 import pytest
 
-from deepcompile import _core
+from deepcompile import _core, links
 from deepcompile.profile import apply_costs, region_costs, take_times
 from deepcompile.trace_costs import trace_costs
 
@@ -169,3 +169,10 @@ def test_gathers_of_what_is_whole_are_no_transfers():
     ]
     found = trace_costs(records, [(0, program)], 1.29)
     assert dict(found.curves["gather"])[2 << 20] == 150_000
+
+
+def test_links_are_measured_with_what_memory_is_left():
+    sizes = links.SIZES["cuda"]
+    assert links.sizes_within("cuda", 1 << 40) == list(sizes)
+    assert links.sizes_within("cuda", 100 << 20) == list(sizes[:-1])
+    assert links.sizes_within("cuda", 0) == [sizes[0]]

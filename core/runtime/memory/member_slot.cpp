@@ -12,6 +12,19 @@ void drop_storage(void* context) {
   delete static_cast<c10::Storage*>(context);
 }
 
+// c10 can make a storage throw where its bytes are asked for, but has no way back; an explicit
+// instantiation may name the private flags, which are all that this sets.
+template <bool c10::StorageImpl::*kRead, bool c10::StorageImpl::*kChecked>
+struct NoBytes {
+  friend void set_no_bytes(c10::StorageImpl& storage, bool none) {
+    storage.*kRead = none;
+    storage.*kChecked = none;
+  }
+};
+void set_no_bytes(c10::StorageImpl& storage, bool none);
+template struct NoBytes<&c10::StorageImpl::throw_on_immutable_data_ptr_,
+                        &c10::StorageImpl::has_mutable_data_ptr_check_>;
+
 }  // namespace
 
 c10::StorageImpl* storage_of(const at::Tensor& tensor) {
@@ -25,6 +38,11 @@ MemberSlot::MemberSlot(std::string name, at::Tensor parameter, c10::Device devic
   // Sizes alone, so that no bytes are allocated for them.
   alias_.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
   parameter_.set_data(alias_);
+  storage_of(alias_)->get_extra_meta().custom_data_ptr_error_msg_ =
+      "[runtime] parameter " + name_ +
+      " is sharded and has no memory here: read and change it inside GatheredParameters, or take "
+      "engine.state_dict()";
+  unbind();
 }
 
 void MemberSlot::bind(const at::Tensor& flat, int64_t offset) {
@@ -36,6 +54,7 @@ void MemberSlot::bind(const at::Tensor& flat, int64_t offset) {
   }
   const int64_t item = alias_.element_size();
   char* bytes = static_cast<char*>(flat.data_ptr()) + offset * item;
+  set_no_bytes(*storage, false);
   storage->set_data_ptr(
       c10::DataPtr(bytes, new c10::Storage(flat.storage()), &drop_storage, flat.device()));
   storage->set_nbytes(static_cast<size_t>(alias_.numel() * item));
@@ -45,6 +64,7 @@ void MemberSlot::unbind() {
   c10::StorageImpl* storage = storage_of(alias_);
   storage->set_data_ptr(c10::DataPtr(nullptr, alias_.device()));
   storage->set_nbytes(static_cast<size_t>(0));
+  set_no_bytes(*storage, alias_.numel() != 0);
 }
 
 }  // namespace deepcompile
