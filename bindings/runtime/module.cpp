@@ -70,7 +70,7 @@ RuntimeHolder make_runtime(const py::object& group, int64_t rank, int64_t world,
                            const at::Device& device, const std::string& reduce_dtype, double clip,
                            int64_t accumulation, double timeout_s, const std::string& gather,
                            const std::string& reduce, const py::dict& more,
-                           const py::object& recorder) {
+                           const py::object& recorder, const std::string& no_recorder) {
   DType dtype;
   if (!parse_dtype(reduce_dtype, &dtype)) {
     throw UserError("[runtime] reduce_dtype is \"" + reduce_dtype +
@@ -86,7 +86,8 @@ RuntimeHolder make_runtime(const py::object& group, int64_t rank, int64_t world,
       .accumulation = accumulation,
       .timeout_s = timeout_s,
       .copy_engine = copy_engine_options(gather, reduce, more),
-      .recorder = make_python_recorder(recorder.ptr(), device)};
+      .recorder = make_python_recorder(recorder.ptr(), device),
+      .no_recorder = no_recorder};
   const py::gil_scoped_release no_gil;
   return RuntimeHolder(new Runtime(options));
 }
@@ -403,14 +404,14 @@ PYBIND11_MODULE(_runtime, m) {
       py::arg("device"), py::arg("reduce_dtype") = "f32", py::arg("clip") = 0.0,
       py::arg("accumulation") = 1, py::arg("timeout_s") = 600.0, py::arg("gather") = "nccl",
       py::arg("reduce") = "nccl", py::arg("copy_engine_options") = py::dict(),
-      py::arg("recorder") = py::none(),
+      py::arg("recorder") = py::none(), py::arg("no_recorder") = "there is no recorder",
       "One engine's runtime on one rank. process_group may be None for one rank. gather,\n"
       "reduce: what they go over, nccl (the process group), copy_engine or auto; not nccl:\n"
       "making the runtime is collective. copy_engine_options, for tests and benchmarks: library\n"
       "(a file in libcuda's place), host (a name in this host's place), least_bytes (of a shard\n"
       "or piece that is copied), in_step_bytes (of one that keeps ranks in step), signals\n"
       "(writes, copies or auto). recorder: see bindings/runtime/python_recorder.h; None: regions\n"
-      "always run through their own code.");
+      "always run through their own code, and no_recorder is what replays() says of it.");
   bind_params(runtime);
   bind_steps(runtime);
   bind_resources(runtime);

@@ -56,9 +56,29 @@ Runtime::Runtime(const RuntimeOptions& options, TransportChoice chosen)
       optimizer_(store_, states_, *transport_, options.device, options.clip),
       relief_(store_, states_, values_, *calls_, options.device),
       meter_(options.device),
-      replays_(options.recorder, meter_, options.device),
+      replays_(options.recorder, options.no_recorder, meter_, options.device),
       executor_({store_, optimizer_, states_, values_, relief_, replays_, meter_, tracer_},
                 *transport_, options.rank, options.device) {}
+
+// Order: the last section (its stream) -> what comes now. What was taken there is not given back
+// to it before the new stream has read it.
+void Runtime::follow_stream(c10::Stream now) {
+  const c10::impl::VirtualGuardImpl guard(options_.device.type());
+  c10::Event event(options_.device.type());
+  event.record(*compute_);
+  event.block(now);
+  const auto record = [&](const at::Tensor& tensor) {
+    if (!tensor.defined() || tensor.device() != options_.device || tensor.numel() == 0) return;
+    guard.recordDataPtrOnStream(tensor.storage().data_ptr(), now);
+  };
+  store_.visit(record);
+  states_.visit(record);
+  for (const std::shared_ptr<Call>& call : calls_->open_calls()) {
+    for (const RuntimeValue& value : call->frame.slots) {
+      if (value.isTensor()) record(value.toTensor());
+    }
+  }
+}
 
 void Runtime::add_param(const ParamSpec& spec) {
   const Scope scope(*this);

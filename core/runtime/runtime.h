@@ -42,6 +42,7 @@ struct RuntimeOptions {
   double timeout_s = 600.0;                    // for one transfer
   CopyEngineOptions copy_engine;
   std::shared_ptr<RunRecorder> recorder;  // null: regions always run through their host code
+  std::string no_recorder;                // why it is null, for reports
 };
 
 // This rank's part of one member, for checkpoints. Tensors are views: writing
@@ -148,6 +149,8 @@ class Runtime {
   void eagerly(const char* what, const std::string& name, Action&& action);
   template <typename Action>
   void eagerly(const char* what, ParamState& param, Action&& action);
+  // The caller works on another stream than before.
+  void follow_stream(c10::Stream now);
   void settle_here();  // what needs no other rank
   // Of gradients that are summed on ranks alone, where no reduction of the step took them.
   void reduce_local_sums();

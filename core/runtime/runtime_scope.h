@@ -25,10 +25,7 @@ class Runtime::Scope {
     const c10::impl::VirtualGuardImpl guard(runtime.options_.device.type());
     const c10::Stream now = guard.getStream(runtime.options_.device);
     if (runtime.compute_ && *runtime.compute_ != now) {
-      // Order: the last section (its stream) -> this one (the caller's stream).
-      c10::Event event(runtime.options_.device.type());
-      event.record(*runtime.compute_);
-      event.block(now);
+      runtime.follow_stream(now);
     }
     runtime.compute_ = now;
   }

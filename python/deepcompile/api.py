@@ -118,6 +118,7 @@ def _runtime(config: Config, ranks: Ranks) -> Any:
         gather=config.compile.gather,
         reduce=config.compile.reduce,
         recorder=cuda_graphs.recorder(config.compile.cuda_graphs, ranks.device),
+        no_recorder=cuda_graphs.why_not(config.compile.cuda_graphs, ranks.device),
     )
 
 

@@ -76,8 +76,10 @@ def measure(ranks: Ranks, held: int, outside: int = 0) -> Memory:
     if ranks.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(ranks.device)
         used = torch.cuda.memory_allocated(ranks.device)
-        cached = torch.cuda.memory_reserved(ranks.device) - used
-        return Memory(total, free + cached, held, max(0, used + outside - held))
+        reserved = torch.cuda.memory_reserved(ranks.device)
+        fraction = torch.cuda.get_per_process_memory_fraction(ranks.device)
+        free = min(free, max(0, int(fraction * total) - reserved))
+        return Memory(total, free + reserved - used, held, max(0, used + outside - held))
     share = local_ranks(ranks.world)
     total, available = host_memory()
     return Memory(total // share, available // share, held, 0)

@@ -21,15 +21,24 @@ from . import _runtime
 from .errors import UserError
 
 
+def why_not(setting: str, device: torch.device) -> str:
+    """Why nothing is recorded where compile.cuda_graphs says `setting`; empty: something is."""
+    if setting == "off":
+        return "it is switched off"
+    if device.type != "cuda":
+        return "a CPU has none"
+    allocator = torch.cuda.get_allocator_backend()
+    if allocator != "native":
+        return f"the allocator {allocator} has no pools for them"
+    return ""
+
+
 def recorder(setting: str, device: torch.device) -> GraphRecorder | None:
     """Of a device, as compile.cuda_graphs says; None: nothing is recorded."""
-    if setting == "off" or (setting == "auto" and device.type != "cuda"):
-        return None
-    if device.type != "cuda":
-        raise UserError(
-            f"[initialize] compile.cuda_graphs: there are none on a {device.type}; use auto or off"
-        )
-    return GraphRecorder(device)
+    why = why_not(setting, device)
+    if why and setting == "on":
+        raise UserError(f"[initialize] compile.cuda_graphs: {why}; use auto or off")
+    return None if why else GraphRecorder(device)
 
 
 def segments_of(pool: tuple[int, int]) -> list[dict[str, Any]]:
@@ -114,8 +123,12 @@ class GraphRecorder:
                 torch._C._cuda_releasePool(index, handle)
 
     def allocate(self, size: int) -> torch.Tensor:
+        flat = torch.empty(0, dtype=torch.uint8, device=self.device)
         with self._allocating():
-            return torch.empty(size, dtype=torch.uint8, device=self.device)
+            # Not torch.empty: with deterministic algorithms it fills what it makes, on a stream
+            # that waits for nobody.
+            memory = torch.UntypedStorage(size, device=self.device)
+        return flat.set_(memory, 0, (size,), (1,))
 
     def start(self, inputs: list[Any]) -> None:
         self._warm_up()

@@ -125,10 +125,13 @@ def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if local >= torch.cuda.device_count():
+    count = torch.cuda.device_count()
+    if count == 1 and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        local = 0  # the launcher shows each rank its own (Slurm's --gpus-per-task)
+    if local >= count:
         raise UserError(
-            f"[distributed] LOCAL_RANK={local}: this host has {torch.cuda.device_count()} GPU(s); "
-            "start fewer ranks on it"
+            f"[distributed] LOCAL_RANK={local}: this process sees {count} GPU(s); start fewer "
+            "ranks on the host, or show each more in CUDA_VISIBLE_DEVICES"
         )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)

@@ -6,13 +6,15 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from ._core import InternalError, UserError
 
-__all__ = ["InternalError", "UserError", "exit_code", "fail", "meant", "writing"]
+__all__ = ["InternalError", "UserError", "check_writable", "exit_code", "fail", "meant", "writing"]
 
 
 def meant(word: object, known: Iterable[str]) -> str:
@@ -31,6 +33,21 @@ def writing(stage: str, path: str | os.PathLike) -> Iterator[None]:
         raise UserError(
             f"[{stage}] {path}: cannot be written ({why}). Choose another place."
         ) from None
+
+
+def check_writable(stage: str, path: str | os.PathLike) -> None:
+    """Before long work whose result goes to the file `path`: the error that writing it would be."""
+    place = Path(path)
+    why = 0
+    if place.is_dir():
+        why = errno.EISDIR
+    elif not place.parent.is_dir():
+        why = errno.ENOENT
+    elif not os.access(place if place.exists() else place.parent, os.W_OK):
+        why = errno.EACCES
+    with writing(stage, path):
+        if why:
+            raise OSError(why, os.strerror(why))
 
 
 def fail(error: UserError) -> int:

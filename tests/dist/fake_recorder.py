@@ -57,6 +57,11 @@ def address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def storage_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
+
+
 def without_owner(value: Any) -> Any:
     """The same place, whoever owns it."""
     if not isinstance(value, torch.Tensor) or value.numel() == 0:
@@ -79,7 +84,7 @@ class FakeGraph:
         made = self.again(list(self.inputs))
         for place, value in zip(self.outputs, made, strict=True):
             if place is not None:
-                place.copy_(value)
+                place.copy_(storage_bytes(value))
 
 
 class FakeRecorder:
@@ -110,10 +115,11 @@ class FakeRecorder:
         moved, places = [], []
         for value in outputs:
             place = None
-            if isinstance(value, torch.Tensor) and address(value) not in known:
-                memory = self.allocate(value.untyped_storage().nbytes())
-                value = memory.view(value.dtype).as_strided(value.shape, value.stride())
-                place = without_owner(value)
+            ours = isinstance(value, torch.Tensor) and not value.is_meta
+            if ours and address(value) not in known:
+                memory = self.allocate(value.untyped_storage().nbytes()).view(value.dtype)
+                value = memory.as_strided(value.shape, value.stride(), value.storage_offset())
+                place = without_owner(storage_bytes(value))
             moved.append(value)
             places.append(place)
         inputs, self.inputs = self.inputs, []

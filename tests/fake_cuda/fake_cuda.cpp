@@ -33,6 +33,7 @@ constexpr int kInvalidDevice = 101;
 constexpr int kInvalidContext = 201;
 constexpr int kMapFailed = 205;
 constexpr int kLaunchTimeout = 702;
+constexpr int kNotSupported = 801;
 constexpr int kDevices = 64;
 constexpr auto kHang = std::chrono::seconds(60);  // a wait that nobody ends
 
@@ -339,6 +340,7 @@ int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void*) {
 int cuStreamBatchMemOp_v2(void*, unsigned ops, BatchOp* op, unsigned flags) {
   if (pushed_contexts == 0) return kInvalidContext;
   if (flags != 0 || ops > 256) return kInvalidValue;
+  if (hook("no_batches") != 0) return kNotSupported;
   count("batches");
   for (unsigned i = 0; i < ops; ++i) {
     if (op[i].flags != 0 || op[i].address % 4 != 0) return kInvalidValue;

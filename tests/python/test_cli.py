@@ -296,6 +296,9 @@ def test_a_negative_bandwidth_is_one_clear_error(plan: Path, tmp_path: Path):
     expect_error(deepcompile("sim", str(plan), "--machine", str(path)), "ends too early")
 
 
+TINY = ["plan", "--model", "llama-tiny", "--machine", "2x-cpu", "--seq", "8"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -335,6 +338,9 @@ def test_a_negative_bandwidth_is_one_clear_error(plan: Path, tmp_path: Path):
             ["plan", "--model", "llama-3-7b", "--machine", "2x-cpu"],
             ["llama-3-7b: neither a file nor a built-in", 'did you mean "llama-3-70b"?'],
         ),
+        ([*TINY, "--out", "/no/such/x"], ["/no/such/x: cannot be written (No such file"]),
+        ([*TINY, "--chart", "/no/such/x.svg"], ["x.svg: cannot be written"]),
+        ([*TINY, "--trace", "/tmp"], ["/tmp: cannot be written (Is a directory"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "0"], ["--seq"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "8,"], ["neither a file"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", ","], ["at least one"]),

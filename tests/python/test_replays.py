@@ -4,6 +4,7 @@
 import contextlib
 import sys
 
+import alias_step
 import pytest
 import torch
 import toy_step
@@ -20,7 +21,7 @@ OTHER_SHAPE = "which has another shape or layout"
 def test_there_are_graphs_on_gpus_alone():
     cpu = torch.device("cpu")
     assert cuda_graphs.recorder("auto", cpu) is None
-    with pytest.raises(UserError, match="none on a cpu"):
+    with pytest.raises(UserError, match="a CPU has none"):
         cuda_graphs.recorder("on", cpu)
 
 
@@ -276,3 +277,23 @@ def test_a_step_that_fails_while_it_is_recorded_leaves_nothing():
         each.train(8)
     assert equal(toy, twin)
     assert toy.runtime.replays()["recordings"] == 1
+
+
+@pytest.mark.parametrize("case", alias_step.ALIASES)
+def test_a_run_may_hand_on_another_part_of_what_it_read(monkeypatch, case):
+    alias_step.use(monkeypatch, alias_step.ALIASED)
+    codes = alias_step.ALIASES[case]
+    twin, toy = Toy(codes=codes), recorded(codes=codes)
+    pairs = zip(twin.train(STEPS), toy.train(STEPS), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs) and equal(toy, twin)
+    found = toy.runtime.replays()
+    assert found["runs"] == 4 and found["replayed"] > 0 and found["missed"] == 0, found
+
+
+def test_a_run_that_makes_something_on_another_device_is_not_recorded(monkeypatch):
+    alias_step.use(monkeypatch, alias_step.ON_HOST)
+    toy = recorded(codes=alias_step.host_codes("meta"))
+    toy.train(STEPS)
+    found = toy.runtime.replays()
+    assert found["refused"] == "const: an output is on a meta, where nothing is recorded", found
+    assert found["recordings"] == 1 and found["runs"] == 3 and found["replayed"] > 0, found

@@ -75,8 +75,8 @@ std::vector<Introduction> introduce(RankMessages& messages, const Introduction& 
   return all;
 }
 
-// A block of each rank, to try what its peers do with it. Waits are the host's only: a stream
-// that waited for what does not arrive could not be stopped.
+// A block of each rank, to try what its peers do with it. Waits for peers are the host's only: a
+// stream that waited for what does not arrive could not be stopped.
 class Trial {
  public:
   Trial(RankMessages& messages, std::shared_ptr<Driver> driver, int64_t rank, int64_t world,
@@ -116,6 +116,15 @@ class Trial {
         if (values[peer].eq(peer + 1).all().item<bool>()) continue;
         throw TransportError("memory read from rank " + std::to_string(peer) + " did not arrive");
       }
+    }));
+  }
+
+  // What a gather's streams do with words of this rank's own. The wait is over before it begins.
+  void wait_on_stream() {
+    throw_first(together([&] {
+      using Kind = MemoryOp::Kind;
+      driver_->run({{Kind::kWrite, word(rank_), 1}, {Kind::kWaitAtLeast, word(rank_), 1}},
+                   stream());
     }));
   }
 
@@ -190,6 +199,7 @@ void try_peers(const CopyEngineOptions& options, RankMessages& messages,
                c10::Device device, const std::shared_ptr<const StreamPair>& streams) {
   Trial trial(messages, driver, rank, world, device, streams);
   trial.read();
+  trial.wait_on_stream();
   const bool known = options.signals == "auto" && driver->version() >= kNoRemoteWrites;
   driver->set_copies_words(options.signals == "copies" || known);
   std::vector<std::string> errors = trial.send_words();

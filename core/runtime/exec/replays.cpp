@@ -2,6 +2,7 @@
 #include "runtime/exec/replays.h"
 
 #include <ATen/ops/as_strided.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <c10/util/Exception.h>
 
@@ -36,12 +37,11 @@ bool same_number(const RuntimeValue& a, const RuntimeValue& b) {
 
 }  // namespace
 
-Replays::Replays(std::shared_ptr<RunRecorder> recorder, MemoryMeter& meter, c10::Device device)
+Replays::Replays(std::shared_ptr<RunRecorder> recorder, const std::string& no_recorder,
+                 MemoryMeter& meter, c10::Device device)
     : recorder_(std::move(recorder)), meter_(meter), device_(device) {
   report_.on = recorder_ != nullptr;
-  if (!report_.on) {
-    report_.why_not = device.is_cpu() ? "a CPU has none" : "it is switched off";
-  }
+  if (!report_.on) report_.why_not = no_recorder;
 }
 
 Replays::Origin Replays::origin_of(const RuntimeValue& input) {
@@ -278,6 +278,7 @@ std::optional<Replays::Values> Replays::record(size_t instr, const std::vector<L
   RegionCode& code = *loaded_->codes[region.code];
   Run run;
   Values places;  // the inputs, but not their memory: some of it goes while the code is recorded
+  Places of_inputs;
   std::vector<Origin> origins;
   RunRecorder::Recorded recorded;
   try {
@@ -285,14 +286,15 @@ std::optional<Replays::Values> Replays::record(size_t instr, const std::vector<L
       RuntimeValue& input = (*inputs)[i];
       run.inputs.push_back(input_rule(wanted[i], &input));
       const bool kept = !is_tensor(input) || wanted[i].param || run.inputs[i].copied.defined();
-      places.push_back(kept ? input : RuntimeValue(at_place(input.toTensor())));
+      places.push_back(kept ? input : RuntimeValue(at_place(input.toTensor(), &of_inputs)));
       origins.push_back(origin_of(input));
     }
     meter_.begin_run(*inputs);
     recorded = recorder_->record(code, std::exchange(*inputs, {}));
     *workspace = run.workspace = meter_.end_run(recorded.outputs);
+    Places shared;
     for (const RuntimeValue& output : recorded.outputs) {
-      run.outputs.push_back(output_rule(output, origins));
+      run.outputs.push_back(output_rule(output, origins, &shared));
     }
     run.recorded = std::move(recorded.run);
     run.recorded->launch();
@@ -338,14 +340,17 @@ Replays::Input Replays::input_rule(const LoadedInput& wanted, RuntimeValue* inpu
   return rule;
 }
 
-Replays::Output Replays::output_rule(const RuntimeValue& output,
-                                     const std::vector<Origin>& inputs) {
+Replays::Output Replays::output_rule(const RuntimeValue& output, const std::vector<Origin>& inputs,
+                                     Places* shared) {
   Output rule;
   if (!is_tensor(output)) {
     rule.value = output;
     return rule;
   }
   const at::Tensor& tensor = output.toTensor();
+  if (tensor.device() != device_) {
+    throw UserError("an output is on a " + tensor.device().str() + ", where nothing is recorded");
+  }
   for (size_t i = 0; i < inputs.size(); ++i) {
     if (inputs[i].storage._unsafe_get_target() != storage_of(tensor)) continue;
     if (inputs[i].dtype != tensor.scalar_type()) {
@@ -357,7 +362,7 @@ Replays::Output Replays::output_rule(const RuntimeValue& output,
     rule.offset = tensor.storage_offset();
     return rule;
   }
-  rule.value = to_keep(tensor);
+  rule.value = to_keep(tensor, shared);
   recording_->made.push_back(weak_storage(tensor));
   recording_->known.insert(storage_of(tensor));
   recording_->ours.insert(storage_of(tensor));
@@ -422,14 +427,21 @@ Replays::Values Replays::launch(const Run& run, Values* inputs) {
   return outputs;
 }
 
-at::Tensor Replays::at_place(const at::Tensor& tensor) const {
-  const auto keep = [pool = recording_->pool](void*) {};
-  return at::from_blob(tensor.data_ptr(), tensor.sizes(), tensor.strides(), keep,
-                       tensor.options().requires_grad(false), tensor.device());
+at::Tensor Replays::at_place(const at::Tensor& tensor, Places* shared) const {
+  at::Tensor& memory = (*shared)[storage_of(tensor)];
+  if (!memory.defined()) {
+    const auto keep = [pool = recording_->pool](void*) {};
+    memory = at::from_blob(tensor.storage().mutable_data(),
+                           {static_cast<int64_t>(tensor.storage().nbytes())}, keep,
+                           tensor.options().dtype(c10::kByte).requires_grad(false), device_);
+  }
+  const at::Tensor place = at::empty({0}, tensor.options().requires_grad(false));
+  place.set_(memory.storage(), tensor.storage_offset(), tensor.sizes(), tensor.strides());
+  return place;
 }
 
-at::Tensor Replays::to_keep(const at::Tensor& tensor) {
-  const at::Tensor place = at_place(tensor);
+at::Tensor Replays::to_keep(const at::Tensor& tensor, Places* shared) {
+  const at::Tensor place = at_place(tensor, shared);
   recording_->ours.insert(storage_of(place));
   return place;
 }
@@ -458,7 +470,8 @@ at::Tensor Replays::full_buffer(size_t instr, const ParamState& param) {
   try {
     const auto item = static_cast<int64_t>(c10::elementSize(param.dtype()));
     const at::Tensor full = recorder_->allocate(param.padded_numel() * item).view(param.dtype());
-    visit_->fulls.insert_or_assign(instr, to_keep(full));
+    Places alone;
+    visit_->fulls.insert_or_assign(instr, to_keep(full, &alone));
     recording_->gathered.emplace_back(gather, weak_storage(full));
     return full;
   } catch (const c10::OutOfMemoryError&) {

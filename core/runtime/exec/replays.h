@@ -10,8 +10,8 @@
 // same, and so are the bits.
 //
 // Not recorded: runs whose outputs the caller gets (he may keep them), that draw
-// random numbers, write to their inputs or talk to other ranks, and that read more
-// than kCopyLimit bytes from outside.
+// random numbers, write to their inputs or talk to other ranks, that read more
+// than kCopyLimit bytes from outside, or read or make tensors on the host.
 //
 // Source of the idea: torch's CUDA graph trees, which record whole graphs. Here a
 // plan's transfers stay between the runs, and plans may change.
@@ -58,8 +58,9 @@ class Replays {
   // From outside, by one run.
   static constexpr int64_t kCopyLimit = 32 << 20;
 
-  // No recorder: nothing is ever recorded.
-  Replays(std::shared_ptr<RunRecorder> recorder, MemoryMeter& meter, c10::Device device);
+  // No recorder: nothing is ever recorded, and `no_recorder` says why.
+  Replays(std::shared_ptr<RunRecorder> recorder, const std::string& no_recorder, MemoryMeter& meter,
+          c10::Device device);
 
   // `may_record`: memory is not short and nobody traces.
   void begin_section(const LoadedPlan& loaded, size_t section, size_t open_calls, bool may_record);
@@ -92,6 +93,7 @@ class Replays {
 
  private:
   using WeakStorage = c10::weak_intrusive_ptr<c10::StorageImpl>;
+  using Places = std::map<const c10::StorageImpl*, at::Tensor>;  // whole storages, not their memory
   struct Input {
     bool is_tensor = false;
     const void* data = nullptr;  // where it must be
@@ -155,13 +157,15 @@ class Replays {
                                int64_t* workspace);
   Input input_rule(const LoadedInput& wanted, RuntimeValue* input);
   static Origin origin_of(const RuntimeValue& input);
-  Output output_rule(const RuntimeValue& output, const std::vector<Origin>& inputs);
+  Output output_rule(const RuntimeValue& output, const std::vector<Origin>& inputs, Places* shared);
   bool fits(size_t instr, const Run& run, const Values& inputs);
   std::string name_of(size_t instr, size_t input) const;
   static Values launch(const Run& run, Values* inputs);
-  at::Tensor at_place(const at::Tensor& tensor) const;  // without its memory
-  at::Tensor to_keep(const at::Tensor& tensor);         // the same, for later steps
-  at::Tensor memory_like(const at::Tensor& tensor);     // of the pool
+  // The same elements without their memory. Offsets are those in the tensor's storage, which
+  // tensors of one storage share: a run may hand on a view of another part of it.
+  at::Tensor at_place(const at::Tensor& tensor, Places* shared) const;
+  at::Tensor to_keep(const at::Tensor& tensor, Places* shared);  // the same, for later steps
+  at::Tensor memory_like(const at::Tensor& tensor);              // of the pool
 
   std::shared_ptr<RunRecorder> recorder_;
   MemoryMeter& meter_;

@@ -136,7 +136,8 @@ void ShardedAdam::norm() {
   const at::Tensor norm = squared_sum_.sqrt().mul(options_.loss_scale_inv);
   if (device_.is_cpu()) {
     result_.norm = norm.item<double>();
-    if (clip_ > 0.0) factor_ *= std::min(1.0, clip_ / (*result_.norm + kClipEps));
+    const double clip = clip_ / (*result_.norm + kClipEps);
+    if (clip_ > 0.0 && !(clip >= 1.0)) factor_ *= clip;  // NaN too, as on a GPU
   } else {
     result_.norm_tensor = norm.to(c10::kFloat);
     if (clip_ > 0.0) {

@@ -12,9 +12,9 @@ import traceback
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from .. import _core
+from .. import _core, models
 from ..config import CompileConfig
-from ..errors import UserError, writing
+from ..errors import UserError, check_writable, writing
 from ..predict import StepOptions, capture_step, default_budget, named_plans, predict
 from ..schedule import STAGE_PASS
 from . import arguments as types
@@ -113,7 +113,12 @@ def run(options: argparse.Namespace) -> None:
             f"[cli] --ranks {options.ranks}: {machine.name} has {machine.ranks} ranks. Choose "
             "fewer ranks or a larger machine."
         )
-    resolve_passes(options.passes or [], options.pass_library)  # errors before the capture
+    # What is wrong is said before the capture.
+    resolve_passes(options.passes or [], options.pass_library)
+    models.config_path(options.model)
+    for path in (options.chart, options.out, options.captured, options.save_plan, options.trace):
+        if path:
+            check_writable("cli", path)
     budget = options.memory_budget or default_budget(machine)
     lengths = ", ".join(map(str, options.seq))
     say(f"capturing {options.model}, sequence {lengths}: this takes some seconds ...")

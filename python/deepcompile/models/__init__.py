@@ -44,7 +44,8 @@ def _transformers() -> Any:
     return transformers
 
 
-def _path(name_or_path: str | Path) -> Path:
+def config_path(name_or_path: str | Path) -> Path:
+    """The config.json of a built-in name, a folder or a path. UserError if there is none."""
     path = Path(name_or_path)
     builtin = SHIPPED.get(str(name_or_path), str(name_or_path))
     if builtin in names() and not path.is_dir():
@@ -65,7 +66,7 @@ def _path(name_or_path: str | Path) -> Path:
 def load_config(name_or_path: str | Path) -> Any:
     """The transformers config of a built-in name, a config.json or a folder that holds one."""
     transformers = _transformers()
-    path = _path(name_or_path)
+    path = config_path(name_or_path)
     try:
         fields = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
