@@ -82,6 +82,11 @@ class PythonRecorder final : public RunRecorder {
     return call(recorder_, "allocate", bytes).cast<at::Tensor>();
   }
 
+  void prepare() override {
+    const py::gil_scoped_acquire gil;
+    call(recorder_, "prepare");
+  }
+
   Recorded record(RegionCode& code, std::vector<RuntimeValue> inputs) override {
     const py::gil_scoped_acquire gil;
     // The list is gone when the code runs: what dies in it makes room for what it makes.

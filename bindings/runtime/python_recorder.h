@@ -3,6 +3,7 @@
 //
 //   begin() -> pool         what keeps the memory while it lives
 //   allocate(bytes)         a 1-D tensor of uint8
+//   prepare()               before start, on the thread that will call it
 //   start(inputs)           before a region's code is called
 //   finish(outputs, again) -> (outputs, graph)
 //                           `again(inputs)` calls the code anew. graph.first()

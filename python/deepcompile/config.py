@@ -50,7 +50,7 @@ class Bf16Config:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    type: str = _key(check.choice("Adam", "AdamW"), "AdamW")
+    type: str = _key(check.choice("Adam", "AdamW", any_case=True), "AdamW")
     """Adam is AdamW unless params.adam_w_mode is false, as in DeepSpeed."""
     params: dict = _key(check.adam_params, default_factory=dict)
     """lr (1e-3), betas, eps, weight_decay (0, as in DeepSpeed), adam_w_mode; a number may be text,

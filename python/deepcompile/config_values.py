@@ -44,8 +44,13 @@ def number(kind: type, low: float, allow_low: bool = True) -> Callable[[str, Any
     return check
 
 
-def choice(*names: str) -> Callable[[str, Any], str]:
+def choice(*names: str, any_case: bool = False) -> Callable[[str, Any], str]:
+    """One of some names; with ``any_case`` however its letters are."""
+    lower = {name.lower(): name for name in names}
+
     def check(where: str, value: Any) -> str:
+        if any_case and isinstance(value, str):
+            value = lower.get(value.lower(), value)
         if value not in names:
             raise fail(where, f"must be one of {', '.join(names)}, not {value!r}"
                        + meant(value, names))  # fmt: skip

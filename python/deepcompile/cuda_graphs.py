@@ -101,6 +101,7 @@ class GraphRecorder:
         self._entered: Any = None
         self._collects = False
         self._warm: set[int] = set()
+        self._prepared: set[int] = set()
 
     def begin(self) -> GraphPool:
         torch.cuda.synchronize(self.device)
@@ -130,8 +131,18 @@ class GraphRecorder:
             memory = torch.UntypedStorage(size, device=self.device)
         return flat.set_(memory, 0, (size,), (1,))
 
-    def start(self, inputs: list[Any]) -> None:
+    def prepare(self) -> None:
+        """Gives a thread's cuBLAS its workspace in the pool. Others are given back by whoever
+        records graphs in this process too, and launches write to them."""
+        thread = threading.get_ident()
+        if thread in self._prepared:
+            return
+        self._prepared.add(thread)
         self._warm_up()
+        with self._short_capture():
+            self._multiply()
+
+    def start(self, inputs: list[Any]) -> None:
         self._collects = gc.isenabled()
         gc.disable()  # a tensor of others that goes now would be a call in the middle
         self._graph = torch.cuda.CUDAGraph()
@@ -144,15 +155,29 @@ class GraphRecorder:
             raise
 
     def _warm_up(self) -> None:
-        """The workspaces of cuBLAS, which are a thread's and a stream's, are not the pool's."""
+        """A thread's first use of cuBLAS makes what no capture may."""
         if threading.get_ident() in self._warm:
             return
         self._warm.add(threading.get_ident())
-        with torch.cuda.stream(self._stream), torch.no_grad():
+        with torch.cuda.stream(self._stream):
+            self._multiply()
+        self._stream.synchronize()
+        torch._C._cuda_clearCublasWorkspaces()
+
+    def _multiply(self) -> None:
+        with torch.no_grad():
             square = torch.zeros(16, 16, dtype=torch.bfloat16, device=self.device)
             torch.mm(square, square)
             torch.addmm(square[0], square, square)
-        self._stream.synchronize()
+
+    @contextlib.contextmanager
+    def _short_capture(self) -> Iterator[None]:
+        """Of a graph that nobody launches."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+            yield
+            graph.capture_end()
 
     def _leave(self) -> torch.cuda.CUDAGraph:
         graph, self._graph = self._graph, None
@@ -195,12 +220,11 @@ class GraphRecorder:
 
     def _end_capture_of_random_numbers(self) -> None:
         """Only a valid capture's end tells the generator, which draws nothing until then."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool.handle, capture_error_mode="thread_local")
+        with self._short_capture():
             self._something.zero_()
-            graph.capture_end()
 
     def end(self) -> int:
+        torch._C._cuda_clearCublasWorkspaces()  # else they would keep the pool
+        self._prepared.clear()
         pool, self._pool = self._pool, None
         return pool.idle_bytes()

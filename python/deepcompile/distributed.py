@@ -121,7 +121,8 @@ class Ranks:
             tensor.copy_(on_device)
 
 
-def _device() -> torch.device:
+def device_of_rank() -> torch.device:
+    """This rank's GPU, now the current one, or the CPU where there is none."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -147,7 +148,7 @@ def join(
     `dist_init_required`: None starts it when RANK and WORLD_SIZE are set, False
     never starts it, True insists. Gloo on CPU, NCCL on CUDA.
     """
-    device = device or _device()
+    device = device or device_of_rank()
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     if not dist.is_initialized() and dist_init_required is not False and launched:
         try:

@@ -7,6 +7,9 @@ made. Gradients are reduced as they appear, two reductions at most in flight.
 
 The hooks stay installed after engine.compile(): frames that Dynamo skips still
 find their parameters. While Dynamo traces they do nothing.
+
+A loss may run through models of several engines (a generator's through the
+discriminator). Its backward is that of one engine, and others join in it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import skip_code
+from torch._dynamo.eval_frame import OptimizedModule, skip_code
 
 from .errors import UserError
 from .params import MemberRef, ParamTable
@@ -30,6 +33,9 @@ OUTSTANDING_REDUCTIONS = 2
 USE_ALL = ("MultiheadAttention", "TransformerEncoderLayer")
 """Leaf modules that use all their parameters in each call, whatever the data."""
 
+
+LISTS = (nn.ParameterList, nn.ParameterDict)
+"""Modules that are never called: their parameters are read by the module that has them."""
 
 ATTRIBUTE = "_deepcompile_hooks"
 """Of each hooked module: its hooks. A deep copy has None there, and is a plain module."""
@@ -58,6 +64,10 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tenso
         yield from tensors_in(part, seen)
 
 
+_running: list[EagerHooks] = []
+"""Engines in the backward that runs in this process: the one that was asked for it comes first."""
+
+
 def _hooks_of(module: nn.Module) -> EagerHooks | None:
     return module.__dict__.get(ATTRIBUTE)
 
@@ -72,6 +82,11 @@ def _present(hooks: weakref.ref[EagerHooks]) -> EagerHooks:
     return present
 
 
+def take_part(hooks: weakref.ref[EagerHooks]) -> None:
+    """A compiled graph's backward begins: UserError unless an engine's runs, which this joins."""
+    _present(hooks)._take_part("a compiled forward")
+
+
 class EagerHooks:
     """Hooks on one model. `runtime` is the engine's; the engine brackets each backward with
     begin_backward() and end_backward()."""
@@ -83,6 +98,14 @@ class EagerHooks:
         self._runtime = runtime
         self._holds: Counter[str] = Counter()  # running modules that need a param whole
         self._gathered: set[str] = set()  # by these hooks, in the running backward
+        self._gradient_hooks: dict[MemberRef, int] = {}  # their numbers in torch
+        self._members: dict[str, list[torch.Tensor]] = {}
+        for ref in table.refs():
+            self._members.setdefault(table.spec(ref).name, []).append(table.tensor(ref))
+        self._versions: dict[str, list[int]] = {}  # of what modules were gathered for
+        self._compiled_by_user: str | None = None
+        self.joined = False
+        """Whether another engine's backward made gradients here since the last step."""
         self._in_backward = False
         self._reducing: deque[str] = deque()
         self._packs: dict[int, dict[str, torch.Tensor]] = {}
@@ -102,14 +125,35 @@ class EagerHooks:
     def in_backward(self) -> bool:
         return self._in_backward
 
+    def check_uncompiled(self) -> None:
+        """UserError where hooks do not work: in code that the user had compiled nothing gathers,
+        and who comes after ours finds no gradient."""
+        if self._compiled_by_user is not None:
+            raise UserError(
+                f"[engine] forward: {self._compiled_by_user} is compiled, where the parameters "
+                "that stage 3 shards are not gathered. Give initialize() the model as it is and "
+                "call engine.compile(), or choose another stage"
+            )
+        for ref, ours in self._gradient_hooks.items():
+            hooks = self._table.tensor(ref)._post_accumulate_grad_hooks
+            if next(reversed(hooks), ours) != ours:
+                raise UserError(
+                    f"[engine] {self._table.member(ref).name}: has a hook for its accumulated "
+                    "gradient that was registered after initialize(), and would find none: "
+                    "register it before"
+                )
+
     def _install(self, model: nn.Module, leaf_classes: tuple[str, ...]) -> None:
         for module in model.modules():
+            by_user = isinstance(module, OptimizedModule) or module._compiled_call_impl is not None
+            if by_user and self._sharded(module, recurse=True):
+                self._compiled_by_user = f"{type(module).__name__}"
             whole = any(cls.__name__ in leaf_classes for cls in type(module).__mro__)
             names = self._sharded(module, recurse=whole)
             varies = whole and not any(cls.__name__ in USE_ALL for cls in type(module).__mro__)
             if varies:
                 self._note_leaf(module)
-            if names or varies:
+            if (names or varies) and not isinstance(module, LISTS):
                 self._hook_module(module, names, varies)
         for ref in self._table.refs():
             if self._table.spec(ref).trainable:
@@ -163,7 +207,11 @@ class EagerHooks:
     def _sharded(self, module: nn.Module, recurse: bool) -> list[str]:
         """Names of the sharded params that hold this module's parameters, each once."""
         found: dict[str, None] = {}
-        for parameter in module.parameters(recurse=recurse):
+        parameters = list(module.parameters(recurse=recurse))
+        if not recurse:
+            lists = [child for child in module.children() if isinstance(child, LISTS)]
+            parameters += [p for each in lists for p in each.parameters()]
+        for parameter in parameters:
             spec = self._table.spec(self._table.lookup(parameter))
             if spec.placement == "sharded":
                 found[spec.name] = None
@@ -191,7 +239,12 @@ class EagerHooks:
         skip_code(before.__code__)
         skip_code(after.__code__)
         module.__dict__[ATTRIBUTE] = self
+        theirs = list(module._forward_pre_hooks)
         module.register_forward_pre_hook(before)
+        # Before the user's, which may read the parameters (weight_norm's, for one). With
+        # prepend=True, Dynamo takes one hook for another.
+        for key in theirs:
+            module._forward_pre_hooks[key] = module._forward_pre_hooks.pop(key)
         module.register_forward_hook(after, always_call=True)
 
     def _hook_gradient(self, ref: MemberRef) -> None:
@@ -203,16 +256,28 @@ class EagerHooks:
             _present(hooks)._gradient_made(ref, parameter)
 
         tensor = self._table.tensor(ref)
-        tensor.register_post_accumulate_grad_hook(made)
+        self._gradient_hooks[ref] = tensor.register_post_accumulate_grad_hook(made).id
 
     @torch.compiler.disable
     def _before_forward(self, names: list[str]) -> None:
+        first = [name for name in names if self._holds[name] <= 0]
         self._holds.update(names)
         self._make_whole(names)
+        self._versions.update((name, self._versions_of(name)) for name in first)
+
+    def _versions_of(self, name: str) -> list[int]:
+        return [tensor._version for tensor in self._members[name]]
 
     @torch.compiler.disable
     def _after_forward(self, names: list[str], inputs: tuple, output: Any) -> None:
         self._holds.subtract(names)
+        for name in names:
+            if self._holds[name] <= 0 and self._versions.get(name) != self._versions_of(name):
+                raise UserError(
+                    f"[engine] {name}: was written to in the forward, which would be lost: at "
+                    "stage 3 its memory goes with it. Write to it between steps, inside "
+                    "GatheredParameters with a modifier_rank"
+                )
         if torch.is_grad_enabled():
             self._hook_output(names, inputs, output)
         if not self._in_backward:  # else this is a recomputation: its backward follows
@@ -222,7 +287,9 @@ class EagerHooks:
         hooks = weakref.ref(self)  # an output that is kept does not keep the engine
 
         def gather(_gradient: torch.Tensor) -> None:
-            _present(hooks)._make_whole(names)
+            present = _present(hooks)
+            present._join()
+            present._make_whole(names)
 
         def release(_gradient: torch.Tensor) -> None:
             _present(hooks)._release(names)
@@ -267,9 +334,30 @@ class EagerHooks:
                     "initialize(), where it was frozen; unfreeze parameters before initialize()"
                 )
         self._in_backward = True
+        _running[:] = [self]
+
+    def _take_part(self, what: str) -> None:
+        self._join()
+        if not self._in_backward:
+            raise UserError(
+                f"[engine] gradient of {what}: made outside engine.backward(loss). Call that "
+                "instead of loss.backward()."
+            )
+
+    def _join(self) -> None:
+        """Take part in the backward of another engine, if one runs."""
+        if not self._in_backward and _running:
+            self._in_backward = self.joined = True
+            _running.append(self)
 
     def end_backward(self, failed: bool = False) -> None:
-        """Reduce what is left, wait for all reductions, release what is still whole."""
+        """Of all that took part: reduce what is left, wait for all reductions, release what is
+        still whole."""
+        ended, _running[:] = list(_running), []
+        for hooks in ended:
+            hooks._end_backward(failed)
+
+    def _end_backward(self, failed: bool) -> None:
         self._in_backward = False
         if failed:
             self._packs.clear()
@@ -288,13 +376,9 @@ class EagerHooks:
     def _gradient_made(self, ref: MemberRef, parameter: torch.Tensor) -> None:
         if parameter.grad is None:
             return  # a compiled graph's, which its plan reduces
-        if not self._in_backward:
-            raise UserError(
-                f"[engine] gradient of {self._table.member(ref).name}: made outside "
-                "engine.backward(loss). Call that instead of loss.backward()."
-            )
         gradient, parameter.grad = parameter.grad, None
         spec, name = self._table.spec(ref), self._table.member(ref).name
+        self._take_part(name)
         if not spec.packed:
             if ref.param in self._leaf_params:
                 made = self._leaf_gradients.setdefault(ref.param, {})

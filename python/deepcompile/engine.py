@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import gc
 import logging
 import time
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,18 +25,10 @@ import torch
 from torch import nn
 
 from . import engine_report, engine_state, foreign
-from .capture import (
-    CaptureBackend,
-    CaptureOptions,
-    EqualLayers,
-    make_backend,
-    make_entry,
-    output_of,
-    surface_errors,
-)
+from .capture import CaptureBackend, EqualLayers, make_entry, output_of, surface_errors
 from .config import Config
 from .distributed import Ranks
-from .eager import EagerHooks
+from .eager import EagerHooks, take_part
 from .engine_numbers import EngineNumbers
 from .errors import UserError
 from .fast_forms import FastForms
@@ -43,6 +37,7 @@ from .params import ParamTable
 from .planning import Planner
 from .profile import Profile
 from .relief import Relief
+from .variants import Variants, check_arguments, make_capture
 
 log = logging.getLogger("deepcompile")
 
@@ -83,6 +78,7 @@ class Engine(EngineNumbers):
         self.relief = Relief(self.planner, runtime, ranks)
         self.equal_layers = EqualLayers(model, config.compile.equal_layers)
         self.hooks = EagerHooks(model, table, runtime, config.zero_optimization.leaf_module.classes)
+        self.planner.watch.on_backward = functools.partial(take_part, weakref.ref(self.hooks))
         self.optimizer = ShardedOptimizer(
             source,
             {id(table.tensor(ref)): table.member(ref).name for ref in table.refs()},
@@ -110,6 +106,7 @@ class Engine(EngineNumbers):
             model, config.compile.differentiable_outputs, config.compile.loss_only
         )
         self._compiled: Callable[..., Any] | None = None
+        self._variants: Variants | None = None
         self._backend: CaptureBackend | None = None
         self._compiled_steps = 0
         self._grad_norm: Any = None
@@ -152,14 +149,8 @@ class Engine(EngineNumbers):
                 "captured with the forward",
                 stacklevel=2,
             )
-        if backend not in ("inductor", "eager"):
-            raise UserError(f"[engine] compile: backend {backend!r}; use inductor or eager")
         kwargs = dict(compile_kwargs or {})
-        for key in kwargs:
-            if key not in ("dynamic", "fullgraph", "options"):
-                raise UserError(
-                    f"[engine] compile: compile_kwargs[{key!r}]; use dynamic, fullgraph or options"
-                )
+        check_arguments(backend, kwargs)
         self.planner.set_schedule(schedule, self.global_steps)
         if not self.config.compile.deepcompile:
             warnings.warn(
@@ -167,30 +158,17 @@ class Engine(EngineNumbers):
                 stacklevel=2,
             )
             return
-        self._compiled = self._build(backend, kwargs)
+        self._backend = make_capture(
+            self.config.compile, self.table, self.planner, self.equal_layers.deep,
+            self.ranks.world, backend, kwargs,
+        )  # fmt: skip
+        self._variants = Variants(
+            self.module, self.table, self.config.compile, self._backend.borrowed(), kwargs
+        )
+        self._compiled = self._variants.first
         self._compiled_steps = 0
         if self.planner.load_cached(backend):
             self._trace_at = self._settling
-
-    def _build(self, backend: str, kwargs: dict[str, Any]) -> Callable[..., Any]:
-        settings = self.config.compile
-        options = CaptureOptions(
-            backend=backend,
-            region_bytes=settings.region_bytes,
-            region_host=settings.region_host,
-            checkpoint_marks=settings.checkpoint_marks,
-            dynamic=kwargs.get("dynamic"),
-            inductor_options=dict(kwargs.get("options") or {}),
-            cache_dir=settings.cache_dir,
-            deep=self.equal_layers.deep,
-        )
-        self._backend = make_backend(self.table, options, self.planner, world=self.ranks.world)
-        return torch.compile(
-            self._entry,
-            backend=self._backend.borrowed(),
-            dynamic=kwargs.get("dynamic"),
-            fullgraph=bool(kwargs.get("fullgraph", False)),
-        )
 
     def register_compile_pass(
         self, name: str, fn: Callable[..., Any], contract: Any = None
@@ -242,14 +220,39 @@ class Engine(EngineNumbers):
         """The model's outputs for this rank's micro-batch."""
         if self._compiled is not None:
             if self.module.training and torch.is_grad_enabled():
+                self._follow_parameters()
                 self._begin_micro_batch()
             else:
+                self._compiled = self._variants.first
                 self.planner.settle()
+        else:
+            self.hooks.check_uncompiled()
         with self._clock("forward"):
             if self._compiled is None:
                 return output_of(self._entry(*args, **kwargs))
             with surface_errors(), self.fast_forms.applied(args, kwargs):
+                if self._compiled is not self._variants.first:  # layers may differ by now
+                    return output_of(self._compiled(*args, **kwargs))
                 return output_of(self.equal_layers.call(self._compiled, args, kwargs))
+
+    def _follow_parameters(self) -> None:
+        """Take the forward that was captured with the parameters that require gradients now. One
+        that no plan knows is planned from the beginning, by all ranks."""
+        self._compiled, new = self._variants.now()
+        begins = self.micro_steps % self.gradient_accumulation_steps() == 0
+        if begins:
+            self._variants.check_hooks()
+        if not new or self.planner.agreed is None:
+            return
+        frozen = self._variants.frozen()
+        if not begins or any(other != frozen for other in self.ranks.gather(frozen)):
+            raise UserError(
+                "[engine] forward: parameters were frozen or unfrozen on some ranks alone, or "
+                f"amid a step ({len(frozen)} are frozen here, of those that were trained at "
+                "first); do it on all ranks, between steps"
+            )
+        self._compiled_steps = 0
+        self.planner.begin_anew(self.global_steps, "parameters were frozen or unfrozen")
 
     def _begin_micro_batch(self) -> None:
         """Trace the step that this micro-batch begins, if someone wants that."""
@@ -324,12 +327,12 @@ class Engine(EngineNumbers):
     def step(self) -> None:
         """End a micro-batch; at accumulation boundaries update parameters and learning rate."""
         self._check_gradients()
-        if not self._backward_done:
+        if not self._backward_done and not self.hooks.joined:
             raise UserError(
                 "[engine] step: no backward(loss) since the last step(); call "
                 "engine.backward(loss), not loss.backward()"
             )
-        self._backward_done = False
+        self._backward_done = self.hooks.joined = False
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
         if not boundary:
@@ -420,6 +423,7 @@ class Engine(EngineNumbers):
         """Drop gradients accumulated so far. After a backward that failed, the step's micro-batches
         begin again."""
         self.optimizer.zero_grad(set_to_none)
+        self.hooks.joined = False
         if self._backward_failed:
             self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
             self._backward_failed = self._backward_done = False

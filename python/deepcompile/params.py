@@ -224,6 +224,12 @@ def _check(model: nn.Module, named: list[tuple[str, nn.Parameter]], anywhere: bo
             f"[params] {type(model).__name__}: no parameter requires a gradient, so there is "
             "nothing to train. Set requires_grad on the parameters to be trained."
         )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise UserError(
+                f"[params] {name or type(module).__name__}: makes sparse gradients, which cannot "
+                "be reduced. Build the embedding with sparse=False."
+            )
     storages: dict[tuple[torch.device, int], str] = {}
     first_name, first = named[0]
     for name, tensor in named:
@@ -256,6 +262,8 @@ def _unsupported(tensor: nn.Parameter) -> tuple[str | None, str]:
             "Pass a model of plain tensors: sharding is deepcompile's part (no DTensor, FSDP "
             "or tensor parallel wrapper)",
         )
+    if tensor.numel() and not tensor.untyped_storage().size():
+        return "has no memory, as another engine shards it", "Build the model anew"
     if tensor.dtype not in _DTYPE_NAMES:
         known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPE_NAMES)
         return f"has dtype {tensor.dtype}", f"Use one of {known}"

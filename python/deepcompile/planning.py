@@ -15,7 +15,6 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from . import _core, agreement, budget, links, plan_cache
@@ -25,6 +24,7 @@ from .config import Config
 from .distributed import Ranks
 from .embedding_rows import EmbeddingRows, simulator
 from .errors import UserError
+from .installed import Installed, Planned, same_code
 from .params import ParamTable
 from .profile import Profile, RegionCost, apply_costs, take_times
 from .runner import PlanRunner, StepWatch, section_kinds
@@ -32,36 +32,6 @@ from .schedule import STAGE_PASS, Entry, check_schedule, default_schedule, entry
 from .trace_costs import trace_costs
 
 log = logging.getLogger("deepcompile")
-
-
-@dataclass
-class Installed:
-    """One captured graph and the newest plan made from it."""
-
-    captured: Any
-    plain: Any
-    """The compute-only program."""
-    skeleton: str = ""
-    """What ranks must share of it (_core.skeleton)."""
-    program: Any = None
-    """With instructions, as the newest plan has them."""
-    plan_id: int = -1
-    plan_hash: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)
-    """Passes, and freezing and loading."""
-
-
-@dataclass
-class Planned:
-    """One line of the planner's history."""
-
-    step: int
-    """Steps taken when it began to hold."""
-    agreed: Agreed | None
-    """None: each graph by itself, by the passes in `why`."""
-    why: str
-    seconds: float
-    """On this rank, waiting for the others included."""
 
 
 def show_log() -> None:
@@ -214,7 +184,7 @@ class Planner:
         installed = Installed(captured, plain, _core.skeleton(plain))
         runner = PlanRunner(self._runtime, len(self.graphs), self.watch)
         self._plan(installed, runner)
-        self.recompilations += any(_same_code(captured, g.captured) for g in self.graphs)
+        self.recompilations += any(same_code(captured, g.captured) for g in self.graphs)
         self.graphs.append(installed)
         self._runners.append(runner)
         return runner
@@ -462,9 +432,13 @@ class Planner:
                 "This run plans anew.",
                 stacklevel=2,
             )
+        self.begin_anew(step, "the kept plan did not fit")
+
+    def begin_anew(self, step: int, why: str) -> None:
+        """Back to the schedule's beginning, and to the stage's plan until a step was profiled."""
         self._entry = self.schedule[0]
         self.pending = self._entry.measured
-        self.by_itself(step, "the kept plan did not fit")
+        self.by_itself(step, why)
 
     def profile_without_trace(self, step: int) -> Profile:
         """What is known of the last step if none was traced."""
@@ -488,13 +462,3 @@ class Planner:
                     "the model takes different paths on different ranks. Make its control flow "
                     "depend on what all ranks share."
                 )
-
-
-def _same_code(a: Any, b: Any) -> bool:
-    """Whether two captures are of one computation on the same parameters."""
-
-    def key(captured: Any) -> tuple:
-        regions = captured.ir.regions
-        return tuple((r.key, *(x for x in r.inputs if not isinstance(x, str))) for r in regions)
-
-    return a.inference == b.inference and key(a) == key(b)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -16,6 +16,8 @@ class StepWatch:
         """Graphs by number, in the order of their first forward."""
         self.late = False
         """Whether the plan leaves updates to the next step."""
+        self.on_backward: Callable[[], None] | None = None
+        """Called before each backward."""
 
     def end(self) -> list[int]:
         """The graphs of the step that ends here."""
@@ -52,6 +54,8 @@ class PlanRunner:
         return token, self._runtime.run(self._plan_id, self._sections["forward"], call_id, inputs)
 
     def backward(self, call_id: int, inputs: list) -> Sequence[Any]:
+        if self._watch.on_backward is not None:
+            self._watch.on_backward()
         plan, sections = self._plan_id, self._sections
         if len(self._plans) > 1:
             plan, sections = self._plans[bisect.bisect_right(self._since, call_id) - 1]

@@ -103,6 +103,9 @@ class FakeRecorder:
         self.arena.recording = False
         return self.arena.allocate(size)
 
+    def prepare(self) -> None:
+        pass
+
     def start(self, inputs: list) -> None:
         self.arena.recording = True
         if self.fails is not None:

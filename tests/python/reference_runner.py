@@ -99,12 +99,13 @@ class Compiled:
         self.sink = sink(self.table)
         for ref in self.table.refs():
             self.table.tensor(ref).untyped_storage().resize_(0)
-        self.options = CaptureOptions(**{"backend": "eager", "dynamic": False, **options})
+        dynamic = options.pop("dynamic", False)
+        self.options = CaptureOptions(**{"backend": "eager", **options})
         self.backend = make_backend(self.table, self.options, self.sink)
         self.call = torch.compile(
             make_entry(model) if entry else model,
             backend=self.backend,
-            dynamic=self.options.dynamic,
+            dynamic=dynamic,
             fullgraph=fullgraph,
         )
 

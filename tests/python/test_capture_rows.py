@@ -37,7 +37,7 @@ def found(how, stage=3, ids=None, **options):
     model = Reads(how, **options)
     table = ParamTable.build(model, stage=stage, persistence_threshold=10)
     sink = _DrySink()
-    backend = make_backend(table, CaptureOptions(backend="none", dynamic=False), sink, world=2)
+    backend = make_backend(table, CaptureOptions(backend="none"), sink, world=2)
     ids = torch.zeros(2, 6, dtype=torch.int64) if ids is None else ids
     with surface_errors():
         torch.compile(model, backend=backend, dynamic=False)(ids, torch.ones_like(ids))

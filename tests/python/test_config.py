@@ -56,7 +56,7 @@ def test_deepspeed_file(tmp_path):
                     "stage3_param_persistence_threshold": 1e5,
                     "offload_optimizer": {"device": "none"},
                 },
-                "optimizer": {"type": "AdamW", "params": {"lr": 2e-5, "betas": [0.9, 0.95]}},
+                "optimizer": {"type": "adamw", "params": {"lr": 2e-5, "betas": [0.9, 0.95]}},
                 "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
                 "compile": {"deepcompile": True, "passes": ["z3"], "double_buffer": True},
             }
@@ -64,7 +64,7 @@ def test_deepspeed_file(tmp_path):
     )
     with pytest.warns(ConfigWarning, match="(overlap_comm|double_buffer) has no effect"):
         config = load_config(path).with_batch(world=2)
-    assert config.train_batch_size == 16
+    assert config.train_batch_size == 16 and config.optimizer.type == "AdamW"
     assert config.stage == 3 and config.bf16.enabled and config.reduce_dtype == "bf16"
     assert config.zero_optimization.stage3_param_persistence_threshold == 100_000
     assert len(config.warnings) == 2

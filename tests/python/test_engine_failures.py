@@ -236,3 +236,29 @@ def test_a_misspelt_machine_names_the_key_and_those_there_are():
     said = error_of(lambda: start(config=config(compile={"machine": "4x8-h10"})))
     assert said.startswith("[config] compile.machine: '4x8-h10' is neither a file nor a built-in")
     assert 'did you mean "4x8-h100"? built in are' in said and "2x-cpu" in said
+
+
+@pytest.mark.parametrize("kind", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_gradient_hook_on_a_parameter_is_refused_in_compiled_steps(kind):
+    engine = start()
+    engine.compile(backend="eager")
+    for number in range(2):
+        step(engine, number)
+    handle = getattr(engine.module[0].weight, kind)(lambda value: None)
+    said = error_of(lambda: step(engine, 2))
+    assert said.startswith("[engine] 0.weight: has a gradient hook") and "Remove" in said
+    handle.remove()
+    step(engine, 2)
+
+
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_a_backward_that_is_not_the_engines_is_refused(backend):
+    engine, twin = start(), start()
+    for each in (engine, twin):
+        if backend:
+            each.compile(backend=backend)
+    loss = engine(batch()).pow(2).mean()
+    said = error_of(loss.backward)
+    assert "made outside engine.backward(loss)" in said
+    losses = [[step(each, number) for number in range(2)] for each in (engine, twin)]
+    assert losses[0] == losses[1]

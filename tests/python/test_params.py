@@ -120,6 +120,7 @@ def test_refuses_what_cannot_be_trained_or_sharded():
     quantised = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
     refused(one(quantised), "odd", "quantised")
     refused(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)), "1.weight", "no shape yet")
+    refused(nn.Sequential(nn.Embedding(4, 4, sparse=True)), "0: makes sparse", "sparse=False")
 
 
 def test_refuses_memory_shared_without_tying():

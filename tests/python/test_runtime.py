@@ -49,6 +49,24 @@ def test_optimizer_equals_torch(optimizer_type, adamw, stage):
     assert toy.runtime.optimizer_steps() == 10
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_norm_that_is_no_number_spoils_all_weights_as_in_torch(bad):
+    toy = Toy(clip=1.0)
+    for name in ("w1", "w2"):
+        gradient = torch.ones_like(getattr(toy.model, name))
+        if name == "w1":
+            gradient.view(-1)[0] = bad
+        toy.runtime.reduce(name, {name: gradient})
+        toy.runtime.accumulate(name)
+    toy.step()
+    spoilt = {name: bool(toy.full_values()[name].isnan().all()) for name in ("w1", "w2")}
+    one = torch.nn.Parameter(torch.ones(3))  # what torch does
+    one.grad = torch.tensor([bad, 1.0, 1.0])
+    torch.nn.utils.clip_grad_norm_(one, 1.0)
+    assert spoilt["w2"] == one.grad[1:].isnan().all().item() == (bad != bad)
+    assert spoilt["w1"] == one.grad.isnan().all().item()
+
+
 def test_clipping_equals_torch():
     expected, norms = train_reference(torch.optim.AdamW, 6, clip=0.5, weight_decay=0.1)
     toy = Toy(clip=0.5)

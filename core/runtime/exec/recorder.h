@@ -38,6 +38,8 @@ class RunRecorder {
   virtual std::shared_ptr<void> begin() = 0;
   // `bytes` of the pool, as an own tensor of bytes.
   virtual at::Tensor allocate(int64_t bytes) = 0;
+  // What this thread's next run needs beside its own memory.
+  virtual void prepare() = 0;
   // The outputs' memory is there, their values are not before a launch. Throws
   // c10::OutOfMemoryError, or any other error if the code cannot be recorded: it
   // then has no effect.

@@ -289,6 +289,7 @@ std::optional<Replays::Values> Replays::record(size_t instr, const std::vector<L
       places.push_back(kept ? input : RuntimeValue(at_place(input.toTensor(), &of_inputs)));
       origins.push_back(origin_of(input));
     }
+    recorder_->prepare();
     meter_.begin_run(*inputs);
     recorded = recorder_->record(code, std::exchange(*inputs, {}));
     *workspace = run.workspace = meter_.end_run(recorded.outputs);

@@ -41,7 +41,8 @@ MemberSlot::MemberSlot(std::string name, at::Tensor parameter, c10::Device devic
   storage_of(alias_)->get_extra_meta().custom_data_ptr_error_msg_ =
       "[runtime] parameter " + name_ +
       " is sharded and has no memory here: read and change it inside GatheredParameters, or take "
-      "engine.state_dict()";
+      "engine.state_dict(). If the forward of a module reads it that does not own it, and is not "
+      "compiled, name that module's class in zero_optimization.leaf_module.classes";
   unbind();
 }
 

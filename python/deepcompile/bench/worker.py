@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from .. import budget
-from ..distributed import Ranks, join
+from ..distributed import Ranks, device_of_rank, join
 from ..errors import UserError
 from . import measure, peers, results, weights
 from .arguments import parse_lm
@@ -376,8 +376,7 @@ def start_group(conditions: Sequence[Condition], options: Options) -> None:
 
     wanted = [fsdp2.backend(c) for c in conditions if c.framework.startswith("fsdp")]
     if any(wanted) and "RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        device = device_of_rank()
         dist.init_process_group(
             next(w for w in wanted if w),
             timeout=datetime.timedelta(seconds=options.timeout),

@@ -32,8 +32,6 @@ class CaptureOptions:
     checkpoint_marks: str = "obey"
     """The user's activation-checkpoint marks: ``obey`` recomputes what they cover inside the
     backward's regions; ``hint`` marks the forward's regions and leaves it to the plan."""
-    dynamic: bool | None = None
-    """As in torch.compile: None lets the second shape make sizes symbolic."""
     inductor_options: dict[str, Any] = field(default_factory=dict)
     """Inductor settings for the regions, as in torch.compile(options=...)."""
     cache_dir: str | None = None

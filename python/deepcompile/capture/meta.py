@@ -142,7 +142,7 @@ def capture_model(
     if checkpointing:
         enable_checkpointing(model)
     table = ParamTable.build(model, stage=stage, persistence_threshold=persistence_threshold)
-    options = options or CaptureOptions(backend="none", dynamic=False)
+    options = options or CaptureOptions(backend="none")
     backend = make_backend(table, options, _DrySink(), world=world)
     tokens = torch.zeros(batch, seq, dtype=torch.int64)
     torch._dynamo.reset()
