@@ -14,6 +14,7 @@ from ..cli.arguments import Parser, comma_separated, not_negative, positive
 from ..errors import UserError
 from .conditions import SETTINGS, Condition, model_file_word
 from .options import ATTENTION, Options, engine_settings, merge
+from .variants import check
 
 FRAMEWORKS = ("deepcompile", "deepspeed", "fsdp", "ddp", "singlegpu")
 """run.sh's --backend; `deepcompile` is this project."""
@@ -136,7 +137,8 @@ def lm_parser(prog: str | None = None) -> Parser:
     add("--offload_opt_states", action="store_true", help="optimizer states on the host: "
         "deepspeed, fsdp; ours by --memory_budget")  # fmt: skip
     add("--settings", choices=SETTINGS, default="default")
-    add("--variant", default="", help="fsdp: prefetch, copy_engine, overlap")
+    add("--variant", default="", help="fsdp: prefetch, copy_engine, overlap; "
+        "deepcompile: name=TEXT, which only tells rows apart")  # fmt: skip
     add("--memory_budget", metavar="SIZE", help="deepcompile: 20GiB, or a fraction of 1")
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
         help="auto: bf16 on GPUs, fp32 on CPUs")  # fmt: skip
@@ -158,6 +160,8 @@ def condition_from(args: argparse.Namespace, world: int, nodes: int) -> Conditio
         if key != "deepcompile":
             raise UserError(f"[bench] memory_budget: {key} has none. Leave it out.")
         variant = ",".join(w for w in (variant, f"budget={args.memory_budget}") if w)
+    check(f"--settings {args.settings}" if not variant else f"--variant {variant}", key,
+          args.settings, variant)  # fmt: skip
     sharded = key.startswith(("zero", "ds_")) or key == "deepcompile"
     found = Condition(
         model=args.model_name,

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, meant
 from .arguments import check_passes
 from .conditions import FRAMEWORKS, SETTINGS, Condition
+from .variants import check
 
 LLAMA_70B = "meta-llama/Meta-Llama-3-70B-Instruct"
 LLAMA_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
@@ -149,7 +150,10 @@ def parse_spec(text: str) -> Spec:
     key, _, passes = head.partition(":")
     key, _, extra = key.partition("+")
     if key not in FRAMEWORKS:
-        raise UserError(f"[bench] framework {text!r}: unknown. Use one of {', '.join(FRAMEWORKS)}.")
+        near = meant(key, FRAMEWORKS)
+        raise UserError(
+            f"[bench] framework {text!r}: unknown{near or '.'} Use one of {', '.join(FRAMEWORKS)}."
+        )
     if extra not in ("", "offload"):
         raise UserError(f"[bench] framework {text!r}: +{extra} is unknown; only +offload is not.")
     if settings and settings not in SETTINGS:
@@ -160,6 +164,7 @@ def parse_spec(text: str) -> Spec:
             "Leave +offload out, or give /budget=."
         )
     names = check_passes([w for w in passes.split("+") if w], key)
+    check(f"framework {text!r}", key, settings, variant)
     return Spec(key, names, settings or "default", variant, bool(extra), int(length or 0))
 
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from ...distributed import Ranks
 from ...errors import UserError
-from .. import weights
+from .. import variants, weights
 from ..conditions import Condition
 from ..options import Options
 from ..results import CANNOT_RUN
@@ -139,12 +139,12 @@ def why_not(condition: Condition) -> str | None:
         return f"{CANNOT_RUN}: DeepSpeed's DeepCompile needs GPUs"
     if (reason := condition.why_no_offload()) is not None:
         return reason
+    if not condition.ours and (reason := variants.wrong(condition.framework, condition.variant)):
+        return reason  # ours is checked where it is written: rows have other words too
     if name == "fsdp2":
         return fsdp2.why_not(condition)
     if name == "single" and condition.world != 1:
         return f"a single GPU takes one rank, not {condition.world}: set NGPUS_PER_NODE=1"
-    if condition.variant and name not in ("fsdp2", "deepcompile"):
-        return f"{condition.framework} has no variant {condition.variant!r}: leave it out"
     return None
 
 

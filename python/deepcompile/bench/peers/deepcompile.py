@@ -4,7 +4,7 @@
 The condition's passes are a schedule, as run_bench_lm.py's are: the stage's own
 pass first, and from step WARMUP on with the others. Its variant is words
 separated by commas: ``budget=20GiB`` (or a fraction of the device's memory), and
-any others, which only tell rows apart.
+``name=TEXT``, which only tells rows apart.
 """
 
 from __future__ import annotations

@@ -33,24 +33,16 @@ from ..results import CANNOT_RUN
 from . import Batch, Peer, Setup
 from .local import adamw, adamw_settings, compile_layers
 
-VARIANTS = ("", "prefetch", "copy_engine", "overlap")
 ZERO_CTA = "2"
 """NCCL_CTA_POLICY for gathers by copy engines; it must be set before the process group starts."""
 
 
 def why_not(condition: Condition) -> str | None:
-    if condition.variant not in VARIANTS:
-        return (
-            f"FSDP has no variant {condition.variant!r}: use one of {', '.join(VARIANTS[1:])}, "
-            "or none"
-        )
     if condition.variant == "copy_engine":
         if not hasattr(FSDPModule, "set_symm_mem_for_comm"):
             return f"copy_engine needs torch 2.13, which is not installed, but {torch.__version__}"
         if not torch.cuda.is_available():
             return f"{CANNOT_RUN}: copy_engine needs GPUs"
-    if condition.variant == "overlap" and not condition.compile:
-        return "overlap is made by compiling: use fsdp_c"
     return None
 
 
