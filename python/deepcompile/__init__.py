@@ -62,6 +62,10 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in _HOMES:
+        if _HOMES[name] != "config":
+            from .built_for import check
+
+            check()
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     if name in _MODULES:
         return import_module(f".{name}", __name__)

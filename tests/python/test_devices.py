@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which GPU a rank takes and what it may use of it, where there is none."""
+"""What the machine has for a rank: which GPU, how much of it, and the torch of the build."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from deepcompile import budget, distributed
+from deepcompile import budget, built_for, distributed
 from deepcompile.errors import UserError
 
 GIB = 1 << 30
@@ -49,3 +49,17 @@ def test_a_part_of_the_device_may_be_all_that_a_process_gets(monkeypatch):
     assert budget.measure(ranks, held=0).free == 64 * GIB
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: 0.25)
     assert budget.measure(ranks, held=0).free == 14 * GIB
+
+
+def test_another_torch_than_the_extensions_is_named(tmp_path):
+    record = tmp_path / "built_for_torch.txt"
+    built_for.check()  # what is installed here
+    assert built_for._release(built_for.RECORD.read_text()) == torch.__version__.split(".")[:2]
+    built_for.check(record)  # built by hand: nothing is known
+    for version, fits in ((torch.__version__, True), ("2.3.1+cpu", False)):
+        record.write_text(version + "\n")
+        if fits:
+            built_for.check(record)
+            continue
+        with pytest.raises(UserError, match=r"was built for 2.3.1\+cpu. Build it again"):
+            built_for.check(record)
