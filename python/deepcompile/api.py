@@ -100,6 +100,12 @@ def _check_trainable(model: nn.Module) -> None:
             f"[initialize] {type(model).__name__}: has no parameter that requires a gradient; "
             "call requires_grad_() on what should be trained"
         )
+    for name, parameter in model.named_parameters():
+        if parameter.numel() and not parameter.untyped_storage().size():
+            raise UserError(
+                f"[initialize] {name}: has no memory, as another engine shards it; build the model "
+                "anew, or go on with that engine"
+            )
 
 
 def _runtime(config: Config, ranks: Ranks) -> Any:

@@ -33,7 +33,6 @@ OUTSTANDING_REDUCTIONS = 2
 USE_ALL = ("MultiheadAttention", "TransformerEncoderLayer")
 """Leaf modules that use all their parameters in each call, whatever the data."""
 
-
 LISTS = (nn.ParameterList, nn.ParameterDict)
 """Modules that are never called: their parameters are read by the module that has them."""
 
@@ -120,10 +119,6 @@ class EagerHooks:
 
     def __deepcopy__(self, _memo: Any) -> None:
         """A copy of the model has nothing to gather."""
-
-    @property
-    def in_backward(self) -> bool:
-        return self._in_backward
 
     def check_uncompiled(self) -> None:
         """UserError where hooks do not work: in code that the user had compiled nothing gathers,

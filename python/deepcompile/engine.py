@@ -219,11 +219,10 @@ class Engine(EngineNumbers):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's outputs for this rank's micro-batch."""
         if self._compiled is not None:
+            self._follow_parameters()
             if self.module.training and torch.is_grad_enabled():
-                self._follow_parameters()
                 self._begin_micro_batch()
             else:
-                self._compiled = self._variants.first
                 self.planner.settle()
         else:
             self.hooks.check_uncompiled()

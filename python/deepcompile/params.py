@@ -262,8 +262,6 @@ def _unsupported(tensor: nn.Parameter) -> tuple[str | None, str]:
             "Pass a model of plain tensors: sharding is deepcompile's part (no DTensor, FSDP "
             "or tensor parallel wrapper)",
         )
-    if tensor.numel() and not tensor.untyped_storage().size():
-        return "has no memory, as another engine shards it", "Build the model anew"
     if tensor.dtype not in _DTYPE_NAMES:
         known = ", ".join(str(d).removeprefix("torch.") for d in _DTYPE_NAMES)
         return f"has dtype {tensor.dtype}", f"Use one of {known}"

@@ -90,9 +90,7 @@ def capture_step(
         world=world,
         checkpointing=options.checkpointing,
         num_layers=options.layers,
-        options=CaptureOptions(
-            backend="none", dynamic=False, checkpoint_marks=options.checkpoint_marks
-        ),
+        options=CaptureOptions(backend="none", checkpoint_marks=options.checkpoint_marks),
         **wanted,
     )
     programs = [graph.program for graph in graphs]

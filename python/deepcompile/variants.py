@@ -85,6 +85,8 @@ class Variants:
 
     def now(self) -> tuple[Callable[..., Any], bool]:
         """The forward for what requires gradients now, and whether it is a new one."""
+        if not torch.is_grad_enabled():
+            return self.first, False
         state = [tensor.requires_grad for tensor in self._tensors]
         key = tuple(state)
         self._state = state

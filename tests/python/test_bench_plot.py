@@ -23,7 +23,7 @@ from deepcompile.bench.flops import (
     step_flops,
 )
 from deepcompile.bench.metrics import gains, metric, metrics, spread
-from deepcompile.bench.plot import charts, gain_rows, gains_text, left_out_note, plot
+from deepcompile.bench.plot import charts, gain_rows, gains_text, left_out_note, looks, plot
 from deepcompile.bench.results import Results, Row, save
 from deepcompile.cli.plot import METRICS
 from deepcompile.errors import UserError
@@ -287,9 +287,44 @@ def test_compile_times_of_reused_code_are_left_out_and_said(tmp_path):
     assert "compiled before in the same process" in left_out_note(chart, what)
     text = gains_text([chart], what)
     assert "0.40x" in text and "00x" not in text and "without a bar: reused" in text
+    assert "caches on disk serve whoever runs later" in text
     drawn = plot(Results(rows), tmp_path, "compile_time")
     assert drawn[0][1].is_file()
     assert left_out_note(chart, metric("throughput")) == ""
+
+
+def test_bars_of_one_framework_are_told_apart(tmp_path, monkeypatch):
+    """In the picture and its legend: by tone, variants by their hatch."""
+    from matplotlib.figure import Figure
+
+    variants = ({}, {"settings": "best"}, {"variant": "overlap"}, {"variant": "copy_engine"},
+                {"seed": 2})  # fmt: skip
+    rows = [made(**given) for given in variants]
+    budgets = ({}, {"variant": "budget=1GiB"}, {"variant": "budget=2GiB"}, {"settings": "best"})
+    rows += [made("deepcompile", **given) for given in budgets]
+    rows += [made("ds_deepcompile", **given) for given in ({}, {"settings": "best"})]
+    rows += [made(predicted=True), made("deepcompile", predicted=True)]
+    (chart,) = charts(Results(rows), by_accumulation=False)
+    found = looks(chart)
+    assert list(found) == chart.bars and len(set(found.values())) == len(rows)
+    assert found["DeepCompile (auto)"][0] == found["DeepCompile (auto) simulated"][0]
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    plot(Results(rows), tmp_path, "throughput")
+    (legend,) = figures[0].legends
+    shown = {(p.get_facecolor(), p.get_hatch() or "") for p in legend.get_patches()}
+    bars = {(p.get_facecolor(), p.get_hatch() or "") for p in figures[0].axes[0].patches}
+    assert len(shown) == len(rows) and shown == bars
+    # FSDP's default and best alone keep their colours.
+    (pair,) = charts(Results(rows[:2]), by_accumulation=False)
+    assert looks(pair)["FSDP (C)"] == ("#d9772b", "") == found["FSDP (C) seed=0"]
+
+
+def test_one_file_of_results(tmp_path, capsys):
+    save(tmp_path, [made(), made("deepcompile", 0.25)])
+    file = str(tmp_path / "result.txt")
+    code, out, _ = deepcompile(capsys, "--result_dir", file, "--metric", "throughput")
+    assert code == 0 and str(tmp_path / "throughput" / "chart_throughput_") in out
 
 
 def test_ranks_on_a_cpu_are_not_called_gpus():

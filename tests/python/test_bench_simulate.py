@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deepcompile import _core, cli
+from deepcompile.bench import simulate
 from deepcompile.bench.conditions import Condition
 from deepcompile.bench.peer_schedules import FsdpSchedule, Zero3Schedule, layer_of
 from deepcompile.bench.results import LINES, ROWS, Results, Row, append
@@ -176,18 +177,19 @@ def test_the_seeds_accumulation(tmp_path, monkeypatch, capsys):
 
 
 def test_what_does_not_fit_is_a_row_that_says_so(swept, tmp_path):
-    from deepcompile.bench.simulate import Job, plans, read_machine, simulate, to_row
+    from deepcompile.bench.simulate import Job, plans, read_machine, to_row
 
     sweep = SimulatedSweep("2x-cpu", models=("llama-tiny",), memory_budget=1000)
     job, machine = Job(sweep, "llama-tiny", 1, 32), read_machine("2x-cpu")
     for plan in plans():
-        row = to_row(job, machine, plan, 1, "obey", simulate(job, machine, step(), plan, 1))
+        found = simulate.simulate(job, machine, step(), plan, 1)
+        row = to_row(job, machine, plan, 1, "obey", found)
         assert row.failure == "OOM" and row.error.startswith("does not fit: ")
 
 
 def test_only_ours_exchanges_an_embedding_by_rows():
     pytest.importorskip("transformers")
-    from deepcompile.bench.simulate import AUTO, Job, capture, plans, read_machine, simulate
+    from deepcompile.bench.simulate import AUTO, Job, capture, plans, read_machine
 
     sweep = SimulatedSweep("4xh200", models=("llama-3-8b",), num_layers=1)
     job, machine = Job(sweep, "llama-3-8b", 1, 64), read_machine("4xh200")
@@ -197,7 +199,8 @@ def test_only_ours_exchanges_an_embedding_by_rows():
     whole.forget_rows()
     for plan in (*plans(), AUTO):
         ours = plan.framework == "deepcompile"
-        times = [simulate(job, machine, program, plan, 1)["step_ns"] for program in (rows, whole)]
+        times = [simulate.simulate(job, machine, program, plan, 1)["step_ns"]
+                 for program in (rows, whole)]  # fmt: skip
         assert times[0] < times[1] if ours else times[0] == times[1]
 
 
@@ -208,6 +211,7 @@ def test_mistakes_are_named(tmp_path, capsys):
         ("2x-cpu", "--models", "no-such", "--batch", "1", "--seq", "32"): "no-such",
         ("2x-cpu", "--seq", "0"): "must be at least 1",
         ("2x-cpu", "--metrics", "accuracy"): "'accuracy' is none of throughput",
+        ("2x-cpu", "--models", "llama-tiny,no-such"): "no-such",
         ("2x-cpu", "w1"): "'w1' (choose from",
     }.items():
         try:
@@ -217,6 +221,37 @@ def test_mistakes_are_named(tmp_path, capsys):
         error = capsys.readouterr().err
         assert code == 2 and cause in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(simulate, "run_job", lambda job: pytest.fail("it began"))
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/below/it"):
+        code = cli.main(["bench", "--simulate", "--machine", "2x-cpu", "--metrics", "none",
+                         "--result-dir", str(tmp_path / folder)])  # fmt: skip
+        assert code == 2 and "is a file" in capsys.readouterr().err
+
+
+def test_what_is_done_is_said_at_once_and_how_much_is_left(tmp_path, capsys, monkeypatch):
+    """Two jobs of 40 s side by side: 20 s for each of those left, and its own time beside it."""
+    monkeypatch.setattr(simulate, "at_a_time", lambda jobs: 2)
+    row = Row.failed(Condition("llama-tiny", "fsdp_c"), "does not fit")
+
+    def results(jobs):
+        said = " ".join(capsys.readouterr().out.split())
+        assert "6, 2 at a time; first llama-tiny batch 1 sequence 512; llama-tiny" in said
+        return ((job, [row], 40.0) for job in jobs)
+
+    monkeypatch.setattr(simulate, "_results", results)
+    code = cli.main(["bench", "--simulate", "--machine", "2x-cpu", "--models", "llama-tiny",
+                     "--batch", "1,2", "--metrics", "none",
+                     "--result-dir", str(tmp_path)])  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0
+    left = ["1 min 40 s", "1 min 20 s", "1 min 00 s", "40 s", "40 s"]
+    assert [line.partition("(40 s, about ")[2].partition(" left")[0]
+            for line in out.splitlines() if "(40 s, about" in line] == left  # fmt: skip
+    assert "(40 s, done)" in out
 
 
 def test_the_documentation_has_the_rows_that_are_kept(capsys, monkeypatch):

@@ -274,9 +274,9 @@ def test_the_seeds_experiments():
 
 
 def test_frameworks_as_they_are_written():
-    spec = suites.parse_spec("deepcompile:prefetch+selective_gather@best/budget=20GiB")
+    spec = suites.parse_spec("deepcompile:prefetch+selective_gather/budget=20GiB")
     assert spec == suites.Spec(
-        "deepcompile", ("prefetch", "selective_gather"), "best", "budget=20GiB"
+        "deepcompile", ("prefetch", "selective_gather"), "default", "budget=20GiB"
     )
     assert suites.parse_spec("fsdp+offload").offload
     spec = suites.parse_spec("fsdp_c@best/overlap~1024")
@@ -326,6 +326,32 @@ def test_once():
     for words, count in (("FSDP", "2"), ("FSDP seq9", "no")):
         with pytest.raises(UserError, match=f"names {count} conditions"):
             sweep.plan(["tiny", "--once", words], PLACE)
+
+
+def test_the_table_of_one_condition_has_its_workloads_name(tmp_path, monkeypatch, capsys):
+    """And rows of suites that were measured with other options are all there."""
+    monkeypatch.setenv("NGPUS_PER_NODE", "2")
+    monkeypatch.delenv("MODEL", raising=False)
+    monkeypatch.setattr(sweep.beforehand, "host_memory", lambda *_: None)
+    words = ["--model", "llama-tiny", "--frameworks", "fsdp_c,deepcompile", "--dtype", "bf16",
+             "--result_dir", str(tmp_path / "rows"), "--logs", str(tmp_path / "logs")]  # fmt: skip
+    runner = Fake()
+    plan = sweep.plan
+
+    def planned(argv, place=None):
+        sweeps = plan(argv, place)
+        for each in sweeps:
+            each.runner = runner
+        return sweeps
+
+    monkeypatch.setattr(sweep, "plan", planned)
+    once = ["--num-layers", "2", "--once", "llama-tiny-2L FSDP (C) seq512"]
+    monkeypatch.setitem(suites.SUITES, "w1", dataclasses.replace(
+        suites.SUITES["w1"], seq_lengths=(1024,)))  # fmt: skip
+    assert table.main(["w1", "w2", *words, *once]) == 0
+    assert [suites.name(c) for c in runner.ran] == ["llama-tiny-2L FSDP (C) np2 bs1 seq512 acc1"]
+    out = capsys.readouterr().out
+    assert "| W2 | 512 |" in out and "| W1 |" not in out
 
 
 def test_the_table():

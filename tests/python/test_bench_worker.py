@@ -65,8 +65,8 @@ def refusal(call) -> str:
         ("--backend eager", "backend", "eager"),
         ("--passes prefetch,selective_gather", "passes", ("prefetch", "selective_gather")),
         ("--framework deepspeed --offload_opt_states", "offload_adam", True),
-        ("--settings best", "settings", "best"),
-        ("--variant x --memory_budget 20GiB", "variant", "x,budget=20GiB"),
+        ("--framework fsdp --settings best", "settings", "best"),
+        ("--variant name=x --memory_budget 20GiB", "variant", "name=x,budget=20GiB"),
         ("--dtype fp32", "dtype", "fp32"),
         ("--seed 7", "seed", 7),
         ("--framework fsdp --compile", "framework", "fsdp_c"),
@@ -135,6 +135,16 @@ def test_folders_of_results_come_from_the_environment(monkeypatch):
         ("--framework fsdp --deepcompile", "the framework is fsdp"),
         ("--framework deepspeed --zero_stage 2", "compared at 1 and 3"),
         ("--framework ddp --memory_budget 1GiB", "ddp has none"),
+        ("--settings best", "deepcompile has no best settings"),
+        ("--framework singlegpu --compile --settings best", "single_c has no best settings"),
+        ("--variant nonsense", "no variant 'nonsense'"),
+        ("--variant budgt=3", 'did you mean "budget"?'),
+        ("--variant budget=abc", "abc is not a size"),
+        ("--variant budget=fsdp_d", 'did you mean "fsdp_c"?'),
+        ("--memory_budget 3", "3 is 3 bytes: write 3GiB"),
+        ("--framework fsdp --variant prefech", 'did you mean "prefetch"?'),
+        ("--framework fsdp --variant overlap", "use fsdp_c"),
+        ("--framework ddp --variant prefetch", "ddp has no variant"),
         ("--framework deepspeed --compile --deepcompile --passes offload_adam_states,prefetch",
          "goes alone"),
         ("--batch_size 0", "must be at least 1"),
@@ -445,6 +455,7 @@ def test_one_condition_from_weights_to_row(tmp_path, monkeypatch, capsys):
     assert row.peak_bytes >= row.alloc_bytes > 0 and row.compile_seconds == 0
     assert row.effective["masters"] == "float32" and row.effective["eval_loss"] > 0
     assert row.model_flops > 0 and row.effective["bench_step"] == 5
+    assert row.effective["allocator"] and row.effective["alloc_retries_of_ranks"] == [0]
     assert row.versions["torch"] == torch.__version__ and row.machine["device"]
     (read,) = Results.load("profiles").rows
     assert read.as_dict() == json.loads(json.dumps(row.as_dict()))

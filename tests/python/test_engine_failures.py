@@ -262,3 +262,18 @@ def test_a_backward_that_is_not_the_engines_is_refused(backend):
     assert "made outside engine.backward(loss)" in said
     losses = [[step(each, number) for number in range(2)] for each in (engine, twin)]
     assert losses[0] == losses[1]
+
+
+def test_a_layer_frozen_in_evaluation_mode_is_not_trained():
+    engine = start()
+    engine.compile(backend="eager")
+    engine.eval()
+    with pytest.warns(UserWarning, match="the model is in evaluation mode"):
+        step(engine)
+    before = engine.state_dict()
+    engine.module[0].requires_grad_(False)
+    with torch.no_grad():
+        engine(batch())
+    step(engine, 1)
+    after = engine.state_dict()
+    assert [k for k in after if torch.equal(before[k], after[k])] == ["0.weight", "0.bias"]

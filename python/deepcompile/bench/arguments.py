@@ -73,13 +73,14 @@ def attention(text: str) -> str:
     return text
 
 
-def learning_arguments(parser: argparse.ArgumentParser) -> None:
-    """What Options takes."""
+def learning_arguments(parser: argparse.ArgumentParser, unclipped: str = "") -> None:
+    """What Options takes. `unclipped`: the suites that do not clip."""
     add, default = parser.add_argument, Options()
     shown = "default: %(default)s"
+    but = f"; {unclipped}: 0" if unclipped else ""
     add("--learning_rate", type=float, default=default.learning_rate, help=shown)
     add("--max_grad_norm", type=float, default=default.max_grad_norm,
-        help=f"0: no clipping; {shown}")  # fmt: skip
+        help=f"0: no clipping; {shown}{but}")  # fmt: skip
     add("--dataset_name", "--dataset", help="a Hugging Face data set; default, and where it "
         "cannot be read: local text")  # fmt: skip
     add("--num_epochs", type=positive, default=default.num_epochs, help=shown)
@@ -160,8 +161,7 @@ def condition_from(args: argparse.Namespace, world: int, nodes: int) -> Conditio
         if key != "deepcompile":
             raise UserError(f"[bench] memory_budget: {key} has none. Leave it out.")
         variant = ",".join(w for w in (variant, f"budget={args.memory_budget}") if w)
-    check(f"--settings {args.settings}" if not variant else f"--variant {variant}", key,
-          args.settings, variant)  # fmt: skip
+    check(key, args.settings, variant)
     sharded = key.startswith(("zero", "ds_")) or key == "deepcompile"
     found = Condition(
         model=args.model_name,

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..cli.arguments import Parser, comma_separated, not_negative, positive
-from ..errors import UserError, exit_code
-from . import process, results, suites, sweep
+from ..errors import UserError, exit_code, writing
+from . import beforehand, process, results, suites, sweep
 from .arguments import dtype_of, learning_arguments, options_from
 from .conditions import Condition
 from .depth_table import markdown
@@ -195,6 +195,7 @@ class Depth:
         for search in self.searches:
             if peers.why_not(search.base) is None:
                 peers.check_warmup(search.base, self.sweep.options)
+        beforehand.folders(self.sweep.options, self.sweep.logs)
         known, code = len(self.sweep.rows()), 0
         try:
             self._after_a_kill()
@@ -243,9 +244,10 @@ class Depth:
 
     def _trial(self, condition: Condition, display: Display) -> None:
         times = 1 + (self._killed[1] if self._killed and self._killed[0] == condition else 0)
-        self._marker.parent.mkdir(parents=True, exist_ok=True)
         said = {"condition": condition.as_dict(), "times": times}
-        self._marker.write_text(json.dumps(said), encoding="utf-8")
+        with writing("bench", self._marker):
+            self._marker.parent.mkdir(parents=True, exist_ok=True)
+            self._marker.write_text(json.dumps(said), encoding="utf-8")
         try:
             self.sweep.run_group([condition], display)
         finally:
@@ -328,6 +330,7 @@ def plan(argv: Sequence[str], place: Place | None = None) -> Depth:
     """What a command line asks for."""
     args = parser().parse_args(list(argv))
     place = place or process.place_from()
+    beforehand.models([args.model])
     suite = suites.Suite(
         "", ((args.model, 1),), tuple(args.frameworks), (args.batch_size,), (args.seq_length,),
         (args.accumulation,), recompute_ours=False, backend=args.backend,

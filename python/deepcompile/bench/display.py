@@ -26,9 +26,9 @@ def duration(seconds: float) -> str:
 class Display:
     """Counts conditions; those that were measured before count as done, and take no time."""
 
-    def __init__(self, total: int, done: int, quiet: bool = False):
+    def __init__(self, total: int, done: int, quiet: bool = False, at_a_time: int = 1):
         self._console = Console(highlight=False, soft_wrap=True, quiet=quiet)
-        self._total, self._done = total, done
+        self._total, self._done, self._at_a_time = total, done, at_a_time
         self._took: dict[bool, list[float]] = {True: [], False: []}
         self._firsts: int | None = None
         self._bar: Progress | None = None
@@ -53,7 +53,7 @@ class Display:
     @property
     def left(self) -> str:
         """The time left, by what conditions took so far: those that are first in a process, which
-        compile for the others, and the others."""
+        compile for the others, and the others; those side by side share the time."""
         first, later = (sum(t) / len(t) if t else None for t in self._took.values())
         if first is None and later is None:
             return "time left unknown"
@@ -61,7 +61,8 @@ class Display:
         firsts = rest if self._firsts is None else min(self._firsts, rest)
         seconds = firsts * (later if first is None else first)
         seconds += (rest - firsts) * (first if later is None else later)
-        return f"about {duration(seconds)} left" if seconds >= 1 else "done"
+        seconds /= max(1, min(self._at_a_time, rest))
+        return f"about {duration(max(1.0, seconds))} left" if rest else "done"
 
     def start_processes(self, more: int) -> None:
         """So many more processes will start; without this, each condition is first in one."""

@@ -82,6 +82,19 @@ class Meter:
         free, total = torch.cuda.mem_get_info(self._device)
         return total - free
 
+    def retries(self) -> int:
+        """How often so far the allocator had to give what it held back to the device, to find room:
+        each waits for the device."""
+        if not self.on_gpu:
+            return 0
+        return int(torch.cuda.memory_stats(self._device).get("num_alloc_retries", 0))
+
+
+def allocator() -> str:
+    """What the user set of torch's allocator for GPUs."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    return next((os.environ[name] for name in names if os.environ.get(name)), "default")
+
 
 def host_peak() -> int:
     """This process's largest so far, on the host."""

@@ -25,6 +25,8 @@ class Metric:
     """A word for a row that has times, but whose value would say something else."""
     why_left_out: str = ""
     """What the word means."""
+    caution: str = ""
+    """What to know before values are compared."""
 
 
 def metrics(peak_tflops: float | None = None) -> dict[str, Metric]:
@@ -57,6 +59,7 @@ def metrics(peak_tflops: float | None = None) -> dict[str, Metric]:
             False,
             lambda r: "reused" if r.compile_reused else "",
             "reused: served by what was compiled before in the same process",
+            "the compilers' caches on disk serve whoever runs later",
         ),  # fmt: skip
     }
 

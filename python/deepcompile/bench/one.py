@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError, exit_code
-from . import peers, process
+from . import beforehand, peers, process
 from .arguments import log_name, parse_run
 from .lines import job_text
 
@@ -28,6 +28,9 @@ def run(argv: Sequence[str]) -> int:
         raise UserError(f"[bench] {condition.label}: {reason}.")
     peers.check_warmup(condition, options)
     log = Path(os.environ.get("LOG_BASE") or "logs") / log_name(condition)
+    beforehand.models([condition.model])
+    beforehand.folders(options, log.parent)
+    beforehand.host_memory([condition], place)
     print(f"Logging to {log}", flush=True)
     outcome = process.run(
         place,

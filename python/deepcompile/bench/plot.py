@@ -26,6 +26,14 @@ COLORS = {
 """Peers in muted colours by family; greens are DeepSpeed's DeepCompile, blues are ours."""
 DS_SHADES = ("#b7dcc0", "#84c496", "#4f9f68", "#2f7a49")
 OUR_SHADES = ("#b9d2f2", "#86b0e8", "#4e86d4", "#1f5fb8", "#123f80", "#5b3fa6")
+SIMULATED = "///"
+HATCHES = {"": "", "overlap": "..", "copy_engine": "xx", "prefetch": "\\\\"}
+"""Of variants; others are told apart by tone."""
+TONES = ((0, 0.0), (0, 0.35), (255, 0.45), (0, 0.6), (255, 0.7))
+"""(black or white, how much of it) mixed into a framework's colour: its default settings, its best,
+and more."""
+Look = tuple[str, str]
+"""A bar's colour and hatch."""
 
 
 @dataclass
@@ -178,7 +186,7 @@ def draw(chart: Chart, what: Metric, path: Path) -> None:
                     layout="constrained")  # fmt: skip
     axes = figure.add_subplot()
     top = _top(chart, what)
-    shades = colors(chart)
+    shades = looks(chart)
     for at, label in enumerate(bars):
         xs = [i + (at - (len(bars) - 1) / 2) * width for i in range(len(places))]
         for x, place in zip(xs, places, strict=True):
@@ -192,11 +200,15 @@ def draw(chart: Chart, what: Metric, path: Path) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
-    note = left_out_note(chart, what)
-    title = _title(chart) + (f"\n{note}" if note else "")
+    notes = [text for text in (left_out_note(chart, what), what.caution) if text]
+    title = "\n".join([_title(chart), *notes])
     figure.suptitle(title, fontsize=12, x=0.02, ha="left")
-    columns = min(len(bars), max(3, int(figure.get_figwidth() / 1.9)))
-    handles = [Patch(color=shades[label], label=label) for label in bars]
+    widest = 0.6 + 0.075 * max(map(len, bars))  # inches, the patch with it
+    columns = min(len(bars), max(1, int(figure.get_figwidth() / widest)))
+    handles = [
+        Patch(facecolor=color, hatch=hatch, edgecolor="white", linewidth=0, label=label)
+        for label, (color, hatch) in ((label, shades[label]) for label in bars)
+    ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )
@@ -204,7 +216,7 @@ def draw(chart: Chart, what: Metric, path: Path) -> None:
 
 
 def _bar(
-    axes: Any, what: Metric, row: Row | None, x: float, width: float, color: str, top: float
+    axes: Any, what: Metric, row: Row | None, x: float, width: float, look: Look, top: float
 ) -> None:
     """One bar with its spread and its number; a gap with the reason where there is none."""
     value = what.of(row) if row is not None and row.ok else None
@@ -213,7 +225,7 @@ def _bar(
         axes.text(x, 0.01 * top, text, rotation=90, ha="center", va="bottom", fontsize=8,
                   color="#b3261e")  # fmt: skip
         return
-    hatch = "///" if row.predicted else None
+    color, hatch = look
     axes.bar(x, value, width * 0.92, color=color, hatch=hatch, edgecolor="white", linewidth=0)
     below, above = spread(what, row)
     if below or above:
@@ -246,24 +258,38 @@ def _title(chart: Chart) -> str:
     return " · ".join(part for part in parts if part)
 
 
-def colors(chart: Chart) -> dict[str, str]:
-    """A colour for each bar, the same for a label in all charts as far as there are shades."""
-    found: dict[str, str] = {}
-    for row in sorted(chart.rows, key=lambda r: order_of(r.condition)):
-        condition, label = row.condition, chart.label(row)
-        if label in found:
-            continue
-        if condition.deepcompile:
-            shades = OUR_SHADES if condition.ours else DS_SHADES
-            known = ["P", "S", "P+S", "auto"]
-            word = condition.label.split("(")[-1].split(")")[0]
-            if word in known and condition.settings == "default":
-                found[label] = shades[min(known.index(word), len(shades) - 1)]
-            else:
-                found[label] = shades[-1]
-        else:
-            found[label] = COLORS.get(condition.framework, "#888888")
+def looks(chart: Chart) -> dict[str, Look]:
+    """Of each bar, no two alike as far as there are tones; the same for a label in all charts, as
+    far as others leave it that."""
+    found: dict[str, Look] = {}
+    for row in sorted(chart.rows, key=lambda r: (r.predicted, order_of(r.condition))):
+        label = chart.label(row)
+        if label not in found:
+            tones = _looks_of(row)
+            found[label] = next((t for t in tones if t not in found.values()), tones[-1])
     return found
+
+
+def _looks_of(row: Row) -> list[Look]:
+    """The ones that a row may have, the first that is free to be taken."""
+    condition, best = row.condition, row.condition.settings == "best"
+    color = COLORS.get(condition.framework, "#888888")
+    if condition.deepcompile:
+        shades = OUR_SHADES if condition.ours else DS_SHADES
+        known = ["P", "S", "P+S", "auto"]
+        word = condition.label.split("(")[-1].split(")")[0]
+        named = word in known and not (best and condition.ours)
+        color = shades[min(known.index(word), len(shades) - 1) if named else -1]
+        best = best and not condition.ours  # which has a colour of its own
+    hatch = SIMULATED if row.predicted else HATCHES.get(condition.variant, "")
+    tones = [TONES[1], *TONES[2:], TONES[0]] if best else TONES
+    hatches = list(dict.fromkeys([hatch, *([] if row.predicted else HATCHES.values())]))
+    return [(_mixed(color, *tone), mark) for mark in hatches for tone in tones]
+
+
+def _mixed(color: str, end: int, part: float) -> str:
+    channels = (int(color[at : at + 2], 16) for at in (1, 3, 5))
+    return "#" + "".join(f"{round(c + (end - c) * part):02x}" for c in channels)
 
 
 def gain_rows(drawn: Iterable[Chart], what: Metric) -> list[list[str]]:
@@ -294,6 +320,7 @@ def gains_text(drawn: Sequence[Chart], what: Metric) -> str:
             body = [head, *(row[1:] for row in rows)]
             right = tuple(range(2, len(head)))
             head_line = f"{chart.name}, {chart.axis(what)}: above 1 ours is the better one"
+            head_line += f"; {what.caution}" if what.caution else ""
             parts.append(f"{head_line}\n{columns(body, right=right)}")
         if note := left_out_note(chart, what):
             parts.append(f"{chart.name}, without a bar: {note}")

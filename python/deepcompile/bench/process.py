@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, writing
 from .lines import ERROR_MARK
 from .results import no_room
 
@@ -192,7 +192,17 @@ def run(
     """Start all ranks and wait for their end. Their output goes to `log`, and to `on_line` by
     lines. `timeout` in seconds; `on_line` may not raise. `watch` is asked once a second, and its
     words, if any, end the group: they become its error."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    with writing("bench", log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = log.open("w", encoding="utf-8")
+    with file:
+        return _run(place, arguments, file, timeout, on_line, environment, watch)
+
+
+def _run(
+    place: Place, arguments: Sequence[str], file: Any, timeout: float | None, on_line: Any,
+    environment: dict[str, str] | None, watch: Any,
+) -> Outcome:  # fmt: skip
     begun = time.monotonic()
     env = {**os.environ, "NCCL_DEBUG": os.environ.get("NCCL_DEBUG", "WARN"), **(environment or {})}
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // place.per_node)))
@@ -210,8 +220,7 @@ def run(
     )
     outcome = Outcome(0, 0.0)
     try:
-        with log.open("w", encoding="utf-8") as file:
-            outcome.timed_out = not _follow(process, file, timeout, on_line, outcome, watch)
+        outcome.timed_out = not _follow(process, file, timeout, on_line, outcome, watch)
     finally:
         stop(process)
     outcome.code = process.returncode
@@ -263,8 +272,9 @@ def _follow(
         if line is None:
             process.wait()
             return True
-        file.write(line)
-        file.flush()
+        with writing("bench", file.name):
+            file.write(line)
+            file.flush()
         if ERROR_MARK in line:  # behind its node's name, if there are several
             outcome.errors.append(_said(line.partition(ERROR_MARK)[2]))
         elif line.strip():

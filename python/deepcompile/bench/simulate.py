@@ -15,7 +15,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -91,18 +91,6 @@ def plans() -> list[Plan]:
         if name in ("P", "S", "P+S"):
             found.append(Plan("deepcompile", tuple(passes), tuple(passes[1:])))
     return found
-
-
-class Stopwatch:
-    """Seconds since the last lap."""
-
-    def __init__(self) -> None:
-        self._last = time.monotonic()
-
-    def lap(self) -> float:
-        now = time.monotonic()
-        seconds, self._last = now - self._last, now
-        return seconds
 
 
 AUTO = Plan("deepcompile", ("auto",))
@@ -253,23 +241,39 @@ def circumstances(
     }
 
 
-def run(sweep: SimulatedSweep, finished: Callable[[Job, list[Row]], None]) -> float:
+def check(sweep: SimulatedSweep) -> None:
+    """Raises UserError for a machine or a model that is not there."""
+    from ..models import config_path
+
+    read_machine(sweep.machine)
+    for model in sweep.models:
+        config_path(local_model(model))
+
+
+def at_a_time(jobs: Sequence[Job]) -> int:
+    """How many of them run side by side."""
+    forks = "fork" in multiprocessing.get_all_start_methods()
+    return max(1, min(len(jobs), os.cpu_count() or 1)) if forks else 1
+
+
+def run(sweep: SimulatedSweep, finished: Callable[[Job, list[Row], float], None]) -> float:
     """Simulates all, jobs side by side where the system can fork; returns the seconds it took.
-    ``finished`` gets each job's rows as soon as they are there."""
-    read_machine(sweep.machine)  # errors before the work
+    ``finished`` gets each job's rows, and the seconds that it took, as soon as they are there."""
+    check(sweep)  # before the work
     start = time.monotonic()
-    for job, rows in _results(sweep.jobs()):
-        finished(job, rows)
+    for job, rows, seconds in _results(sweep.jobs()):
+        finished(job, rows, seconds)
     return time.monotonic() - start
 
 
-def _results(jobs: list[Job]) -> Iterator[tuple[Job, list[Row]]]:
+def _results(jobs: list[Job]) -> Iterator[tuple[Job, list[Row], float]]:
     from ..capture import meta  # noqa: F401  starts torch, once for all
 
-    workers = min(len(jobs), os.cpu_count() or 1)
-    if workers < 2 or "fork" not in multiprocessing.get_all_start_methods():
+    workers = at_a_time(jobs)
+    if workers < 2:
         for job in jobs:
-            yield job, run_job(job)
+            begun = time.monotonic()
+            yield job, run_job(job), time.monotonic() - begun
         return
     # Now: autograd, which a capture uses, does not survive a later fork.
     context = multiprocessing.get_context("fork")
@@ -284,7 +288,8 @@ def _results(jobs: list[Job]) -> Iterator[tuple[Job, list[Row]]]:
                     raise result
                 if isinstance(result, str):
                     raise RuntimeError(result)
-                yield waiting[done], [Row.from_json(text) for text in result]
+                seconds, rows = result
+                yield waiting[done], [Row.from_json(text) for text in rows], seconds
         except BrokenProcessPool:
             raise UserError(
                 "[bench] a process that simulates was ended, by the system perhaps, for want of "
@@ -294,10 +299,12 @@ def _results(jobs: list[Job]) -> Iterator[tuple[Job, list[Row]]]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def in_worker(job: Job) -> list[str] | UserError | str:
-    """run_job, with rows and errors in a form that another process can take."""
+def in_worker(job: Job) -> tuple[float, list[str]] | UserError | str:
+    """run_job and its seconds, with rows and errors in a form that another process can take."""
+    begun = time.monotonic()
     try:
-        return [row.to_json() for row in run_job(job)]
+        rows = [row.to_json() for row in run_job(job)]
+        return time.monotonic() - begun, rows
     except UserError as error:
         return error
     except Exception:

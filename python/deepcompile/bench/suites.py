@@ -104,7 +104,7 @@ SUITES: dict[str, Suite] = {
         zero_stage=1,
     ),
     "cut": Suite(
-        "all frameworks on geometries cut to this machine's memory",
+        "FSDP2, DeepSpeed (ZeRO-3, DeepCompile) and ours, cut to this machine's memory",
         ((LLAMA_70B, -16), (MIXTRAL, -10)),
         # DeepSpeed's compile for a minute and more at each length.
         ("fsdp", "fsdp_c", "fsdp_c@best", "deepcompile:zero3_compile", *OURS, *NAMED, "zero3",
@@ -113,7 +113,7 @@ SUITES: dict[str, Suite] = {
         share_process=True,
     ),
     "tiny": Suite(
-        "the same sweep small enough for two CPU cores",
+        "FSDP2, DDP and ours, small enough for two CPU cores",
         (("llama-tiny", 2),),
         ("fsdp", "fsdp_c", "ddp", "deepcompile:zero3_compile", *OURS),
         batch_sizes=(2,),
@@ -164,7 +164,7 @@ def parse_spec(text: str) -> Spec:
             "Leave +offload out, or give /budget=."
         )
     names = check_passes([w for w in passes.split("+") if w], key)
-    check(f"framework {text!r}", key, settings, variant)
+    check(key, settings, variant, f"framework {text!r}")
     return Spec(key, names, settings or "default", variant, bool(extra), int(length or 0))
 
 

@@ -25,8 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..cli.arguments import Parser, comma_separated, positives
-from ..errors import UserError, exit_code
-from . import process, results, suites
+from ..errors import UserError, exit_code, writing
+from . import beforehand, process, results, suites
 from .arguments import dtype_of, learning_arguments, log_name, options_from
 from .conditions import Condition
 from .display import Display
@@ -64,6 +64,8 @@ class Sweep:
     retry: bool = False
     """Also those that failed before."""
     runner: Runner = process.run
+    name: str = ""
+    """Its suite's."""
     watch: Callable[[], str | None] = lambda: None
     """Asked once a second while a process group runs; its words end the group, as an error."""
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(
@@ -95,6 +97,10 @@ class Sweep:
 
         return [c for c in self.conditions if wanted(c)]
 
+    def check(self) -> None:
+        """Raises the UserError that `run` begins with, before another sweep runs."""
+        self._check(self.todo())
+
     def run(self, quiet: bool = False) -> int:
         """0: all conditions have times; 1: some have none; 3: the time was over; 130:
         interrupted."""
@@ -122,7 +128,7 @@ class Sweep:
 
     def _check(self, todo: list[Condition]) -> list[Condition]:
         """Those that can be tried here. Raises UserError, before anything is written, for options
-        that none of them can have."""
+        that none of them can have, and for what would fail in all of them."""
         from . import peers
 
         possible = [c for c in todo if peers.why_not(c) is None]
@@ -133,6 +139,10 @@ class Sweep:
                 "[bench] --engine_config: none of these frameworks has an engine to configure; "
                 "only deepcompile and deepspeed have. Leave it out."
             )
+        if todo:
+            beforehand.folders(self.options, self.logs)
+        beforehand.models(c.model for c in possible)
+        beforehand.host_memory(possible, self.place)
         return possible
 
     def _say_what_is_there(
@@ -269,7 +279,9 @@ class Watch:
         self._now = condition
         self.close()
         if condition != self._first:
-            self._log = (self._logs / log_name(condition)).open("w", encoding="utf-8")
+            path = self._logs / log_name(condition)
+            with writing("bench", path):
+                self._log = path.open("w", encoding="utf-8")
 
     def close(self) -> None:
         if self._log is not None:
@@ -348,7 +360,8 @@ def parser() -> Parser:
     add("--retry", action="store_true", help="try again what failed")
     add("--once", metavar="TEXT", help="only the one condition whose name has all these words")
     add("--list", action="store_true", help="print the conditions' names, run nothing")
-    learning_arguments(made)
+    plain = [n for n, s in suites.SUITES.items() if s.options.get("max_grad_norm") == 0.0]
+    learning_arguments(made, ", ".join(plain))
     return made
 
 
@@ -403,7 +416,7 @@ def plan(argv: Sequence[str], place: Place | None = None) -> list[Sweep]:
         share = suite.share_process if args.share_process is None else args.share_process
         sweeps.append(Sweep(
             found, _options(args, suite, given), place, args.logs, args.condition_limit, deadline,
-            share, args.force, args.retry,
+            share, args.force, args.retry, name=suite_name,
         ))  # fmt: skip
     if args.once:
         everything = [c for s in sweeps for c in s.conditions]
@@ -429,8 +442,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_all(argv: Sequence[str]) -> int:
     """The highest code of the planned sweeps."""
-    codes = []
-    for sweep in plan(argv):
+    codes, sweeps = [], plan(argv)
+    for sweep in sweeps[1:]:
+        sweep.check()
+    for sweep in sweeps:
         codes.append(sweep.run())
         if codes[-1] in (OUT_OF_TIME, 130):
             break

@@ -185,16 +185,15 @@ def _print_folders(folders: Sequence[str]) -> int:
     return 0
 
 
-def _print_run(names: Sequence[str], sweeps: Sequence[sweep.Sweep]) -> None:
-    lines, rows, ours = [], Results(), []
-    for name, each in zip(names, sweeps, strict=False):
+def _print_run(sweeps: Sequence[sweep.Sweep]) -> None:
+    lines, mine = [], Results()
+    for each in sweeps:
         rows = each.rows()
-        lines += table(name, each.conditions, rows)
-        ours += each.conditions
+        lines += table(each.name, each.conditions, rows)
+        mine.rows += [r for r in rows.latest() if r.condition in each.conditions]
     if lines:
         print("\nms a step: median (fastest-slowest), peak memory of a rank\n")
         print(markdown(lines))
-    mine = Results([r for r in rows.latest().rows if r.condition in ours])
     if mine.rows:
         print(f"\n{LONG_NOTE}\n{origin(mine)}\n\n{long_table(mine)}")
 
@@ -208,15 +207,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _print_folders(given[1:])
         if not any(word in WORKLOADS for word in given):
             given = [*WORKLOADS, *given]
-        names = [word for word in given if word in WORKLOADS]
         sweeps = sweep.plan(given)
         codes = []
+        for each in sweeps[1:]:
+            each.check()
         for each in sweeps:
             codes.append(each.run())
             if codes[-1] in (sweep.OUT_OF_TIME, 130):
                 break
         if sweeps and codes[-1] != 130:
-            _print_run(names, sweeps)
+            _print_run(sweeps)
         return max(codes, default=0)
     except UserError as error:
         return fail(error)

@@ -31,7 +31,7 @@ import torch
 
 from .. import budget
 from ..distributed import Ranks, device_of_rank, join
-from ..errors import UserError
+from ..errors import UserError, fail
 from . import measure, peers, results, weights
 from .arguments import parse_lm
 from .batches import named_text, training_batches
@@ -58,6 +58,8 @@ class Run:
     device waits for the host, or the host for room in the device's queue."""
     losses: list[torch.Tensor] = field(default_factory=list)
     warm_peak: int = 0
+    retries: int = 0
+    """Of the allocator, in the steps after the warm-up."""
 
 
 def say(ranks: Ranks, text: str) -> None:
@@ -86,12 +88,14 @@ def run_steps(
     """Train; what is not in a step is not measured."""
     meter, run = measure.Meter(ranks, peer.outside_bytes, peer.recorded_peak), Run()
     steps = count_steps(options, batches.batches_per_epoch, condition.accumulation)
+    before = 0
     meter.reset_peak()
     with Tracer(condition, options, ranks) as tracer:
         for number in range(steps):
             if number == options.warmup_step:
                 run.warm_peak = meter.peak()
                 meter.reset_peak()
+                before = meter.retries()
             micro = [on_device(next(batches), ranks.device) for _ in range(condition.accumulation)]
             tracer.before(number)
             meter.begin()
@@ -108,6 +112,7 @@ def run_steps(
                     f"peak_mem: {meter.peak()}",
                     flush=True,
                 )
+    run.retries = meter.retries() - before
     return run
 
 
@@ -178,6 +183,8 @@ def _row(
         "host_peak_bytes_of_ranks": [m[4] for m in memory],
         "host_bytes_in_use": total - available,
         "outside_bytes": peer.outside_bytes(),
+        "allocator": measure.allocator(),
+        "alloc_retries_of_ranks": ranks.gather(run.retries),
         "memory_is": "the allocator's" if meter.on_gpu else "the process's",
     }
     return Row.measured(
@@ -427,8 +434,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit:
         raise
     except BaseException as error:
-        report_failure(error)
-        code = 2 if isinstance(error, UserError) else 1
+        if isinstance(error, UserError) and "RANK" not in os.environ:
+            code = fail(error)  # nothing reads the marks of one that was not launched
+        else:
+            report_failure(error)
+            code = 2 if isinstance(error, UserError) else 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -100,7 +100,7 @@ def make_backend(
 
 
 class CaptureBackend:
-    """Use as ``torch.compile(f, backend=backend, dynamic=options.dynamic)``, or with
+    """Use as ``torch.compile(f, backend=backend)``, or with
     ``backend.borrowed()`` if Dynamo is not to keep it. What it compiled and the sink's runners live
     as long as it does."""
 

@@ -8,6 +8,7 @@ deepcompile.bench.depth; this module has the simulated sweep.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,6 +43,13 @@ SUITES: dict[str, dict[str, tuple[int, ...]]] = {
 
 ONLY_SIMULATED = ("--machine", "--memory-budget")
 """Options that a measured sweep, which runs on this machine, does not have."""
+BOTH = {
+    "--machine": "--machine", "--memory-budget": "--memory-budget", "--models": "--models",
+    "--model": "--models", "--num-layers": "--layers", "--batch-sizes": "--batch",
+    "--seq-lengths": "--seq", "--accumulations": "--accumulation", "--dtype": "--dtype",
+    "--result_dir": "--result-dir",
+}  # fmt: skip
+"""Options of a measured sweep, or meant for it -> what --simulate calls them."""
 
 
 def _shown(numbers: Sequence[int]) -> str:
@@ -116,8 +124,8 @@ def measured(arguments: Sequence[str]) -> int:
     for word in arguments:
         if word.partition("=")[0] in ONLY_SIMULATED:
             raise UserError(
-                f"[cli] {word}: belongs to --simulate. Write `deepcompile bench --simulate "
-                f"{' '.join(arguments)}`, or leave it out to measure here."
+                f"[cli] {word}: belongs to --simulate. Write `{simulated(arguments)}`, or leave it "
+                "out to measure here."
             )
     if {"-h", "--help"} & set(arguments):
         print(
@@ -127,11 +135,40 @@ def measured(arguments: Sequence[str]) -> int:
     return sweep.main(list(arguments))
 
 
+def simulated(arguments: Sequence[str]) -> str:
+    """The command that simulates what a measured sweep's command line asks for, as far as both
+    have it."""
+    from ..bench.suites import SUITES as MEASURED
+
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    words = ["deepcompile", "bench", *[name for name in names[:1] if name in SUITES], "--simulate"]
+    given: dict[str, str] = {}
+    for name in names[:1]:
+        if name in MEASURED and name not in SUITES:
+            given = _sizes_of(MEASURED[name])
+    for word, after in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
+        name, equals, value = word.partition("=")
+        if name in BOTH:
+            given[BOTH[name]] = value if equals else after
+    return " ".join([*words, *(w for pair in given.items() for w in pair)])
+
+
+def _sizes_of(suite: Any) -> dict[str, str]:
+    """A measured suite's models and sizes as options of --simulate."""
+    depths = {abs(layers) for _, layers in suite.models}
+    found = {"--models": ",".join(model for model, _ in suite.models)}
+    if len(depths) == 1 and (depth := depths.pop()):
+        found["--layers"] = str(depth)
+    return found | {"--batch": _shown(suite.batch_sizes), "--seq": _shown(suite.seq_lengths),
+                    "--accumulation": _shown(suite.accumulations)}  # fmt: skip
+
+
 def run(options: argparse.Namespace) -> None:
+    from ..bench import beforehand
     from ..bench.display import Display
     from ..bench.plot import matplotlib
-    from ..bench.results import append
-    from ..bench.simulate import Job, SimulatedSweep, Stopwatch, read_machine
+    from ..bench.results import ROWS, append
+    from ..bench.simulate import Job, SimulatedSweep, at_a_time, check, read_machine
     from ..bench.simulate import run as simulate
 
     if options.metrics:
@@ -154,17 +191,23 @@ def run(options: argparse.Namespace) -> None:
     if not folder:
         folder = f"results/{read_machine(options.machine).name}-simulated"
         folder += "" if options.suite == "bench" else f"-{options.suite}"
-    clock = Stopwatch()
-    with Display(len(sweep.jobs()), 0) as display:
+    check(sweep)
+    beforehand.folder(folder, ROWS)
+    jobs, side_by_side = sweep.jobs(), at_a_time(sweep.jobs())
+    with Display(len(jobs), 0, at_a_time=side_by_side) as display:
 
-        def finished(job: Job, rows: list) -> None:
+        def finished(job: Job, rows: list, seconds: float) -> None:
             for row in rows:
                 append(folder, row)
             display.begin(job.name)
-            display.end(said(rows), clock.lap())
+            display.end(said(rows), seconds)
 
+        display.say(
+            f"captures to simulate: {len(jobs)}, {side_by_side} at a time; first "
+            + "; ".join(job.name for job in jobs[:side_by_side])
+        )
         seconds = simulate(sweep, finished)
-    print(f"{len(sweep.jobs())} captures simulated in {seconds:.1f} s; rows are in {folder}")
+    print(f"{len(jobs)} captures simulated in {seconds:.1f} s; rows are in {folder}")
     if options.metrics:
         draw(folder, folder, options.metrics, len(sweep.accumulations) > 1, skip=True)
 

@@ -33,7 +33,13 @@ def add_to(commands: Any) -> None:
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--result_dir", "--result-dir", metavar="DIR", required=True, help="where the results are")
+    add(
+        "--result_dir",
+        "--result-dir",
+        metavar="DIR",
+        required=True,
+        help="where the results are, or a file of them; charts go beside it",
+    )
     add(
         "--result_file",
         "--result-file",
@@ -71,6 +77,8 @@ def run(options: argparse.Namespace) -> None:
     matplotlib()  # its absence is an error before anything else
     folder = Path(options.result_dir)
     file = folder / options.result_file if options.result_file else folder
+    if folder.is_file():
+        folder = folder.parent
     names = METRICS if options.metric == ALL else [options.metric]
     draw(file, folder, names, options.acc_step_eval, options.peak_tflops, options.metric == ALL)
 

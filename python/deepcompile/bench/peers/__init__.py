@@ -139,8 +139,8 @@ def why_not(condition: Condition) -> str | None:
         return f"{CANNOT_RUN}: DeepSpeed's DeepCompile needs GPUs"
     if (reason := condition.why_no_offload()) is not None:
         return reason
-    if not condition.ours and (reason := variants.wrong(condition.framework, condition.variant)):
-        return reason  # ours is checked where it is written: rows have other words too
+    if (reason := variants.wrong(condition.framework, condition.variant)) is not None:
+        return reason
     if name == "fsdp2":
         return fsdp2.why_not(condition)
     if name == "single" and condition.world != 1:
