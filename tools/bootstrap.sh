@@ -7,8 +7,8 @@
 #
 # Each phase is skipped when nothing it depends on has changed, so running this
 # again costs seconds. PYTHON names the Python to start from (default python3).
-# FOR_TESTS=1 also installs what single tests need that are skipped without it. QUICK=1 compiles the
-# runtime in less time, to run slower.
+# FOR_TESTS=1 also installs what single tests need that are skipped without it, and takes the
+# compiler's warnings for errors. QUICK=1 compiles the runtime in less time, to run slower.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${1:?name of the virtual environment}
@@ -134,10 +134,13 @@ build() {
   if command -v ccache >/dev/null; then
     export CMAKE_CXX_COMPILER_LAUNCHER=ccache
     export CCACHE_SLOPPINESS=pch_defines,time_macros  # or it takes no file with precompiled headers
+    export CCACHE_BASEDIR=$PWD  # what another build folder compiled is taken
+    export CXX=${CXX:-g++}  # Debian's Python names another, and the name is hashed too
   fi
+  # What is compiled for the tests has the flags of tools/run_tests.py, so that it is compiled once.
   "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation --no-deps \
     --force-reinstall -C build-dir="build/$(basename "$venv")" -C build.verbose=false \
-    -C cmake.define.DEEPCOMPILE_QUICK="$quick" .
+    -C cmake.define.DEEPCOMPILE_QUICK="$quick" -C cmake.define.DEEPCOMPILE_WERROR="${FOR_TESTS:-0}" .
 }
 
 sources() {

@@ -87,7 +87,7 @@ def ctest(name: str, sanitize: str) -> Result:
     build = ROOT / "build" / name
     configure = ["cmake", "-S", ".", "-B", str(build), "-G", "Ninja"]
     configure += ["-DDEEPCOMPILE_BUILD_PYTHON=OFF", "-DDEEPCOMPILE_BUILD_TESTS=ON"]
-    configure += [f"-DDEEPCOMPILE_SANITIZE={sanitize}"]
+    configure += ["-DDEEPCOMPILE_WERROR=ON", f"-DDEEPCOMPILE_SANITIZE={sanitize}"]
     # Beside sanitizers more optimisation costs more to compile than it saves: with -O1 twice
     # as much as with -Og.
     configure += [f"-DCMAKE_BUILD_TYPE={'None' if sanitize else 'Release'}"]
@@ -96,8 +96,9 @@ def ctest(name: str, sanitize: str) -> Result:
         configure += ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"]
         if shutil.which("g++"):  # the name that the extension's build takes: it is hashed too
             configure += ["-DCMAKE_CXX_COMPILER=g++"]
-    # ccache takes no file with precompiled headers otherwise.
-    cache = {"CCACHE_SLOPPINESS": "pch_defines,time_macros"}
+    # ccache takes no file with precompiled headers otherwise, and finds what another build folder
+    # compiled only if paths are hashed as seen from there.
+    cache = {"CCACHE_SLOPPINESS": "pch_defines,time_macros", "CCACHE_BASEDIR": str(ROOT)}
     for step in (configure, ["cmake", "--build", str(build), "-j", JOBS]):
         code = run(step, cache)
         if code != 0:

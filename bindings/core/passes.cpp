@@ -95,7 +95,7 @@ Contract contract_of(const py::object& callable) {
 std::unique_ptr<Pass> python_pass(const py::object& callable) {
   py::object word = py::getattr(callable, "pass_name", py::none());
   if (word.is_none()) word = py::getattr(callable, "__name__", py::none());
-  if (word.is_none()) word = callable.get_type().attr("__name__");
+  if (word.is_none()) word = py::type::handle_of(callable).attr("__name__");
   const std::string name = py::cast<std::string>(word);
   auto run = [callable, name](StepProgram& program, PassContext& context) {
     auto copy = std::make_shared<StepProgram>(program);

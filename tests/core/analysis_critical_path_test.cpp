@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
-#include "analysis/critical_path.h"
+#include "critical_path.h"
 #include "ir/text.h"
 #include "test_support.h"
 

@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <map>
 
-#include "analysis/critical_path.h"
 #include "analysis/liveness.h"
 #include "analysis/memory_timeline.h"
+#include "critical_path.h"
 #include "ir/text.h"
 #include "ir/verifier.h"
 #include "passes/pipeline.h"

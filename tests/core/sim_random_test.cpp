@@ -8,9 +8,9 @@
 #include <set>
 #include <utility>
 
-#include "analysis/critical_path.h"
 #include "analysis/liveness.h"
 #include "analysis/memory_timeline.h"
+#include "critical_path.h"
 #include "passes/pipeline.h"
 #include "plan/plan.h"
 #include "random_program.h"

@@ -5,9 +5,8 @@
 
 #include <nlohmann/json.hpp>
 
-#include "analysis/critical_path.h"
 #include "analysis/memory_timeline.h"
-#include "analysis/next_use.h"
+#include "critical_path.h"
 #include "ir/text.h"
 #include "report/compare.h"
 #include "report/explain.h"
@@ -151,15 +150,6 @@ TEST(Values, LeaveAtEvictAndComeBackAtReload) {
   EXPECT_EQ(timeline.points[5].after, Bytes{768 + 4});             // evict
   EXPECT_EQ(timeline.points[6].after, Bytes{768 + 4 + 4 + 1000});  // reload
   expect_consistent(program, result);
-}
-
-TEST(Values, CopiesAreNoUses) {
-  const StepProgram program = offloaded_value();
-  // From run f, the next use of s is run b.
-  const auto use = NextUse(program).after(0, 2, *program.find_value("s"));
-  ASSERT_TRUE(use.has_value());
-  EXPECT_EQ(use->section, 1u);
-  EXPECT_EQ(use->instr, 4u);
 }
 
 TEST(CriticalPath, FollowsTheHostLinks) {

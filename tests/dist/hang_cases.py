@@ -72,12 +72,17 @@ def result(engine: Any, losses: list[float]) -> dict[str, Any]:
     }
 
 
-def all_sorts(rank: int, world: int, steps: int, schedule: Any) -> dict[str, Any]:
+def all_sorts(
+    rank: int, world: int, steps: int, schedule: Any, look: int | None = None
+) -> dict[str, Any]:
     """A length of its own for each rank and step; at times a batch that no rank takes, one whose
-    gradients all ranks drop, an evaluation, and a forward without a backward."""
+    gradients all ranks drop, an evaluation, and a forward without a backward. `early`: the result
+    of the first `look` steps."""
     engine = start("llama", world, schedule)
-    draw, losses = random.Random(rank), []
+    draw, losses, early = random.Random(rank), [], None
     for step in range(steps):
+        if step == look:
+            early = result(engine, list(losses))
         ids = batch(step, rank, draw.randint(*LENGTHS))
         if step % 17 == 5:
             continue
@@ -93,7 +98,7 @@ def all_sorts(rank: int, world: int, steps: int, schedule: Any) -> dict[str, Any
             engine.zero_grad()
             continue
         losses.append(train_step(engine, ids))
-    return result(engine, losses)
+    return {**result(engine, losses), "early": early}
 
 
 def new_length(rank: int, world: int) -> dict[str, Any]:

@@ -23,9 +23,11 @@ from typing import Any
 PRELOADED = [
     "torch", "torch.distributed", "deepcompile.api", "deepcompile.capture",
     "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral",
-    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.gpt2.modeling_gpt2", "torch.distributed.tensor.experimental",
+    "torch._dynamo.backends.inductor", "torch._dynamo.repro.after_dynamo",
+    "torch.utils.cpp_extension",
 ]  # fmt: skip
-"""What ranks are forked with: importing it takes each of them 4 s otherwise."""
+"""What ranks are forked with: importing it takes each of them 5 s otherwise."""
 GRACE_S = 20.0
 """How long the other ranks may go on after one has failed, in seconds."""
 

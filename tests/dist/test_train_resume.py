@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import cases
 import numpy as np
 import pytest
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 
 TOLERANCE = 1e-5
 HALF = cases.STEPS // 2
@@ -104,17 +105,25 @@ def test_other_batch_size_is_an_error_unless_allowed(saved):
 
 
 def _die_while_saving(rank: int, world: int, folder: str, when: str) -> None:
-    """Save a good checkpoint, then lose rank 0 in the middle of the next."""
+    """Save a good checkpoint, then lose rank 0 in the middle of the next: before it is written,
+    before `latest` points at it, or between the renames that put it in the good one's place."""
     from deepcompile import checkpoint
 
     engine = cases.start("sequential", _config(world), None)
     cases.train_steps(engine, 0, 1)
     engine.save_checkpoint(folder, tag="good")
     cases.train_steps(engine, 1, 2)
+    rename = Path.rename
+
+    def die_before_last(path: Path, target: Path) -> Path:
+        return os._exit(9) if path.name == "good.tmp" else rename(path, target)
+
     if rank == 0 and when == "writing":
         checkpoint.dcp.save = lambda *args, **kwargs: os._exit(9)
-    elif rank == 0:
+    elif rank == 0 and when == "pointing":
         checkpoint.os.replace = lambda *args: os._exit(9)
+    elif rank == 0:
+        Path.rename = die_before_last
     engine.save_checkpoint(folder, tag="good" if when == "replacing" else "next")
 
 
@@ -124,9 +133,11 @@ def _load_good(rank: int, world: int, folder: str) -> tuple:
     return os.path.basename(path), engine.global_steps
 
 
-@pytest.mark.parametrize("when", ["writing", "pointing"])
-def test_a_save_that_dies_leaves_the_last_one(tmp_path, when):
-    with pytest.raises(AssertionError):
+@pytest.mark.parametrize(
+    ("when", "left"), [("writing", "good"), ("pointing", "good"), ("replacing", "good.old")]
+)
+def test_a_save_that_dies_leaves_the_last_one(tmp_path, when, left):
+    with pytest.raises(RankError, match="rank 0 ended with code 9"):
         run_ranks(_die_while_saving, 2, str(tmp_path), when, timeout=60)
     for loaded in run_ranks(_load_good, 2, str(tmp_path), timeout=60):
-        assert loaded == ("good", 1)
+        assert loaded == (left, 1)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "analysis/critical_path.h"
+#include "critical_path.h"
 
 #include <algorithm>
 #include <optional>
