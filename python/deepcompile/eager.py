@@ -105,6 +105,8 @@ class EagerHooks:
         self._compiled_by_user: str | None = None
         self.joined = False
         """Whether another engine's backward made gradients here since the last step."""
+        self.broken = False
+        """Whether such a one failed half-way, and the gradients were not dropped since."""
         self._in_backward = False
         self._reducing: deque[str] = deque()
         self._packs: dict[int, dict[str, torch.Tensor]] = {}
@@ -354,6 +356,8 @@ class EagerHooks:
 
     def _end_backward(self, failed: bool) -> None:
         self._in_backward = False
+        if failed and self.joined:
+            self.joined, self.broken = False, True
         if failed:
             self._packs.clear()
             self._leaf_gradients.clear()

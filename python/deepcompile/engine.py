@@ -280,6 +280,7 @@ class Engine(EngineNumbers):
             )
         self._check_gradients()
         if self._compiled is not None:
+            self._variants.check_unchanged()
             self.runtime.set_last_micro_batch(self.is_gradient_accumulation_boundary())
             self._warn_of_evaluation_mode()
         self._loss = loss.detach()
@@ -313,7 +314,7 @@ class Engine(EngineNumbers):
             )
 
     def _check_gradients(self) -> None:
-        if self._backward_failed:
+        if self._backward_failed or self.hooks.broken:
             raise UserError(
                 "[engine] the last backward failed half-way, so the gradients hold a part of it: "
                 "call engine.zero_grad() to drop them, and begin the step's micro-batches again"
@@ -422,7 +423,7 @@ class Engine(EngineNumbers):
         """Drop gradients accumulated so far. After a backward that failed, the step's micro-batches
         begin again."""
         self.optimizer.zero_grad(set_to_none)
-        self.hooks.joined = False
+        self.hooks.joined = self.hooks.broken = False
         if self._backward_failed:
             self.micro_steps -= self.micro_steps % self.gradient_accumulation_steps()
             self._backward_failed = self._backward_done = False

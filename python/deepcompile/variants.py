@@ -66,8 +66,8 @@ class Variants:
         kwargs: Mapping[str, Any],
     ):
         self._entry = model, settings.differentiable_outputs, settings.loss_only
+        self._capture = capture
         self._compile = {
-            "backend": capture,
             "dynamic": kwargs.get("dynamic"),
             "fullgraph": bool(kwargs.get("fullgraph", False)),
         }
@@ -80,8 +80,14 @@ class Variants:
         self._known = {tuple(self._state): self.first}
 
     def _build(self) -> Callable[..., Any]:
-        """The model's forward, compiled with a Dynamo cache of its own."""
-        return torch.compile(make_entry(*self._entry), **self._compile)
+        """The model's forward, compiled with a Dynamo cache of its own: frames behind a graph
+        break are found again by their code and by the backend, so each has a backend too."""
+        capture = self._capture
+
+        def backend(gm: Any, inputs: Any, **kwargs: Any) -> Any:
+            return capture(gm, inputs, **kwargs)
+
+        return torch.compile(make_entry(*self._entry), backend=backend, **self._compile)
 
     def now(self) -> tuple[Callable[..., Any], bool]:
         """The forward for what requires gradients now, and whether it is a new one."""
@@ -94,6 +100,14 @@ class Variants:
             return self._known[key], False
         self._known[key] = self._build()
         return self._known[key], True
+
+    def check_unchanged(self) -> None:
+        """UserError if other parameters require gradients than in the last forward."""
+        if [tensor.requires_grad for tensor in self._tensors] != self._state:
+            raise UserError(
+                "[engine] backward: parameters were frozen or unfrozen since the forward, whose "
+                "gradients are made as they were; do it between steps"
+            )
 
     def frozen(self) -> list[str]:
         """Names of those that were trainable at initialize() and are not now."""

@@ -156,6 +156,81 @@ def test_a_loss_runs_through_two_engines(compiled):
             assert max(distances) < TOLERANCE, loop.__name__
 
 
+class Breaks(nn.Module):
+    """Captured in two parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.first(x))
+        torch._dynamo.graph_break()
+        return self.last(x)
+
+
+def _frozen_at_a_break(rank: int, world: int) -> tuple[list[bool], int, str]:
+    """Which parameters stayed as they were while the first layer was frozen."""
+    model = Breaks()
+    engine = started(model, compiled=True)
+    for step in range(6):
+        if step == 4:
+            model.first.requires_grad_(False)
+            before = engine.state_dict()
+        engine.backward(engine(batches(step, world)[rank]).pow(2).mean())
+        engine.step()
+    after = engine.state_dict()
+    kept = [name for name in after if torch.equal(before[name], after[name])]
+    loss = engine(batches(6, world)[rank]).pow(2).mean()
+    model.first.requires_grad_(True)
+    try:
+        engine.backward(loss)
+        said = "nothing"
+    except Exception as error:
+        said = str(error)
+    return kept, len(engine.planner.graphs), said
+
+
+def test_layers_on_both_sides_of_a_graph_break_are_frozen():
+    for kept, graphs, said in run_ranks(_frozen_at_a_break, 2, timeout=200):
+        assert kept == ["first.weight", "first.bias"] and graphs >= 3
+        assert "frozen or unfrozen since the forward" in said
+
+
+def _fails_amid(rank: int, world: int) -> tuple[str, float]:
+    """What the engine that joined says after a backward that failed, and its way on."""
+    models = net(), net(outputs=1)
+    engines = [started(model, compiled=False) for model in models]
+    inputs = batches(0, world)
+
+    def fail(gradient: torch.Tensor) -> None:
+        raise RuntimeError("boom")
+
+    middle = engines[0](inputs[rank])
+    middle.register_hook(fail)
+    with contextlib.suppress(RuntimeError):
+        engines[0].backward(engines[1](middle).pow(2).mean())
+    engines[0].zero_grad()
+    try:
+        engines[1].step()
+        said = "nothing"
+    except Exception as error:
+        said = str(error)
+    engines[1].zero_grad()
+    plain = net(outputs=1)
+    optimizer = adamw(plain)
+    engines[1].backward(engines[1](inputs[rank]).pow(2).mean())
+    engines[1].step()
+    (sum(plain(x).pow(2).mean() for x in inputs) / world).backward()
+    optimizer.step()
+    return said, furthest(engines[1], plain)
+
+
+def test_an_engine_that_joined_a_backward_that_failed_says_so():
+    for said, distance in run_ranks(_fails_amid, 2, timeout=100):
+        assert "the last backward failed half-way" in said and distance < TOLERANCE
+
+
 class Clamped(nn.Module):
     """Writes to its own weight, as nn.Embedding(max_norm=...) does."""
 
