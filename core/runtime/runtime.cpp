@@ -73,11 +73,7 @@ void Runtime::follow_stream(c10::Stream now) {
   };
   store_.visit(record);
   states_.visit(record);
-  for (const std::shared_ptr<Call>& call : calls_->open_calls()) {
-    for (const RuntimeValue& value : call->frame.slots) {
-      if (value.isTensor()) record(value.toTensor());
-    }
-  }
+  for (const std::shared_ptr<Call>& call : calls_->open_calls()) call->frame.visit(record);
 }
 
 void Runtime::add_param(const ParamSpec& spec) {

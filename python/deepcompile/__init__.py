@@ -63,9 +63,7 @@ def __getattr__(name: str) -> Any:
 
     if name in _HOMES:
         if _HOMES[name] != "config":
-            from .built_for import check
-
-            check()
+            import_module(".built_for", __name__)
         return getattr(import_module(f".{_HOMES[name]}", __name__), name)
     if name in _MODULES:
         return import_module(f".{name}", __name__)

@@ -22,7 +22,7 @@ from .fast_forms import FastForms
 from .links import named_machine
 from .lr_schedules import build_scheduler
 from .optimizer import ShardedOptimizer
-from .params import MemberRef, ParamTable
+from .params import MemberRef, ParamTable, has_no_memory
 from .placement import Arrival
 
 
@@ -64,7 +64,7 @@ def initialize(
         None if device is None else torch.device(device),
     )
     settings = settings.with_batch(ranks.world)
-    _check_trainable(model)
+    _check_parameters(model)
     arrival = Arrival(model, ranks, torch.bfloat16 if settings.bf16.enabled else None)
     source = _source_optimizer(model, settings, optimizer, model_parameters)
     optimizers.check_supported(source)
@@ -94,14 +94,14 @@ def _check_given(model: Any, config: Any) -> None:
         raise UserError("[initialize] config: give a JSON file's path or a dict")
 
 
-def _check_trainable(model: nn.Module) -> None:
+def _check_parameters(model: nn.Module) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
             f"[initialize] {type(model).__name__}: has no parameter that requires a gradient; "
             "call requires_grad_() on what should be trained"
         )
     for name, parameter in model.named_parameters():
-        if parameter.numel() and not parameter.untyped_storage().size():
+        if has_no_memory(parameter):
             raise UserError(
                 f"[initialize] {name}: has no memory, as another engine shards it; build the model "
                 "anew, or go on with that engine"

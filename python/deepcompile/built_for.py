@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which torch the extension was built for: another one cannot load it, or crashes with it."""
+"""Which torch the extension was built for: another one cannot load it, or crashes with it.
+Importing this module checks it."""
 
 from __future__ import annotations
 
@@ -27,3 +28,6 @@ def check(record: Path = RECORD) -> None:
 
 def _release(version: str) -> list[str]:
     return version.split(".")[:2]
+
+
+check()

@@ -27,7 +27,7 @@ from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule, skip_code
 
 from .errors import UserError
-from .params import MemberRef, ParamTable
+from .params import MemberRef, ParamTable, has_no_memory
 
 OUTSTANDING_REDUCTIONS = 2
 USE_ALL = ("MultiheadAttention", "TransformerEncoderLayer")
@@ -187,8 +187,7 @@ class EagerHooks:
 
     def _check_whole(self, what: str, remedy: str) -> None:
         for ref in self._table.refs():
-            tensor = self._table.tensor(ref)
-            if tensor.numel() and not tensor.untyped_storage().size():
+            if has_no_memory(self._table.tensor(ref)):
                 raise UserError(
                     f"[engine] {what} of the module: {self._table.member(ref).name} is sharded and "
                     f"not gathered, so it has no memory here; {remedy}"

@@ -247,6 +247,11 @@ def _check(model: nn.Module, named: list[tuple[str, nn.Parameter]], anywhere: bo
             raise UserError(f"[params] {name}: {cause}. {remedy}.")
 
 
+def has_no_memory(tensor: torch.Tensor) -> bool:
+    """Whether an engine shards ``tensor``, and has not gathered it."""
+    return tensor.numel() > 0 and not tensor.untyped_storage().size()
+
+
 def _unsupported(tensor: nn.Parameter) -> tuple[str | None, str]:
     """(why ``tensor`` cannot be sharded or None, what to do about it)."""
     if isinstance(tensor, nn.parameter.UninitializedTensorMixin):

@@ -74,10 +74,10 @@ class Variants:
         refs = [ref for ref in table.refs() if table.spec(ref).trainable]
         self._tensors = [table.tensor(ref) for ref in refs]
         self._names = [table.member(ref).name for ref in refs]
-        self._state = [True] * len(refs)
+        self._state = (True,) * len(refs)
         self.first = self._build()
         """With all of them trained; evaluations use it whatever is trained."""
-        self._known = {tuple(self._state): self.first}
+        self._known = {self._state: self.first}
 
     def _build(self) -> Callable[..., Any]:
         """The model's forward, compiled with a Dynamo cache of its own: frames behind a graph
@@ -93,17 +93,18 @@ class Variants:
         """The forward for what requires gradients now, and whether it is a new one."""
         if not torch.is_grad_enabled():
             return self.first, False
-        state = [tensor.requires_grad for tensor in self._tensors]
-        key = tuple(state)
-        self._state = state
-        if key in self._known:
-            return self._known[key], False
-        self._known[key] = self._build()
-        return self._known[key], True
+        self._state = self._trained()
+        new = self._state not in self._known
+        if new:
+            self._known[self._state] = self._build()
+        return self._known[self._state], new
+
+    def _trained(self) -> tuple[bool, ...]:
+        return tuple([tensor.requires_grad for tensor in self._tensors])
 
     def check_unchanged(self) -> None:
         """UserError if other parameters require gradients than in the last forward."""
-        if [tensor.requires_grad for tensor in self._tensors] != self._state:
+        if self._trained() != self._state:
             raise UserError(
                 "[engine] backward: parameters were frozen or unfrozen since the forward, whose "
                 "gradients are made as they were; do it between steps"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,20 @@ def frozen_llama() -> nn.Module:
     return model
 
 
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    """Plain PyTorch's, with the numbers of config_for()."""
+    return torch.optim.AdamW(parameters, **{**ADAMW, "betas": tuple(ADAMW["betas"])})
+
+
+def said(work: Callable[[], Any]) -> str:
+    """The error of `work`, as text; "nothing" if there is none."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
 MODELS = {
     "llama": llama,
     "llama_deep": functools.partial(llama, 6),
@@ -197,8 +212,7 @@ def reference(
     for n, p in model.named_parameters():
         masters[n].requires_grad_(p.requires_grad)
     trained = [m for m in masters.values() if m.requires_grad]
-    options = {**ADAMW, "betas": tuple(ADAMW["betas"])}
-    optimizer = torch.optim.AdamW(trained, **options)
+    optimizer = adamw(trained)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 5, 0.5) if schedule else None
     losses, norms = [], []
     for step in range(steps):

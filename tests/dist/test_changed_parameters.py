@@ -35,13 +35,19 @@ def started(model: nn.Module, compiled: bool, **more: Any) -> Any:
     return engine
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    options = {**cases.ADAMW, "betas": tuple(cases.ADAMW["betas"])}
-    return torch.optim.AdamW(model.parameters(), **options)
-
-
 def batches(step: int, world: int) -> torch.Tensor:
     return torch.randn(world, ROWS, WIDTH, generator=torch.Generator().manual_seed(step))
+
+
+def step_both(
+    engine: Any, plain: nn.Module, optimizer: torch.optim.Optimizer, inputs: torch.Tensor, rank: int
+) -> None:
+    """A step of the engine on this rank's inputs, and of plain PyTorch on all ranks'."""
+    engine.backward(engine(inputs[rank]).pow(2).mean())
+    engine.step()
+    optimizer.zero_grad()
+    (sum(plain(x).pow(2).mean() for x in inputs) / len(inputs)).backward()
+    optimizer.step()
 
 
 def furthest(engine: Any, plain: nn.Module) -> float:
@@ -53,7 +59,7 @@ def _frozen(rank: int, world: int, compiled: bool) -> tuple[list[float], int]:
     """Distances from PyTorch while layers are frozen and unfrozen again, before there is a plan
     for all ranks and after; what was compiled anew when they came back."""
     model, plain = net(), net()
-    engine, optimizer = started(model, compiled), adamw(plain)
+    engine, optimizer = started(model, compiled), cases.adamw(plain.parameters())
     found = []
     for step in range(14):
         frozen = {2: "0.", 3: "", 7: "1.", 10: "", 12: "1."}.get(step)
@@ -62,11 +68,7 @@ def _frozen(rank: int, world: int, compiled: bool) -> tuple[list[float], int]:
                 for name, parameter in each.named_parameters():
                     parameter.requires_grad_(not (frozen and name.startswith(frozen)))
         inputs = batches(step, world)
-        engine.backward(engine(inputs[rank]).pow(2).mean())
-        engine.step()
-        optimizer.zero_grad()
-        (sum(plain(x).pow(2).mean() for x in inputs) / world).backward()
-        optimizer.step()
+        step_both(engine, plain, optimizer, inputs, rank)
         found.append(furthest(engine, plain))
     return found, len(engine.planner.graphs), [p.why for p in engine.planner.history]
 
@@ -106,7 +108,7 @@ def _adversarial(rank: int, world: int, compiled: bool) -> tuple[float, float]:
     models = net(), net(outputs=1)
     plain = copy.deepcopy(models)
     engines = [started(model, compiled) for model in models]
-    optimizers = [adamw(model) for model in plain]
+    optimizers = [cases.adamw(model.parameters()) for model in plain]
 
     def losses(make, judge, real):
         fake = make(torch.ones_like(real))
@@ -135,7 +137,7 @@ def _joint(rank: int, world: int, compiled: bool) -> tuple[float, float]:
     models = net(), net(outputs=1)
     plain = copy.deepcopy(models)
     engines = [started(model, compiled) for model in models]
-    optimizers = [adamw(model) for model in plain]
+    optimizers = [cases.adamw(model.parameters()) for model in plain]
     for step in range(4):
         inputs = batches(step, world)
         engines[0].backward(engines[1](engines[0](inputs[rank])).pow(2).mean())
@@ -218,7 +220,7 @@ def _fails_amid(rank: int, world: int) -> tuple[str, float]:
         said = str(error)
     engines[1].zero_grad()
     plain = net(outputs=1)
-    optimizer = adamw(plain)
+    optimizer = cases.adamw(plain.parameters())
     engines[1].backward(engines[1](inputs[rank]).pow(2).mean())
     engines[1].step()
     (sum(plain(x).pow(2).mean() for x in inputs) / world).backward()
@@ -270,22 +272,14 @@ def _uncompiled(rank: int, world: int) -> dict[str, Any]:
             torch.manual_seed(5)
             models.append(make())
         engine, plain = started(models[0], compiled=False), models[1]
-        optimizer = adamw(plain)
+        optimizer = cases.adamw(plain.parameters())
         for step in range(3):
             inputs = batches(step, world)
-            engine.backward(engine(inputs[rank]).pow(2).mean())
-            engine.step()
-            optimizer.zero_grad()
-            (sum(plain(x).pow(2).mean() for x in inputs) / world).backward()
-            optimizer.step()
+            step_both(engine, plain, optimizer, inputs, rank)
         found[make.__name__] = furthest(engine, plain)
 
     def said(work: Any) -> str:
-        try:
-            work()
-        except Exception as error:
-            return str(error)
-        return "nothing"
+        return cases.said(work).removeprefix("UserError: ")
 
     x = batches(0, world)[rank]
     clamped = started(Clamped(), compiled=False)
@@ -302,7 +296,7 @@ def _uncompiled(rank: int, world: int) -> dict[str, Any]:
     found["bare"] = said(lambda: (engine(x).pow(2).mean() * 100).backward())
     engine.backward(engine(x).pow(2).mean())
     engine.step()
-    optimizer = adamw(plain)
+    optimizer = cases.adamw(plain.parameters())
     (sum(plain(each).pow(2).mean() for each in batches(0, world)) / world).backward()
     optimizer.step()
     found["after"] = furthest(engine, plain)

@@ -40,14 +40,6 @@ def _started(name: str, world: int) -> Any:
     return cases.start(name, cases.config_for(world, 3), "eager")
 
 
-def _said(work: Any) -> str:
-    try:
-        work()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
 def _dropped(rank: int, world: int, names: list[str]) -> dict[str, tuple[list[str], str]]:
     """By model: what outlived its engine, and what a backward says afterwards."""
     other = _started("sequential", world)
@@ -74,7 +66,7 @@ def _dropped(rank: int, world: int, names: list[str]) -> dict[str, tuple[list[st
         del engine, owned
         gc.collect()
         left = [what for what, value in alive.items() if value() is not None]
-        found[name] = left, _said(late.backward)
+        found[name] = left, cases.said(late.backward)
         del kept, late
         cases.train_steps(other, len(found) + 1, len(found) + 2)
     return found
@@ -102,7 +94,7 @@ def _called_late(rank: int, world: int) -> tuple[str, str]:
         with surface_errors():
             compiled(input_ids=tokens, labels=tokens)
 
-    return _said(lambda: call(ids)), _said(lambda: call(ids[:, :5]))
+    return cases.said(lambda: call(ids)), cases.said(lambda: call(ids[:, :5]))
 
 
 def test_what_an_engine_compiled_does_not_run_without_it():

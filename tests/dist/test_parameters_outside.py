@@ -17,24 +17,16 @@ from torch import nn
 pytestmark = pytest.mark.timeout(300)
 
 
-def _said(work: Any) -> str:
-    try:
-        work()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
-
-
 def _read_outside(rank: int, world: int, backend: str | None) -> dict[str, str]:
     """What reading and writing a sharded parameter says, and that training goes on after it."""
     engine = cases.start("sequential", cases.config_for(world, 3), backend)
     cases.train_steps(engine, 0, 2)
     weight = engine.module.body[1].weight
     said = {
-        "read": _said(weight.sum),
-        "written": _said(weight.data.zero_),
-        "address": _said(weight.data_ptr),
-        "copied": _said(lambda: copy.deepcopy(engine.module)),
+        "read": cases.said(weight.sum),
+        "written": cases.said(weight.data.zero_),
+        "address": cases.said(weight.data_ptr),
+        "copied": cases.said(lambda: copy.deepcopy(engine.module)),
     }
     losses, norms = cases.train_steps(engine, 2, 4)
     expected = cases.reference("sequential", steps=4)

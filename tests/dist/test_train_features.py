@@ -237,8 +237,7 @@ def _experts(rank: int, world: int, classes: list[str], stage: int) -> float:
         "stage3_param_persistence_threshold": 100, "leaf_module": {"classes": classes},
     }  # fmt: skip
     engine, *_ = deepcompile.initialize(model=model, config=config)
-    options = {**cases.ADAMW, "betas": tuple(cases.ADAMW["betas"])}
-    optimizer = torch.optim.AdamW(plain.parameters(), **options)
+    optimizer = cases.adamw(plain.parameters())
     for _ in range(3):
         batches = torch.randn(world, 4, 16)
         engine.backward(engine(batches[rank], rank))

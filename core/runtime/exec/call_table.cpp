@@ -61,12 +61,7 @@ int64_t CallTable::saved_bytes() const {
     if (!seen.insert(storage.unsafeGetStorageImpl()).second) return;
     bytes += static_cast<int64_t>(storage.nbytes());
   };
-  for (const auto& [id, call] : calls_) {
-    for (const RuntimeValue& value : call->frame.slots) {
-      if (value.isTensor()) count(value.toTensor());
-    }
-    for (const auto& [slot, moved] : call->frame.moved) count(moved.arriving);
-  }
+  for (const auto& [id, call] : calls_) call->frame.visit(count);
   return bytes;
 }
 

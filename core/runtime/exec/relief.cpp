@@ -51,16 +51,10 @@ int64_t Relief::held_bytes(const Frame& frame) const {
     if (!seen.insert(tensor.storage().unsafeGetStorageImpl()).second) return;
     bytes += static_cast<int64_t>(tensor.storage().nbytes());
   };
-  const auto count_frame = [&](const Frame& each) {
-    for (const RuntimeValue& value : each.slots) {
-      if (value.isTensor()) count(value.toTensor());
-    }
-    for (const auto& [slot, moved] : each.moved) count(moved.arriving);
-  };
   store_.visit(count);
   states_.visit(count);
-  count_frame(frame);
-  for (const std::shared_ptr<Call>& call : calls_.open_calls()) count_frame(call->frame);
+  frame.visit(count);
+  for (const std::shared_ptr<Call>& call : calls_.open_calls()) call->frame.visit(count);
   return bytes;
 }
 

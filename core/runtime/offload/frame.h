@@ -37,6 +37,14 @@ struct Frame {
 
   RuntimeValue& at(int32_t slot) { return slots[static_cast<size_t>(slot)]; }
   const RuntimeValue& at(int32_t slot) const { return slots[static_cast<size_t>(slot)]; }
+  // Its tensors on the device, and those that are on their way there; some undefined.
+  template <typename Visitor>
+  void visit(const Visitor& visitor) const {
+    for (const RuntimeValue& value : slots) {
+      if (value.isTensor()) visitor(value.toTensor());
+    }
+    for (const auto& [slot, value] : moved) visitor(value.arriving);
+  }
   // The value dies here, wherever it is.
   void drop(int32_t slot) {
     at(slot) = RuntimeValue();

@@ -442,14 +442,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_all(argv: Sequence[str]) -> int:
     """The highest code of the planned sweeps."""
-    codes, sweeps = [], plan(argv)
+    return max(run_each(plan(argv)), default=0)
+
+
+def run_each(sweeps: Sequence[Sweep]) -> list[int]:
+    """The codes of those that ran: all that may begin, until the time is over or someone
+    interrupts."""
     for sweep in sweeps[1:]:
         sweep.check()
+    codes: list[int] = []
     for sweep in sweeps:
         codes.append(sweep.run())
         if codes[-1] in (OUT_OF_TIME, 130):
             break
-    return max(codes, default=0)
+    return codes
 
 
 if __name__ == "__main__":

@@ -208,13 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not any(word in WORKLOADS for word in given):
             given = [*WORKLOADS, *given]
         sweeps = sweep.plan(given)
-        codes = []
-        for each in sweeps[1:]:
-            each.check()
-        for each in sweeps:
-            codes.append(each.run())
-            if codes[-1] in (sweep.OUT_OF_TIME, 130):
-                break
+        codes = sweep.run_each(sweeps)
         if sweeps and codes[-1] != 130:
             _print_run(sweeps)
         return max(codes, default=0)

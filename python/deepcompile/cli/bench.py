@@ -193,7 +193,8 @@ def run(options: argparse.Namespace) -> None:
         folder += "" if options.suite == "bench" else f"-{options.suite}"
     check(sweep)
     beforehand.folder(folder, ROWS)
-    jobs, side_by_side = sweep.jobs(), at_a_time(sweep.jobs())
+    jobs = sweep.jobs()
+    side_by_side = at_a_time(jobs)
     with Display(len(jobs), 0, at_a_time=side_by_side) as display:
 
         def finished(job: Job, rows: list, seconds: float) -> None:
