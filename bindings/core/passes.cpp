@@ -80,6 +80,10 @@ std::vector<std::string> words_of(const std::vector<Fact>& facts) {
   return words;
 }
 
+py::object of_module(const char* name) {
+  return py::module_::import("deepcompile._core").attr(name);
+}
+
 Contract contract_of(const py::object& callable) {
   const py::object contract = py::getattr(callable, "contract", py::none());
   if (contract.is_none()) return {};
@@ -88,6 +92,23 @@ Contract contract_of(const py::object& callable) {
                     ": must be a deepcompile._core.PassContract.");
   }
   return contract.cast<Contract>();
+}
+
+// The exception that a pass raised, with the pass in front; the traceback is its cause.
+[[noreturn]] void raise_of(py::error_already_set& error, const std::string& pass) {
+  const bool theirs = error.matches(PyExc_Exception) && !error.matches(of_module("InternalError"));
+  if (!theirs) throw error;  // an interrupt, say
+  const std::string front = "[passes] " + pass + ": ";
+  const std::string said = py::cast<std::string>(py::str(error.value()));
+  const py::object user_error = of_module("UserError");
+  const bool ours = error.matches(user_error);
+  if (ours && said.starts_with(front)) throw error;
+  const std::string kind = py::cast<std::string>(error.type().attr("__name__"));
+  const std::string text = ours ? front + said
+                                : front + "raised " + kind + ": " + said +
+                                      ". A pass is a function of (program, context).";
+  py::raise_from(error, user_error.ptr(), text.c_str());
+  throw py::error_already_set();
 }
 
 // Python edits a copy, so that views it keeps stay good and an exception
@@ -104,7 +125,11 @@ std::unique_ptr<Pass> python_pass(const py::object& callable) {
       PassEnvironment& environment;
       ~Closer() { environment = {}; }
     } closer{*environment};
-    callable(copy, PythonContext{copy, name, environment});
+    try {
+      callable(copy, PythonContext{copy, name, environment});
+    } catch (py::error_already_set& error) {
+      raise_of(error, name);
+    }
     program = *copy;
   };
   return make_pass(name, contract_of(callable), std::move(run));

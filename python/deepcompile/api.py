@@ -22,7 +22,7 @@ from .fast_forms import FastForms
 from .links import named_machine
 from .lr_schedules import build_scheduler
 from .optimizer import ShardedOptimizer
-from .params import MemberRef, ParamTable, has_no_memory
+from .params import DTYPES, MemberRef, ParamTable, has_no_memory
 from .placement import Arrival
 
 
@@ -65,7 +65,7 @@ def initialize(
     )
     settings = settings.with_batch(ranks.world)
     _check_parameters(model)
-    arrival = Arrival(model, ranks, torch.bfloat16 if settings.bf16.enabled else None)
+    arrival = Arrival(model, ranks, DTYPES.get(settings.compute_dtype))
     source = _source_optimizer(model, settings, optimizer, model_parameters)
     optimizers.check_supported(source)
     table = ParamTable.build(

@@ -49,6 +49,26 @@ class Bf16Config:
 
 
 @dataclass(frozen=True)
+class Fp16Config:
+    enabled: bool = _key(check.boolean, False)
+    """Parameters, activations and gradients in float16; master weights and states in fp32. The loss
+    is scaled, and a step whose gradients are not finite is left out on all ranks: each step() waits
+    for the device to know. Where the device has bfloat16, `bf16` needs none of this."""
+    loss_scale: float = _key(check.number(float, 0), 0.0)
+    """The factor on the loss; 0: it follows the gradients, from these numbers."""
+    initial_scale_power: int = _key(_count, 16)
+    """The first factor is 2 to this power."""
+    loss_scale_window: int = _key(_positive, 1000)
+    """After so many steps in a row with finite gradients the factor is doubled."""
+    hysteresis: int = _key(_positive, 2)
+    """It is halved at the so-manieth step without finite gradients."""
+    consecutive_hysteresis: bool = _key(check.boolean, False)
+    """Whether that count begins anew with each finite step, or when the factor is doubled."""
+    min_loss_scale: float = _key(check.number(float, 0, False), 1.0)
+    """Where it would have to be smaller than this, step() is an error: training has diverged."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     type: str = _key(check.choice("Adam", "AdamW", any_case=True), "AdamW")
     """Adam is AdamW unless params.adam_w_mode is false, as in DeepSpeed."""
@@ -198,6 +218,7 @@ class Config:
     zero_allow_untested_optimizer: bool = _key(check.boolean, False)
     """Accepted; Adam and AdamW are the only optimizers with or without it."""
     bf16: Bf16Config = _key(check.table, default_factory=Bf16Config)
+    fp16: Fp16Config = _key(check.table, default_factory=Fp16Config)
     optimizer: OptimizerConfig | None = _key(check.table, None)
     scheduler: SchedulerConfig | None = _key(check.table, None)
     zero_optimization: ZeroConfig = _key(check.table, default_factory=ZeroConfig)
@@ -216,7 +237,14 @@ class Config:
         """IR name of the element type of gradient reductions."""
         if self.communication_data_type is not None:
             return DTYPES[self.communication_data_type]
-        return "bf16" if self.bf16.enabled else "f32"
+        return self.compute_dtype or "f32"
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """IR name of the element type that parameters are converted to; None: they keep theirs."""
+        if self.fp16.enabled:
+            return "f16"
+        return "bf16" if self.bf16.enabled else None
 
     def with_batch(self, world: int) -> Config:
         """The same with the batch triple resolved for `world` ranks."""
@@ -236,6 +264,7 @@ class Config:
 
 SECTIONS: dict[str, type] = {
     "bf16": Bf16Config,
+    "fp16": Fp16Config,
     "optimizer": OptimizerConfig,
     "scheduler": SchedulerConfig,
     "zero_optimization": ZeroConfig,
@@ -376,6 +405,14 @@ def _check_together(config: Config, found: list[str]) -> None:
                 raise _unknown(where, key, [*config_keys.ADAM, *warned, *refused])
             if value == "auto":
                 raise fail(where, '"auto" is for trainers that fill it in; give a value')
+    if config.fp16.enabled:
+        if config.bf16.enabled:
+            raise fail("fp16", "is enabled beside bf16; enable one of them")
+        if config.compile.early_updates:
+            raise fail(
+                "compile.early_updates",
+                "a step in fp16 may be left out, which is known after its backward; remove it",
+            )
     if config.scheduler is not None and not config.scheduler.type:
         raise fail("scheduler.type", "is missing; name a schedule, e.g. WarmupLR")
     _note_misspelt_passes(config, found)

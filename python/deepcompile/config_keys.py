@@ -107,7 +107,6 @@ REFUSED: dict[str, dict[str, tuple[tuple, str]]] = {
         "disable_allgather": (OFF, "remove the key"),
         "eigenvalue": (OFF, "remove the section"),
         "elasticity": (OFF, "start the job with the number of ranks you want"),
-        "fp16": (OFF, 'there is no loss scaling; use "bf16": {"enabled": true} or fp32'),
         "gradient_predivide_factor": ((None, 1, 1.0), "gradients are averaged after the sum"),
         "graph_harvesting": (OFF, "remove the key"),
         "hybrid_engine": (OFF, "remove the section"),
@@ -126,6 +125,11 @@ REFUSED: dict[str, dict[str, tuple[tuple, str]]] = {
     "bf16": {
         "bf16_master_weights_and_grads": (OFF, "master weights are fp32"),
         "bf16_optimizer_states": (OFF, "optimizer states are fp32"),
+    },
+    "fp16": {
+        "auto_cast": (OFF, "convert the inputs that are floating-point numbers"),
+        "fp16_master_weights_and_grads": (OFF, "master weights are fp32"),
+        "fp16_optimizer_states": (OFF, "optimizer states are fp32"),
     },
     "zero_optimization": {
         "cpu_offload": (OFF, OFFLOAD),

@@ -32,6 +32,7 @@ from .eager import EagerHooks, take_part
 from .engine_numbers import EngineNumbers
 from .errors import UserError
 from .fast_forms import FastForms
+from .loss_scale import LossScale
 from .optimizer import ShardedOptimizer
 from .params import ParamTable
 from .planning import Planner
@@ -79,14 +80,15 @@ class Engine(EngineNumbers):
         self.equal_layers = EqualLayers(model, config.compile.equal_layers)
         self.hooks = EagerHooks(model, table, runtime, config.zero_optimization.leaf_module.classes)
         self.planner.watch.on_backward = functools.partial(take_part, weakref.ref(self.hooks))
+        self._loss_scale = LossScale(config.fp16)
         self.optimizer = ShardedOptimizer(
             source,
             {id(table.tensor(ref)): table.member(ref).name for ref in table.refs()},
             runtime.set_hyper,
-            lambda: runtime.step(self.planner.update_plan_id),
+            lambda: runtime.step(self.planner.update_plan_id, **self._loss_scale.undone()),
             runtime.zero_grad,
         )
-        self._check_covered()
+        self.optimizer.check_covers(table)
         self.lr_scheduler: Any = None
         self.training_dataloader: Any = None
         self.global_steps = 0
@@ -113,17 +115,9 @@ class Engine(EngineNumbers):
         self._loss: torch.Tensor | None = None
         self._backward_done = False
         self._backward_failed = False
+        self._applied = False
         self._warned = False
         self._clocks = {"forward": 0.0, "backward": 0.0, "step": 0.0}
-
-    def _check_covered(self) -> None:
-        for ref in self.table.refs():
-            name = self.table.member(ref).name
-            if self.table.spec(ref).trainable and name not in self.optimizer.covered:
-                raise UserError(
-                    f"[optimizer] {name}: requires a gradient but is in no parameter group; add "
-                    "it, or call requires_grad_(False) on it before initialize()"
-                )
 
     # ---- compilation
 
@@ -289,8 +283,7 @@ class Engine(EngineNumbers):
         failed = self._backward_failed = True
         try:
             with self._clock("backward"):
-                accumulation = self.gradient_accumulation_steps()
-                (loss / accumulation if accumulation > 1 else loss).backward()
+                self._loss_scale.of(loss, self.gradient_accumulation_steps()).backward()
                 failed = False
         finally:
             self.hooks.end_backward(failed)
@@ -335,6 +328,7 @@ class Engine(EngineNumbers):
         self._backward_done = self.hooks.joined = False
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
+        self._applied = False
         if not boundary:
             return
         if self._compiled is None and not self.ranks.agree(self.hooks.order):
@@ -346,11 +340,12 @@ class Engine(EngineNumbers):
         with self._clock("step"):
             result = self.optimizer.step()
         self._grad_norm = result["grad_norm"]
-        if result["skipped"]:
-            self.skipped_steps += 1
-        elif self.lr_scheduler is not None:
+        self._applied = not result["skipped"]
+        self.skipped_steps += result["skipped"]
+        if self._applied and self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self._end_step()
+        self._loss_scale.follow(result["skipped"], self.global_steps, self.ranks.rank)
 
     def _end_step(self) -> None:
         self.global_steps += 1
@@ -386,6 +381,8 @@ class Engine(EngineNumbers):
         if self.ranks.rank == 0:
             rates = ", ".join(f"{lr:.3e}" for lr in self.get_lr())
             line = f"step {self.global_steps}: loss {float(self._loss):.4f}, lr {rates}"
+            if self._loss_scale.on:
+                line += f", loss scale {self.loss_scale():g}"
             if self.config.wall_clock_breakdown:
                 line += "".join(f", {k} {v:.3f} s" for k, v in self._clocks.items())
             print(line, flush=True)

@@ -11,6 +11,7 @@ import torch
 if TYPE_CHECKING:
     from .config import Config
     from .distributed import Ranks
+    from .loss_scale import LossScale
     from .optimizer import ShardedOptimizer
 
 
@@ -22,6 +23,8 @@ class EngineNumbers:
     optimizer: ShardedOptimizer
     global_steps: int
     _grad_norm: Any
+    _loss_scale: LossScale
+    _applied: bool
 
     def get_global_grad_norm(self) -> float | None:
         """Norm of the last step's gradients before clipping; None without gradient_clipping, as it
@@ -50,7 +53,16 @@ class EngineNumbers:
         return self.config.bf16.enabled
 
     def fp16_enabled(self) -> bool:
-        return False
+        return self.config.fp16.enabled
+
+    def loss_scale(self) -> float:
+        """What the next backward(loss) multiplies the loss by; 1 but in fp16."""
+        return self._loss_scale.value
+
+    def was_step_applied(self) -> bool:
+        """Whether the last step() updated the parameters: it was an accumulation boundary, and its
+        gradients were finite or are not checked."""
+        return self._applied
 
     @property
     def device(self) -> torch.device:

@@ -81,7 +81,7 @@ def _facts(engine: Engine) -> dict[str, str]:
             f"Embedding {name}": f"{'rows in use' if of['rows'] else 'whole'}: {of['why']}"
             for name, of in engine.planner.rows.report().items()
         },
-        "Compute type": "bf16" if engine.config.bf16.enabled else "as the model's",
+        "Compute type": engine.config.compute_dtype or "as the model's",
         "Device": f"{device.type} {name or platform.machine()}",
         "Optimizer kernels": f"{kernels['adamw']} ({kernels['library']})",
         "CUDA graphs": _graphs(engine.runtime.replays()),

@@ -108,6 +108,7 @@ def save(engine: Engine, directory: str | Path, tag: str | None, client: dict[st
         "global_steps": engine.global_steps,
         "micro_steps": engine.micro_steps,
         "skipped_steps": engine.skipped_steps,
+        "loss_scale": engine._loss_scale.state() if engine._loss_scale.on else None,
         "optimizer_steps": engine.runtime.optimizer_steps(),
         "member_steps": _member_steps(engine),
         "groups": engine.optimizer.hyper_state(),
@@ -168,6 +169,8 @@ def load(
                 group["lr"] = rate
     engine.global_steps, engine.micro_steps = meta["global_steps"], _micro_steps(engine, meta)
     engine.skipped_steps = meta["skipped_steps"]
+    if load_optimizer and meta.get("loss_scale"):
+        engine._loss_scale.load(meta["loss_scale"])
     if load_optimizer:
         engine.runtime.abandon_step()  # of a backward that failed: what it had updated is replaced
     engine.zero_grad()

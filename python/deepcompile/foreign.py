@@ -19,7 +19,7 @@ _MICRO_BATCHES = (
 _STATES = "plans move optimizer states to the host and back as compile.memory_budget asks"
 _WHOLE = "use deepcompile.GatheredParameters(engine, parameters)"
 _PLANNED = "the plan decides what stays whole: see compile.schedule and compile.memory_budget"
-_SCALE = "there is no loss scaling: train in bf16 or fp32"
+_SCALE = "backward(loss) scales the loss in fp16, and loss_scale() says by how much"
 _BATCH = "batch sizes are the configuration's: initialize() another engine"
 _LOOP = "call the engine, engine.backward(loss) and engine.step()"
 
@@ -49,7 +49,6 @@ _ENGINE = {
     "deepspeed_io": "give training_data= to initialize()",
     "destroy": "drop the engine; its memory goes with it",
     "empty_partition_cache": _PLANNED,
-    "loss_scale": _SCALE,
     "cur_scale": _SCALE,
     "scale": _SCALE,
     "monitor": "use report()",
@@ -92,7 +91,7 @@ def _cast(name: str) -> Callable[..., Any]:
     def refused(*_: Any, **__: Any) -> Any:
         raise UserError(
             f"[engine] {name}: the parameters' type is settled by initialize(), which has their "
-            'memory; set "bf16" in the configuration, or convert the model before'
+            'memory; set "bf16" or "fp16" in the configuration, or convert the model before'
         )
 
     return refused

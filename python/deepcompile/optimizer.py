@@ -18,6 +18,7 @@ from torch import nn
 from . import checkpoint
 from .config import OptimizerConfig
 from .errors import UserError
+from .params import ParamTable
 
 _UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
 
@@ -122,7 +123,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
                         "the model; build the optimizer from model.parameters()",
                     )
                 covered.add(name)
-        self.covered = frozenset(covered)
+        self._covered = frozenset(covered)
+
+    def check_covers(self, table: ParamTable) -> None:
+        """UserError unless each parameter of the table that is trained is in a group."""
+        for ref in table.refs():
+            name = table.member(ref).name
+            if table.spec(ref).trainable and name not in self._covered:
+                raise _fail(
+                    name,
+                    "requires a gradient but is in no parameter group; add it, or call "
+                    "requires_grad_(False) on it before initialize()",
+                )
 
     def push(self) -> None:
         """Send the numbers of groups that changed to the runtime."""

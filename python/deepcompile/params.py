@@ -23,12 +23,14 @@ PERSISTENCE_THRESHOLD = 100_000
 MEMBER_ALIGNMENT = 16
 """Elements; members of a pack start on multiples of this: 32 bytes in bf16."""
 
-_DTYPE_NAMES = {
-    torch.float32: "f32",
-    torch.float16: "f16",
-    torch.bfloat16: "bf16",
-    torch.float64: "f64",
+DTYPES = {
+    "f32": torch.float32,
+    "f16": torch.float16,
+    "bf16": torch.bfloat16,
+    "f64": torch.float64,
 }
+"""By the step program's word."""
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PLACEMENTS = {
     0: ("replicated", "replicated"),
     1: ("whole", "whole"),

@@ -15,7 +15,7 @@ from .errors import UserError
 from .schedule import STAGE_PASS
 
 STAGE_NAMES = {0: "replicated", 1: "ZeRO1", 2: "ZeRO2", 3: "ZeRO3"}
-SHORT_DTYPES = {"bf16": "bf16", "fp32": "f32"}
+SHORT_DTYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 
 
 @dataclass(frozen=True)

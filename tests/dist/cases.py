@@ -198,16 +198,23 @@ def named(model: nn.Module) -> dict[str, np.ndarray]:
 
 @functools.cache
 def reference(
-    name: str, clip: float = 0.0, steps: int = STEPS, bf16: bool = False, schedule: bool = False
+    name: str,
+    clip: float = 0.0,
+    steps: int = STEPS,
+    schedule: bool = False,
+    dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+    left_out: frozenset[int] = frozenset(),
 ) -> dict[str, Any]:
     """Single-process PyTorch: losses, norms before clipping, and all values at the end.
 
-    `bf16`: fp32 masters, computing with a bfloat16 copy.
+    `dtype`: fp32 masters, computing with a copy in this type. `scale`: of the loss, taken off the
+    gradients. `left_out`: steps that do not update.
     """
     torch.set_num_threads(1)  # as the ranks
     model = make(name)
-    if bf16:
-        model.to(torch.bfloat16)
+    if dtype is not None:
+        model.to(dtype)
     masters = {n: p.detach().float().clone() for n, p in model.named_parameters()}
     for n, p in model.named_parameters():
         masters[n].requires_grad_(p.requires_grad)
@@ -218,12 +225,13 @@ def reference(
     for step in range(steps):
         model.zero_grad()
         loss = loss_of(model, samples(step))
-        loss.backward()
+        (loss * scale).backward()
         for n, p in model.named_parameters():
-            masters[n].grad = None if p.grad is None else p.grad.float()
+            masters[n].grad = None if p.grad is None else p.grad.float() / scale
         if clip:
             norms.append(float(nn.utils.clip_grad_norm_(trained, clip)))
-        optimizer.step()
+        if step not in left_out:
+            optimizer.step()
         if scheduler is not None:
             scheduler.step()
         with torch.no_grad():
@@ -257,7 +265,7 @@ def train_steps(
     engine: Any, first: int, last: int, evaluate_every: int = 0
 ) -> tuple[list[float], list[float]]:
     """(mean loss over ranks and micro-batches, norm) of steps first .. last - 1."""
-    losses, norms = [], []
+    losses, norms, engine.scales = [], [], []
     world, rank = engine.ranks.world, engine.ranks.rank
     for step in range(first, last):
         total = 0.0
@@ -268,6 +276,7 @@ def train_steps(
             total += float(loss.detach()) / engine.gradient_accumulation_steps()
         losses.append(float(np.mean(engine.ranks.gather(total))))
         norms.append(engine.get_global_grad_norm())
+        engine.scales.append(engine.loss_scale())
         if evaluate_every and step % evaluate_every == 0:
             evaluate(engine, step)
     return losses, norms
@@ -298,6 +307,8 @@ def result_of(engine: Any, losses: list[float], norms: list[float]) -> dict[str,
     return {
         "losses": losses,
         "norms": norms,
+        "scales": engine.scales,
+        "skipped": engine.skipped_steps,
         "state": {k: v.float().numpy().copy() for k, v in state.items()},
         "hook_reductions": engine.hooks.reduced,
         "graphs": len(engine.planner.graphs),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import cases
 import numpy as np
@@ -54,12 +55,38 @@ def test_bf16_with_fp32_masters():
         {"name": "llama", "bf16": {"enabled": True}, "stage": 0},
     ]
     compiled, eager, wide, replicated = trained(2, *runs)
-    expected = cases.reference("llama", bf16=True)
+    expected = cases.reference("llama", dtype=torch.bfloat16)
     exact = cases.reference("llama")
     # Rounding alone moves a bf16 run this far from fp32; two bf16 runs are as far apart.
     spread = cases.worst(expected, exact)
     for result in (compiled, eager, wide):
         assert cases.worst(result, expected) < 2 * spread
+    assert compiled["losses"] == replicated["losses"]
+    for key, value in compiled["state"].items():
+        assert np.array_equal(value, replicated["state"][key]), key
+
+
+def test_fp16_with_a_loss_scale():
+    """The first factors are too large, so that steps are left out."""
+    numbers = {"initial_scale_power": 22, "hysteresis": 1, "loss_scale_window": 8}
+    fp16 = {"fp16": {"enabled": True, **numbers}, "gradient_clipping": 0.5}
+    runs = [
+        {"name": "llama", **fp16},
+        {"name": "llama", **fp16, "backend": None},
+        {"name": "llama", **fp16, "accumulation": 2},
+        {"name": "llama", **fp16, "stage": 0},
+    ]
+    results = trained(2, *runs)
+    kind = {"clip": 0.5, "dtype": torch.float16, "scale": 2.0**12}
+    spread = cases.worst(cases.reference("llama", **kind), cases.reference("llama", clip=0.5))
+    for result in results:
+        left_out = frozenset(np.flatnonzero(~np.isfinite(result["norms"])).tolist())
+        assert left_out >= {0, 1} and 3 <= len(left_out) == result["skipped"] < cases.STEPS // 2
+        expected = cases.reference("llama", **kind, left_out=left_out)
+        assert cases.worst(result, expected) < 2 * spread
+        for step, (before, after) in enumerate(itertools.pairwise([2.0**22, *result["scales"]])):
+            assert after / before == 0.5 if step in left_out else after / before in (1, 2)
+    compiled, *_, replicated = results
     assert compiled["losses"] == replicated["losses"]
     for key, value in compiled["state"].items():
         assert np.array_equal(value, replicated["state"][key]), key

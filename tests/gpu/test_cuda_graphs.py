@@ -41,7 +41,12 @@ def mixtral(dropout: float):
     )  # fmt: skip
 
 
-def train(rank, make, setting, accumulation, dropout):
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 26, "hysteresis": 1}}
+"""The first steps are left out."""
+
+
+def train(rank, make, setting, accumulation, dropout, kind):
     """(loss of each step, weights, what was replayed)."""
     import deepcompile
 
@@ -53,7 +58,7 @@ def train(rank, make, setting, accumulation, dropout):
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": accumulation,
             "gradient_clipping": 1.0,
-            "bf16": {"enabled": True},
+            **kind,
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 10_000},
             "compile": {"cuda_graphs": setting, "region_bytes": 1 << 20},
@@ -76,6 +81,8 @@ def train(rank, make, setting, accumulation, dropout):
                 losses.append(engine(input_ids=ids.to(engine.device)).logits.float().sum())
             engine.train()
     state = engine.state_dict(fp32=True)
+    assert (0 < engine.skipped_steps < STEPS // 2) == ("fp16" in kind), engine.skipped_steps
+    assert losses[-1] < losses[0], "it learns"
     return [x.item() for x in losses], state, engine.compile_report()["cuda_graphs"]
 
 
@@ -90,10 +97,11 @@ def compare(rank, world, *job):
 
 
 @pytest.mark.parametrize(
-    "make, accumulation, dropout", [(llama, 1, 0.0), (llama, 2, 0.1), (mixtral, 1, 0.0)]
+    "make, accumulation, dropout, kind",
+    [(llama, 1, 0.0, BF16), (llama, 2, 0.1, BF16), (mixtral, 1, 0.0, BF16), (llama, 1, 0.0, FP16)],
 )
-def test_graphs_train_with_the_same_bits(make, accumulation, dropout):
-    job = (make, accumulation, dropout)
+def test_graphs_train_with_the_same_bits(make, accumulation, dropout, kind):
+    job = (make, accumulation, dropout, kind)
     for found in run_ranks(compare, min(GPUS, 4), *job, timeout=280, backend="nccl"):
         print(found)
         assert found["recordings"] >= 1 and found["replayed"] > 0, found

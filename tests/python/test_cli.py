@@ -344,8 +344,8 @@ TINY = ["plan", "--model", "llama-tiny", "--machine", "2x-cpu", "--seq", "8"]
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "0"], ["--seq"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", "8,"], ["neither a file"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--seq", ","], ["at least one"]),
-        (["plan", "--model", "m", "--machine", "2x-cpu", "--dtype", "fp16"], ["no loss scaling"]),
-        (["plan", "--model", "m", "--machine", "2x-cpu", "--dtype", "int8"], ["bf16, fp32"]),
+        ([*TINY, "--dtype", "fp16", "--early-updates"], ["--early-updates: a step in fp16"]),
+        (["plan", "--model", "m", "--machine", "2x-cpu", "--dtype", "int8"], ["bf16, fp16, fp32"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--chart", "x.pdf"], ["in .svg or .html"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--passes", "x"], ["no such pass"]),
         (

@@ -158,7 +158,7 @@ def test_unknown_key_suggests(keys, expected):
     ("keys", "expected"),
     [
         ({"zero_optimization": {"stage": 4}}, "stage 4 does not exist; use 0, 1, 2 or 3"),
-        ({"fp16": {"enabled": True}}, "fp16: {'enabled': True} is not supported"),
+        ({"fp16": {"auto_cast": True}}, "fp16.auto_cast: True is not supported"),
         ({"amp": {"enabled": True}}, "amp"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
         ({"compile": {"offload_parameters": True}}, "compile.offload_parameters"),

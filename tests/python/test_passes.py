@@ -170,11 +170,37 @@ def test_an_exception_names_the_pass_and_leaves_the_program():
     def breaks(program, context):
         program.sections[0].add("release", "a")
 
+    def misspells(program, context):
+        program.sections[0].ad("gather", "a")
+
+    def within(program, context):
+        context.run(program, misspells)
+
+    def asks(program, context):
+        context.because("no such parameter", "for a test")
+
     program = step()
-    for bad, words in ((fails, "on purpose"), (breaks, "breaks")):
-        with pytest.raises(UserError, match=words):
+    for bad, words in (
+        (fails, r"^\[passes\] fails: on purpose$"),
+        (breaks, "breaks"),
+        (misspells, r"^\[passes\] misspells: raised AttributeError: .*'ad'.*\(program, context\)"),
+        (within, r"^\[passes\] within: \[passes\] misspells: raised AttributeError"),
+        (lambda program: None, r"^\[passes\] <lambda>: raised TypeError: .*1 positional"),
+        (asks, r"^\[passes\] asks: because\("),
+    ):
+        with pytest.raises(UserError, match=words) as raised:
             run(program, bad)
+        if bad is misspells:  # its traceback is not lost
+            assert raised.value.__cause__.__traceback__.tb_next is None
         assert str(program) == STEP or "gather" not in str(program)
+
+
+def test_an_interrupt_stays_one():
+    def interrupted(program, context):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(step(), interrupted)
 
 
 @pytest.mark.parametrize(

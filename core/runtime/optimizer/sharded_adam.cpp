@@ -2,14 +2,12 @@
 #include "runtime/optimizer/sharded_adam.h"
 
 #include <ATen/ops/full.h>
-#include <ATen/ops/linalg_vector_norm.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <utility>
 
 #include "base/error.h"
@@ -63,7 +61,7 @@ void ShardedAdam::begin(const StepOptions& options) {
     factor_tensor_ = at::full({}, factor_, c10::TensorOptions().dtype(c10::kFloat).device(device_));
   }
   if (members_may_differ) agree_on_members();
-  if (options.check_finite) result_.skipped = any_not_finite();
+  if (options.check_finite) result_.skipped = !std::isfinite(squared_sum().item<double>());
 }
 
 bool ShardedAdam::early() const {
@@ -105,20 +103,15 @@ void ShardedAdam::agree_on_members() {
   }
 }
 
-bool ShardedAdam::any_not_finite() const {
-  bool found = false;
-  for (const auto& param : store_.params()) {
-    if (!param->gradient.defined()) continue;
-    // The largest magnitude is finite exactly if all are, and a NaN stays one.
-    const double largest =
-        at::linalg_vector_norm(gradient_piece(*param), std::numeric_limits<double>::infinity())
-            .item<double>();
-    found = found || !std::isfinite(largest);
+const at::Tensor& ShardedAdam::squared_sum() {
+  // A second try, after an allocation failed, goes on with the ranks' sum; so does a norm after
+  // the check of what is finite.
+  if (!squared_sum_.defined()) {
+    const at::Tensor sum = squared_sum_here();
+    transport_.all_reduce(sum, Reduction::kSum);
+    squared_sum_ = sum;
   }
-  const at::Tensor flag =
-      at::full({}, found ? 1.0 : 0.0, c10::TensorOptions().dtype(c10::kFloat).device(device_));
-  transport_.all_reduce(flag, Reduction::kMax);
-  return flag.item<double>() != 0.0;
+  return squared_sum_;
 }
 
 void ShardedAdam::norm() {
@@ -127,13 +120,7 @@ void ShardedAdam::norm() {
         "[runtime] the gradient norm comes after updates in the backward, which "
         "clipping forbids. Plan with place_optimizer at the step.");
   }
-  // A second try, after an allocation failed below, goes on with the ranks' sum.
-  if (!squared_sum_.defined()) {
-    const at::Tensor sum = squared_sum_here();
-    transport_.all_reduce(sum, Reduction::kSum);
-    squared_sum_ = sum;
-  }
-  const at::Tensor norm = squared_sum_.sqrt().mul(options_.loss_scale_inv);
+  const at::Tensor norm = squared_sum().sqrt().mul(options_.loss_scale_inv);
   if (device_.is_cpu()) {
     result_.norm = norm.item<double>();
     const double clip = clip_ / (*result_.norm + kClipEps);

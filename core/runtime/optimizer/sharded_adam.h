@@ -75,8 +75,8 @@ class ShardedAdam {
 
  private:
   void agree_on_members();
-  at::Tensor squared_sum_here();  // of this rank's pieces of the gradients, 0-dim
-  bool any_not_finite() const;
+  at::Tensor squared_sum_here();    // of this rank's pieces of the gradients, 0-dim
+  const at::Tensor& squared_sum();  // all ranks'; collective the first time in a step
   void check_early(const StepOptions& options) const;
   void make_due(ParamState& param, double factor, const at::Tensor& factor_tensor);
   // Members [first, last) with equal settings, and their elements that this rank owns.
@@ -106,7 +106,7 @@ class ShardedAdam {
   StepResult result_;
   double factor_ = 1.0;       // on a CPU: every gradient's factor in this step
   at::Tensor factor_tensor_;  // on a device
-  at::Tensor squared_sum_;    // all ranks', while `norm` is not done with it
+  at::Tensor squared_sum_;    // all ranks', until `norm` or the step is done with it
   std::optional<KernelChoice> kernels_;
   bool batch_ = false;
   std::vector<Noted> noted_;

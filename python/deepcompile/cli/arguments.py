@@ -150,14 +150,13 @@ def comma_separated(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
-def dtype(text: str) -> str:
-    if text in ("fp16", "float16", "f16", "half"):
-        raise argparse.ArgumentTypeError(
-            "fp16 is not supported: there is no loss scaling; use bf16 or fp32"
-        )
-    if text not in ("bf16", "fp32"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of bf16, fp32")
-    return text
+def dtype(*names: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(names)}")
+        return text
+
+    return check
 
 
 def chart_file(text: str) -> str:

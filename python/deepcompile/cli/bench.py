@@ -81,7 +81,8 @@ def add_to(commands: Any) -> None:
             help=f"{what}; default: {shown}")  # fmt: skip
     add("--layers", "--num-layers", metavar="N", type=types.positive, default=0,
         help="cut models to N layers")  # fmt: skip
-    add("--dtype", metavar="bf16|fp32", type=types.dtype, default="bf16", help="(%(default)s)")
+    kinds = types.dtype("bf16", "fp32")
+    add("--dtype", metavar="bf16|fp32", type=kinds, default="bf16", help="(%(default)s)")
     add(
         "--persistence-threshold",
         metavar="N",

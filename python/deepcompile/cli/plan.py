@@ -55,7 +55,8 @@ def add_to(commands: Any) -> None:
         default=[2048],
         help="tokens a sequence, one or more lengths (2048)",
     )
-    add("--dtype", metavar="bf16|fp32", type=types.dtype, default="bf16", help="(%(default)s)")
+    dtypes = {"metavar": "bf16|fp16|fp32", "type": types.dtype("bf16", "fp16", "fp32")}
+    add("--dtype", **dtypes, default="bf16", help="(%(default)s)")
     add("--stage", type=int, choices=sorted(STAGE_PASS), default=3, help="of ZeRO (%(default)s)")
     add(
         "--accumulation",
@@ -66,8 +67,7 @@ def add_to(commands: Any) -> None:
     add("--clip", action="store_true", help="clip gradients by their global norm")
     add(
         "--reduce-dtype",
-        metavar="bf16|fp32",
-        type=types.dtype,
+        **dtypes,
         help="element type of gradients on the wire; default: --dtype",
     )
     add(
@@ -112,6 +112,11 @@ def run(options: argparse.Namespace) -> None:
         raise UserError(
             f"[cli] --ranks {options.ranks}: {machine.name} has {machine.ranks} ranks. Choose "
             "fewer ranks or a larger machine."
+        )
+    if options.early_updates and options.dtype == "fp16":
+        raise UserError(
+            "[cli] plan --early-updates: a step in fp16 may be left out, which is known after its "
+            "backward. Remove it, or choose another --dtype."
         )
     # What is wrong is said before the capture.
     resolve_passes(options.passes or [], options.pass_library)

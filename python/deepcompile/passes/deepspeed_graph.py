@@ -12,6 +12,7 @@ from torch import fx
 
 from .. import _core
 from ..errors import UserError
+from ..params import DTYPES
 
 _SCHEMAS = {
     "allgather_param": "(Tensor a, int graph_id, int id, ScalarType? dtype = None) -> Tensor",
@@ -26,12 +27,6 @@ _OPS = {
     "wait": "wait_allgather",
     "release": "release_param",
     "reduce": "reduce_grad",
-}
-_DTYPES = {
-    "f32": torch.float32,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f64": torch.float64,
 }
 _defined: list[Any] = []
 
@@ -169,7 +164,7 @@ class _Writer:
         else:
             name = f"reduce_ds_param_{param.name}"
             args = (self._made[instr.values[-1]], graph, ds_id)
-        kwargs = {"dtype": _DTYPES[param.dtype]} if instr.op == "gather" else {}
+        kwargs = {"dtype": DTYPES[param.dtype]} if instr.op == "gather" else {}
         node = self._named(name, target, args, kwargs)
         comm = instr.op in ("gather", "reduce")
         size = param.full_bytes if instr.op != "wait" else 0
