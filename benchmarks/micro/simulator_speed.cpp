@@ -25,7 +25,7 @@
 #include "base/error.h"
 #include "ir/text.h"
 #include "ir/verifier.h"
-#include "passes/auto_plan.h"
+#include "passes/auto/plan.h"
 #include "passes/pipeline.h"
 #include "sim/simulator.h"
 

@@ -4,7 +4,7 @@
 #include <utility>
 
 #include "base/error.h"
-#include "passes/auto_plan.h"
+#include "passes/auto/plan.h"
 #include "passes/coalesce.h"
 #include "passes/offload_activation.h"
 #include "passes/offload_adam_states.h"

@@ -11,9 +11,9 @@
 #include "base/error.h"
 #include "base/lists.h"
 #include "ir/text.h"
-#include "passes/auto_plan.h"
-#include "passes/memory_menu.h"
-#include "passes/read_choice.h"
+#include "passes/auto/memory_menu.h"
+#include "passes/auto/plan.h"
+#include "passes/auto/read_choice.h"
 
 namespace deepcompile {
 namespace {

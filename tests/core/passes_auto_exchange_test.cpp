@@ -5,8 +5,8 @@
 #include <algorithm>
 
 #include "layered_program.h"
-#include "passes/auto_exchange.h"
-#include "passes/read_choice.h"
+#include "passes/auto/exchange.h"
+#include "passes/auto/read_choice.h"
 #include "planned_for.h"
 #include "random_program.h"
 #include "test_support.h"

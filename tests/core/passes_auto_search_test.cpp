@@ -9,7 +9,7 @@
 #include "ir/verifier.h"
 #include "layered_program.h"
 #include "overlapping_program.h"
-#include "passes/auto_search.h"
+#include "passes/auto/search.h"
 #include "planned_for.h"
 #include "random_program.h"
 #include "test_support.h"

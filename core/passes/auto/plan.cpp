@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "passes/auto_plan.h"
+#include "passes/auto/plan.h"
 
 #include <algorithm>
 #include <atomic>
@@ -10,11 +10,11 @@
 #include <vector>
 
 #include "base/error.h"
-#include "passes/auto_exchange.h"
-#include "passes/auto_search.h"
-#include "passes/held_plan.h"
+#include "passes/auto/exchange.h"
+#include "passes/auto/held_plan.h"
+#include "passes/auto/read_choice.h"
+#include "passes/auto/search.h"
 #include "passes/placement.h"
-#include "passes/read_choice.h"
 #include "passes/section_edit.h"
 
 namespace deepcompile {

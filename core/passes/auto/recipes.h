@@ -7,8 +7,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "passes/auto_choice.h"
-#include "passes/memory_menu.h"
+#include "passes/auto/choice.h"
+#include "passes/auto/memory_menu.h"
 
 namespace deepcompile {
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "passes/read_choice.h"
+#include "passes/auto/read_choice.h"
 
 #include <algorithm>
 #include <optional>
@@ -9,15 +9,10 @@
 #include <variant>
 
 #include "analysis/footprint.h"
+#include "base/lists.h"
 
 namespace deepcompile {
 namespace {
-
-template <typename Id>
-void sort_unique(std::vector<Id>* ids) {
-  std::sort(ids->begin(), ids->end());
-  ids->erase(std::unique(ids->begin(), ids->end()), ids->end());
-}
 
 bool reads(const StepProgram& program, const Instr& run, ParamId id) {
   const auto& inputs = program.region(*run.region).inputs;

@@ -3,7 +3,7 @@
 // AutoBuilder. Used to ask what other choices would have cost.
 #pragma once
 
-#include "passes/auto_builder.h"
+#include "passes/auto/builder.h"
 
 namespace deepcompile {
 

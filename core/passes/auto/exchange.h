@@ -5,9 +5,9 @@
 // simulator agree.
 #pragma once
 
-#include "passes/auto_search.h"
-#include "passes/builders.h"
-#include "passes/memory_menu.h"
+#include "passes/auto/builders.h"
+#include "passes/auto/memory_menu.h"
+#include "passes/auto/search.h"
 
 namespace deepcompile {
 

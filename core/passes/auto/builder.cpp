@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "passes/auto_builder.h"
+#include "passes/auto/builder.h"
 
 #include <algorithm>
 #include <limits>

@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "passes/auto_builder.h"
+#include "passes/auto/builder.h"
 
 namespace deepcompile {
 

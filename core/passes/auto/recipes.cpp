@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "passes/recipes.h"
+#include "passes/auto/recipes.h"
 
 #include <algorithm>
 #include <type_traits>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "passes/auto_exchange.h"
+#include "passes/auto/exchange.h"
 
 #include <algorithm>
 #include <optional>

@@ -10,7 +10,7 @@
 
 #include "analysis/footprint.h"
 #include "base/lists.h"
-#include "passes/auto_search.h"
+#include "passes/auto/search.h"
 
 namespace deepcompile {
 namespace {

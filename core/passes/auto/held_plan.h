@@ -6,7 +6,7 @@
 
 #include <optional>
 
-#include "passes/auto_builder.h"
+#include "passes/auto/builder.h"
 #include "passes/pass.h"
 
 namespace deepcompile {

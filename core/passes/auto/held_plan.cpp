@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "passes/held_plan.h"
+#include "passes/auto/held_plan.h"
 
 #include <algorithm>
 

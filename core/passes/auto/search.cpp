@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "passes/auto_search.h"
+#include "passes/auto/search.h"
 
 #include <algorithm>
 #include <utility>

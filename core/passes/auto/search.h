@@ -12,9 +12,9 @@
 #include <optional>
 #include <vector>
 
-#include "passes/builders.h"
-#include "passes/memory_menu.h"
-#include "passes/recipes.h"
+#include "passes/auto/builders.h"
+#include "passes/auto/memory_menu.h"
+#include "passes/auto/recipes.h"
 
 namespace deepcompile {
 

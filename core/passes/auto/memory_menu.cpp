@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "passes/memory_menu.h"
+#include "passes/auto/memory_menu.h"
 
 #include <algorithm>
 #include <map>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "passes/auto_choice.h"
+#include "passes/auto/choice.h"
 
 #include <charconv>
 #include <sstream>

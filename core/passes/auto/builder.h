@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "cost/cached_costs.h"
-#include "passes/auto_choice.h"
+#include "passes/auto/choice.h"
 #include "passes/optimizer_placement.h"
 #include "passes/pass.h"
 #include "passes/recomputation.h"
