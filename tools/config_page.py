@@ -40,8 +40,8 @@ Two of `train_batch_size`, `train_micro_batch_size_per_gpu` and
 means one accumulation step.
 
 *Supported* keys act. *Warned* keys change speed or logging only: they are accepted without
-effect, with a warning that says why. *Refused* keys would change what is trained or where:
-they are errors unless switched off.
+effect, with a warning that says why unless they are switched off. *Refused* keys would change
+what is trained or where: they are errors unless switched off.
 """
 
 
@@ -118,8 +118,9 @@ def page() -> str:
         ]
         for kind, meaning in (("WARNED", str), ("REFUSED", lambda value: value[1])):
             rows += [
-                f"| `{_prefix(section)}{key}` | {kind.lower()} | | {_cell(meaning(value))} |"
-                for key, value in tables[kind].get(section, {}).items()
+                f"| `{_prefix(part)}{key}` | {kind.lower()} | | {_cell(meaning(value))} |"
+                for part in (section, f"{section}.params")
+                for key, value in tables[kind].get(part, {}).items()
             ]
         lines.append(f"\n## {section or 'Top level'}\n")
         if not rows:

@@ -143,7 +143,7 @@ def newest() -> Result:
 RUNNERS = {
     "lint": lint,
     "core": lambda: ctest("core", ""),
-    "sanitize": lambda: ctest("sanitize", "address,undefined"),
+    "sanitize": lambda: ctest("sanitize", "address,undefined,float-cast-overflow"),
     "python": lambda: pytest("python", *SIDE_BY_SIDE, "tests/python"),
     "dist": lambda: pytest("dist", *SIDE_BY_SIDE, "tests/dist"),
     # All but those that time steps or fill the devices run several at once.

@@ -160,12 +160,28 @@ void Runtime::store(const std::vector<std::string>& names) {
       throw UserError("[runtime] parameter " + name +
                       " is not whole, there is nothing to store. Gather it first.");
     }
-    eagerly("store", param, [&] {
-      param.bring_full_back();  // memory relief may have sent it to the host since
-      states_.need(param);
-      store_.before_change(param);
-      param.store_from_full();
-    });
+    store_here(param);
+  }
+}
+
+void Runtime::store_here(ParamState& param) {
+  eagerly("store", param, [&] {
+    param.bring_full_back();  // memory relief may have sent it to the host since
+    states_.need(param);
+    store_.before_change(param);
+    param.store_from_full();
+  });
+}
+
+void Runtime::store_written() {
+  for (const auto& param : store_.params()) {
+    const bool copied = param->trainable && param->dtype() != param->master_dtype();
+    if (!copied || param->placement == Placement::kSharded || param->due) continue;
+    if (param->presence != Presence::kWhole) continue;
+    const auto& members = param->members;
+    const bool written = std::any_of(members.begin(), members.end(),
+                                     [](const Member& m) { return m.slot.is_written(); });
+    if (written) store_here(*param);
   }
 }
 
@@ -212,7 +228,7 @@ const PlanSection& Runtime::section_at(const LoadedPlan& loaded, int64_t section
 
 std::pair<int64_t, at::Tensor> Runtime::new_call(int64_t plan) {
   const Scope scope(*this);
-  return calls_->open(plan_at(plan));
+  return calls_->open(plan_at(plan), updates_);
 }
 
 std::shared_ptr<Call> Runtime::call_for(const LoadedPlan& loaded, SectionKind kind, int64_t call) {
@@ -230,6 +246,11 @@ std::shared_ptr<Call> Runtime::call_for(const LoadedPlan& loaded, SectionKind ki
   if (backward && (!found || !found->forward_ran)) {
     throw UserError("[runtime] plan " + loaded.plan.name +
                     ": its backward was called without a forward that keeps values.");
+  }
+  if (backward && found->updates != updates_) {
+    throw UserError("[runtime] plan " + loaded.plan.name +
+                    ": the parameters were updated since its forward, so that its gradients would "
+                    "be wrong. Call backward before step().");
   }
   return found;
 }

@@ -152,6 +152,9 @@ class Runtime {
   // The caller works on another stream than before.
   void follow_stream(c10::Stream now);
   void settle_here();  // what needs no other rank
+  void store_here(ParamState& param);
+  // As store(), of what the user wrote between steps to parameters with a master copy.
+  void store_written();
   // Of gradients that are summed on ranks alone, where no reduction of the step took them.
   void reduce_local_sums();
   // `call`: an open call keeps its plan after unload_plan; -1 for none.
@@ -177,6 +180,7 @@ class Runtime {
   MemoryMeter meter_;
   Replays replays_;
   Tracer tracer_;
+  int64_t updates_ = 0;  // steps that changed parameters
   Executor executor_;
   int64_t next_plan_ = 0;
   std::map<int64_t, std::shared_ptr<LoadedPlan>> plans_;  // by id

@@ -47,8 +47,7 @@ void Runtime::eagerly(const char* what, const std::string& name, Action&& action
     store_.abandon_transfers(/*reachable=*/false);
     throw UserError("[runtime] rank " + std::to_string(options_.rank) + ": " + what +
                     (name.empty() ? "" : " " + name) + " (outside a plan) failed: " + error.what() +
-                    ". A peer stopped or is far behind: see its output; raise "
-                    "the timeout if it is only slow.");
+                    kPeerAdvice);
   }
 }
 

@@ -24,9 +24,11 @@ StepResult Runtime::step(int64_t plan, const StepOptions& options) {
     throw UserError("[runtime] plan " + loaded.plan.name + " has no update section.");
   }
   optimizer_.check(options);
+  store_.check_storage();
   Frame frame;
   frame.slots.resize(loaded.plan.values.size());
   try {
+    store_written();
     settle_here();
     reduce_local_sums();
     eagerly("step", loaded.plan.name, [&] { optimizer_.begin(options); });
@@ -37,7 +39,14 @@ StepResult Runtime::step(int64_t plan, const StepOptions& options) {
     throw;
   }
   replays_.end_step();
-  return optimizer_.end();
+  const StepResult result = optimizer_.end();
+  if (result.skipped) return result;
+  ++updates_;
+  for (const auto& param : store_.params()) {
+    if (!param->trainable) continue;
+    for (Member& member : param->members) member.slot.mark_updated();
+  }
+  return result;
 }
 
 void Runtime::zero_grad() {
@@ -90,6 +99,7 @@ void Runtime::settle() {
 
 std::vector<Piece> Runtime::pieces() {
   const Scope scope(*this);
+  store_written();
   settle_here();
   relief_.look(replays_.bytes());
   std::vector<Piece> pieces;

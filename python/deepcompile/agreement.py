@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -225,10 +226,33 @@ def check_new_graph(
     raise UserError(
         f"[planning] rank {rank}, graph {graph} ({where}): came up after the ranks had agreed on "
         f"a plan, and its transfers are not the plan's: {difference} (plan, then this graph). If "
-        "one rank alone takes this path, the others would wait for ever. Let the model take all "
-        "its paths before the schedule's first planned step, or set compile.schedule to "
-        f"[[0, [{stage_pass!r}]]]."
+        "one rank alone takes this path, or has a batch of no or one element, which is captured "
+        "for itself, the others would wait for ever: give all ranks batches alike. Else let the "
+        "model take all its paths before the schedule's first planned step, or set "
+        f"compile.schedule to [[0, [{stage_pass!r}]]]."
     )
+
+
+def _reductions(order: list[str]) -> list[str]:
+    return sorted(transfer for transfer in order if ": reduce " in transfer)
+
+
+def warn_of_other_transfers(program: Any, known: Sequence[Any], where: str) -> None:
+    """Before there is an agreed plan: say that a graph of the same code and the same gradients as
+    a `known` one transfers in another order, which all ranks have to do in the same step."""
+    mine = order_of(program)
+    reduced = _reductions(mine)
+    for other in known:
+        theirs = order_of(other)
+        if theirs != mine and _reductions(theirs) == reduced:
+            warnings.warn(
+                f"[planning] {where}: is captured anew, for a batch of no or one element or "
+                "another path, and transfers in another order: "
+                f"{_core.order_difference(theirs, mine)} (before, now). If other ranks do not "
+                "do so in the same step, all wait until compile.timeout_s: give all ranks batches alike.",
+                stacklevel=2,
+            )
+            return
 
 
 def check_orders(orders: dict[str, list[str]], ranks: Ranks) -> None:

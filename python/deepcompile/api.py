@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ from .lr_schedules import build_scheduler
 from .optimizer import ShardedOptimizer
 from .params import DTYPES, MemberRef, ParamTable, has_no_memory
 from .placement import Arrival
+
+LOCAL_SETTINGS = ("cache_dir", "debug_log", "plan_cache", "steps_per_print", "warnings")
+"""Keys of the configuration that ranks may have each their own of."""
 
 
 def initialize(
@@ -68,16 +72,19 @@ def initialize(
     arrival = Arrival(model, ranks, DTYPES.get(settings.compute_dtype))
     source = _source_optimizer(model, settings, optimizer, model_parameters)
     optimizers.check_supported(source)
+    _check_alike(ranks, settings, source)
     table = ParamTable.build(
         model,
         stage=settings.stage,
         persistence_threshold=settings.zero_optimization.stage3_param_persistence_threshold,
         anywhere=True,
     )
+    settings = _with_reductions(table, settings)
     forms = FastForms(model, settings.compile, ranks.device)
     runtime = _runtime(settings, ranks)
     arrival.into(table, lambda index: _add_param(runtime, table, index), source)
     engine = Engine(model, settings, ranks, table, runtime, source, forms)
+    _warn_of_half(table, settings)
     engine.lr_scheduler = _scheduler(engine.optimizer, settings, lr_scheduler)
     if training_data is not None:
         engine.training_dataloader = _dataloader(training_data, settings, ranks, collate_fn)
@@ -94,6 +101,27 @@ def _check_given(model: Any, config: Any) -> None:
         raise UserError("[initialize] config: give a JSON file's path or a dict")
 
 
+def _check_alike(ranks: Ranks, settings: Config, source: torch.optim.Optimizer) -> None:
+    """UserError, on every rank, if another has other settings: it would train something else, or
+    wait for what does not come."""
+    mine: dict[tuple[str, Any], Any] = {
+        ("param_groups", index): f"{len(group['params'])} parameters, {optimizers.numbers(group)}"
+        for index, group in enumerate(source.param_groups)
+    }
+    for section, value in dataclasses.asdict(settings).items():
+        if section not in LOCAL_SETTINGS:
+            keys = value.items() if isinstance(value, dict) else [(None, value)]
+            mine |= {(section, key): each for key, each in keys if key not in LOCAL_SETTINGS}
+    for rank, theirs in enumerate(ranks.gather(mine, "initialize()")):
+        for (section, key), value in mine.items():
+            if theirs.get((section, key)) != value:
+                raise UserError(
+                    f"[config] {section}{'' if key is None else f'.{key}'}: is "
+                    f"{theirs.get((section, key))!r} on rank {rank} and {value!r} on rank "
+                    f"{ranks.rank}; give all ranks the same"
+                )
+
+
 def _check_parameters(model: nn.Module) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(
@@ -106,6 +134,23 @@ def _check_parameters(model: nn.Module) -> None:
                 f"[initialize] {name}: has no memory, as another engine shards it; build the model "
                 "anew, or go on with that engine"
             )
+
+
+def _with_reductions(table: ParamTable, settings: Config) -> Config:
+    """f64 gradients are not rounded to f32 on their way, unless that is asked for."""
+    wide = any(s.trainable and s.dtype == torch.float64 for s in table.params)
+    if not wide or settings.communication_data_type or settings.compute_dtype:
+        return settings
+    return dataclasses.replace(settings, communication_data_type="fp64")
+
+
+def _warn_of_half(table: ParamTable, settings: Config) -> None:
+    half = [s.name for s in table.params if s.trainable and s.dtype == torch.float16]
+    if half and not settings.fp16.enabled:
+        _warn(
+            f"fp16: is not enabled, and parameters such as {half[0]} are in float16, so that "
+            "their loss is not scaled; enable it, or bf16"
+        )
 
 
 def _runtime(config: Config, ranks: Ranks) -> Any:
@@ -227,9 +272,8 @@ class GatheredParameters:
     """Parameters whole inside a with statement; collective.
 
     `parameters`: one parameter or several, of `engine`. With `modifier_rank`, that
-    rank's values at the end become every rank's (and the optimizer's); without
-    it, changes made inside are lost or, in a parameter that is always whole,
-    forbidden.
+    rank's values at the end become every rank's (and the optimizer's). Without it
+    they are there to be read: the end is an error if one was written to in place.
     """
 
     def __init__(
@@ -263,6 +307,7 @@ class GatheredParameters:
         if self._enabled:
             self._engine.planner.settle()
             self._engine.hooks.hold(list(self._names))
+            self._versions = self._versions_now()
         return self
 
     def __exit__(
@@ -279,6 +324,21 @@ class GatheredParameters:
                 self._store(names, self._modifier)
         finally:
             self._engine.hooks.let_go(names)
+        if self._modifier is None and kind is None:
+            self._check_unchanged()
+
+    def _versions_now(self) -> dict[nn.Parameter, int]:
+        return {p: p._version for members in self._names.values() for p in members}
+
+    def _check_unchanged(self) -> None:
+        for parameter, version in self._versions_now().items():
+            if version != self._versions[parameter]:
+                name = self._engine.table.member(self._engine.table.lookup(parameter)).name
+                raise UserError(
+                    f"[engine] GatheredParameters: {name} was written to without a modifier_rank, "
+                    "which says whose values count, and is lost in whole or in part; give "
+                    "modifier_rank=0"
+                )
 
     def _store(self, names: list[str], rank: int) -> None:
         gone = [name for name in names if not self._engine.runtime.is_whole(name)]

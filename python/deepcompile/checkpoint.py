@@ -9,118 +9,52 @@ any number of ranks can load what any other number saved. Layout:
     DIR/TAG/*.distcp, .metadata   DCP: master.NAME, exp_avg.NAME, exp_avg_sq.NAME, buffer.NAME
     DIR/TAG/meta.pt            counters, schedule, parameter groups, shapes (rank 0)
     DIR/TAG/client_state.pt    whatever the user gave (rank 0)
+    DIR/TAG/extra_state.pt     modules' own states (rank 0)
     DIR/TAG/rng_R.pt           rank R's generators
+    DIR/TAG/sums.json          every file's size and checksum
 
 Everything is written to TAG.tmp, which is renamed when complete; then `latest`
-is replaced. A save that dies leaves the previous checkpoint as it was.
+is replaced. A save that fails leaves the previous checkpoint as it was, and
+removes TAG.tmp; that of one that died goes with the next save.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import os
 import random
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from . import checkpoint_files as files
+from .checkpoint_files import fail as _fail
+from .checkpoint_tensors import FlatShard, LoadPlanner, SavePlanner
+from .checkpoint_values import check_readable, pickled_to, plain
 from .distributed import Ranks
-from .errors import UserError
+from .errors import why_not_written
 
-FORMAT = 1
+__all__ = ["FlatShard", "plain"]
 
-
-def _fail(what: str | Path, cause: str) -> UserError:
-    return UserError(f"[checkpoint] {what}: {cause}")
+FORMAT = 2
+_OLDEST = 1
+"""Without sums.json and the shapes of buffers."""
+_SAVE, _LOAD = "[checkpoint] save", "[checkpoint] load"
+NAMES = {"groups": "optimizer.param_groups", "scheduler": "lr_scheduler.state_dict()"}
+"""What the user knows parts of meta.pt by."""
 
 
 def _causes(error: dcp.api.CheckpointException) -> str:
     """Each rank's own error, without the traceback."""
-    return "; ".join(f"rank {rank}: {wrapped[0]}" for rank, wrapped in error.failures.items())
-
-
-class FlatShard:
-    """This rank's ranges [start, start + len) of a flattened tensor of `total` elements.
-
-    Implements what DCP asks of an object that lists its own chunks; the planners
-    below find their data. The ranges of all ranks tile the tensor.
-    """
-
-    def __init__(self, total: int, dtype: torch.dtype):
-        self.total = total
-        self.dtype = dtype
-        self.chunks: dict[int, torch.Tensor] = {}
-
-    def add(self, start: int, data: torch.Tensor) -> None:
-        """`data`: 1-D view; loading writes into it."""
-        if data.numel():
-            self.chunks[start] = data.detach()
-
-    def size(self) -> torch.Size:
-        return torch.Size([self.total])
-
-    def _chunk(self, start: int) -> ChunkStorageMetadata:
-        return ChunkStorageMetadata(
-            offsets=torch.Size([start]), sizes=torch.Size([self.chunks[start].numel()])
-        )
-
-    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, torch.Size([start])),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=self._chunk(start),
-                    properties=TensorProperties(dtype=self.dtype),
-                    size=self.size(),
-                ),
-            )
-            for start in self.chunks
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk(start) for start in self.chunks]
-
-    def chunk(self, index: MetadataIndex) -> torch.Tensor:
-        """The data of one chunk, by where it starts."""
-        return self.chunks[index.offset[0]]
-
-
-class SavePlanner(DefaultSavePlanner):
-    """DCP's own, which also finds the chunks of FlatShards."""
-
-    def lookup_object(self, index: MetadataIndex) -> Any:
-        found = self.state_dict[index.fqn]
-        return found.chunk(index) if isinstance(found, FlatShard) else super().lookup_object(index)
-
-
-class LoadPlanner(DefaultLoadPlanner):
-    """DCP's own, which also finds the chunks of FlatShards, for state dicts that are flat."""
-
-    def __init__(self):
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Any = None, is_coordinator: bool = False
-    ) -> None:
-        # The base class also looks for meta tensors to fill, and loses other objects there.
-        self.state_dict = self.original_state_dict = state_dict
-        self.metadata, self.is_coordinator = metadata, is_coordinator
-
-    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        found = self.state_dict[index.fqn]
-        return found.chunk(index) if isinstance(found, FlatShard) else super().lookup_tensor(index)
+    return "; ".join(
+        f"rank {rank}: {type(wrapped[0]).__name__}: {wrapped[0]}".removesuffix(": ")
+        for rank, wrapped in error.failures.items()
+    )
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -150,36 +84,51 @@ def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
         np.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, cached))
 
 
+def _rng_of(path: Path, device: torch.device) -> dict[str, Any]:
+    """The generators' states in a file, once generators of the same kinds have taken them."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        torch.Generator().set_state(state["torch"])
+        version, internal, gauss = state["python"]
+        random.Random().setstate((version, tuple(internal), gauss))
+        if "cuda" in state and device.type == "cuda":
+            torch.Generator(device).set_state(state["cuda"])
+        if "numpy" in state:
+            import numpy as np
+
+            kind, keys, *others = state["numpy"]
+            np.random.RandomState().set_state((kind, keys.numpy().astype("uint32"), *others))
+    except Exception as error:  # whatever a damaged pickle raises
+        raise _fail(
+            path, f"cannot be read: {type(error).__name__}: {error}; load another tag"
+        ) from error
+    return state
+
+
 def _check_tag(tag: str) -> str:
     if not isinstance(tag, str):
         raise _fail(f"tag {tag!r}", f"must be text, not {type(tag).__name__}")
-    if not tag or tag in (".", "..", "latest") or "/" in tag or os.sep in tag or tag[-4:] == ".tmp":
-        raise _fail(f"tag {tag!r}", "must be a plain folder name, other than latest or *.tmp")
+    if (
+        not tag or tag in (".", "..", "latest") or "/" in tag or os.sep in tag
+        or tag.endswith((".tmp", ".old"))
+    ):  # fmt: skip
+        raise _fail(
+            f"tag {tag!r}", "must be a plain folder name, other than latest, *.tmp or *.old"
+        )
     return tag
 
 
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def plain(value: Any) -> Any:
-    """Numbers of other libraries (NumPy's, in a learning rate) as Python's, in lists and dicts
-    too, as a checkpoint is read without them."""
-    if isinstance(value, dict):
-        kept = copy.copy(value)
-        kept.update({key: plain(each) for key, each in value.items()})
-        return kept
-    if isinstance(value, list) or type(value) is tuple:
-        return type(value)(plain(each) for each in value)
-    if isinstance(value, (int, float)) and type(value) not in (bool, int, float):
-        return int(value) if isinstance(value, int) else float(value)
-    if type(value).__module__ == "numpy" and hasattr(value, "item"):
-        return value.item()
-    return value
+def _agreed_tag(stage: str, tag: str | None, ranks: Ranks) -> str | None:
+    """`tag`, once all ranks gave a good one and the same."""
+    ranks.together(stage, lambda: tag is None or _check_tag(tag))
+    tags = ranks.gather(tag, stage.replace("[", "").replace("]", ""))
+    for rank, other in enumerate(tags):
+        if other != tags[0]:
+            raise _fail(
+                f"tag {tags[0]!r}", f"is rank 0's, and rank {rank} gave {other!r}; give all ranks "
+                "one tag",
+            )  # fmt: skip
+    return tag
 
 
 def _check_whole(root: Path, temporary: Path, world: int) -> None:
@@ -201,17 +150,28 @@ def _publish(root: Path, tag: str, world: int) -> None:
     temporary, final, old = root / f"{tag}.tmp", root / tag, root / f"{tag}.old"
     _check_whole(root, temporary, world)
     for path in temporary.iterdir():
-        _sync_file(path)
-    if final.exists():
+        files.sync_file(path)
+    replaces = final.exists()
+    if replaces:
         shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
-    temporary.rename(final)
+    try:
+        temporary.rename(final)
+    except OSError:
+        if replaces:
+            os.rename(old, final)
+        raise
+    (final / files.OWNER).unlink(missing_ok=True)
     pointer = root / "latest.tmp"
-    pointer.write_text(tag, encoding="utf-8")
-    _sync_file(pointer)
-    os.replace(pointer, root / "latest")
-    _sync_file(root)
+    try:
+        pointer.write_text(tag, encoding="utf-8")
+        files.sync_file(pointer)
+        os.replace(pointer, root / "latest")
+    finally:
+        pointer.unlink(missing_ok=True)
+    files.sync_file(root)
     shutil.rmtree(old, ignore_errors=True)
+    files.remove_abandoned(root, (root / "latest").stat().st_mtime)
 
 
 def save(
@@ -222,52 +182,92 @@ def save(
     pickled: dict[str, dict[str, Any]],
     ranks: Ranks,
 ) -> Path:
-    """Write one checkpoint; collective. `tensors`: FlatShards, and replicated tensors that
-    rank 0 writes; `pickled`: "client" and "extra", which may be anything. Returns its folder."""
+    """Write one checkpoint; collective. `tensors`: FlatShards, and replicated tensors, of which
+    rank 0's are written; `pickled`: "client" and "extra", which may be anything. Returns its
+    folder."""
     root = Path(root)
-    tag = ranks.from_first(_check_tag(tag))
+    tag = _agreed_tag(_SAVE, tag, ranks)
+    mine = {k: t for k, t in tensors.items() if ranks.rank == 0 or isinstance(t, FlatShard)}
+    try:
+        _write(root, tag, mine, meta, pickled, ranks)
+    except BaseException:
+        if ranks.rank == 0:
+            shutil.rmtree(root / f"{tag}.tmp", ignore_errors=True)
+        raise
+    return root / tag
+
+
+def _write(
+    root: Path,
+    tag: str,
+    tensors: dict[str, Any],
+    meta: dict[str, Any],
+    pickled: dict[str, dict[str, Any]],
+    ranks: Ranks,
+) -> None:
     temporary = root / f"{tag}.tmp"
 
     def prepare() -> None:
+        """What can be known to be wrong is so before the tensors are written."""
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             try:
                 temporary.mkdir(parents=True)
+                files.sign(temporary)
             except OSError as error:
-                raise _fail(root, f"cannot be written: {error}; choose another folder") from None
+                why = why_not_written(root, error)
+                raise _fail(root, f"cannot be written: {why}; choose another folder") from None
+            for key, value in meta.items():
+                check_readable(NAMES.get(key, key), value)
+            with _written(temporary):
+                torch.save({"format": FORMAT, **meta}, temporary / "meta.pt")
+                pickled_to("client_state", pickled["client"], temporary / "client_state.pt")
+                pickled_to("get_extra_state()", pickled["extra"], temporary / "extra_state.pt")
 
-    def write_small() -> None:
-        torch.save(rng_state(ranks.device), temporary / f"rng_{ranks.rank}.pt")
-        if ranks.rank == 0:
-            torch.save({"format": FORMAT, **meta}, temporary / "meta.pt")
-            torch.save(pickled["client"], temporary / "client_state.pt")
-            torch.save(pickled["extra"], temporary / "extra_state.pt")
+    def finish() -> dict[str, list[int]]:
+        with _written(temporary):
+            torch.save(rng_state(ranks.device), temporary / f"rng_{ranks.rank}.pt")
+            return files.sums_of(files.written_by(temporary, ranks.rank))
 
     def publish() -> None:
         if ranks.rank == 0:
-            _publish(root, tag, ranks.world)
+            with _written(temporary):
+                files.write_sums(temporary, sums)
+                _publish(root, tag, ranks.world)
 
-    ranks.together("[checkpoint] save", prepare)
+    ranks.together(_SAVE, prepare)
+    with _written(temporary), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
+        dcp.save(
+            tensors,
+            storage_writer=dcp.FileSystemWriter(temporary, single_file_per_rank=True),
+            planner=SavePlanner(),
+            process_group=ranks.group,
+            no_dist=ranks.group is None,
+        )
+    sums = ranks.gather(ranks.together(_SAVE, finish), "checkpoint save")
+    ranks.together(_SAVE, publish)
+
+
+@contextlib.contextmanager
+def _written(folder: Path) -> Iterator[None]:
+    """Around what writes to it; torch's zip writer and Gloo raise RuntimeErrors."""
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
-            dcp.save(
-                tensors,
-                storage_writer=dcp.FileSystemWriter(temporary, single_file_per_rank=True),
-                planner=SavePlanner(),
-                process_group=ranks.group,
-                no_dist=ranks.group is None,
-            )
+        yield
     except dcp.api.CheckpointException as error:
-        raise _fail(temporary, f"could not be written: {_causes(error)}") from error
-    ranks.together("[checkpoint] save", write_small)
-    ranks.together("[checkpoint] save", publish)
-    return root / tag
+        raise _fail(
+            folder, f"could not be written: {why_not_written(folder, error, _causes(error))}; "
+            "choose another folder",
+        ) from error  # fmt: skip
+    except (OSError, RuntimeError) as error:
+        why = why_not_written(folder, error)
+        raise _fail(folder, f"could not be written: {why}; choose another folder") from error
 
 
 def find(root: str | Path, tag: str | None, ranks: Ranks) -> Path | None:
     """The folder to load, agreed by rank 0; None if `tag` is None and there is none yet."""
     root = Path(root)
+    _agreed_tag(_LOAD, tag, ranks)
 
     def choose() -> Path | None:
         wanted = tag
@@ -282,41 +282,57 @@ def find(root: str | Path, tag: str | None, ranks: Ranks) -> Path | None:
         for folder in (root / _check_tag(wanted), root / f"{wanted}.old"):
             if (folder / "meta.pt").exists() and (folder / ".metadata").exists():
                 return folder
-        there = sorted(p.parent.name for p in root.glob("*/meta.pt") if p.parent.suffix != ".tmp")
+        found = (path.parent for path in root.glob("*/meta.pt"))
+        there = sorted({p.name.removesuffix(".old") for p in found if p.suffix != ".tmp"})
         raise _fail(
             root / wanted, f"no complete checkpoint there; this folder has {there or 'none'}"
         )
 
-    chosen = ranks.together("[checkpoint] load", lambda: choose() if ranks.rank == 0 else None)
+    chosen = ranks.together(_LOAD, lambda: choose() if ranks.rank == 0 else None)
     return ranks.from_first(chosen)
 
 
 def read_meta(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """(meta, client state, modules' extra states) of a checkpoint folder. All but the first are
     pickles: load only checkpoints that you trust."""
-    try:
-        meta = torch.load(folder / "meta.pt", map_location="cpu", weights_only=True)
-        client, extra = (
-            torch.load(path, map_location="cpu", weights_only=False) if path.exists() else {}
-            for path in (folder / "client_state.pt", folder / "extra_state.pt")
-        )
-    except Exception as error:
-        raise _fail(folder, f"cannot be read: {error}") from error
-    if meta.get("format") != FORMAT:
-        raise _fail(folder, f"has format {meta.get('format')}, this version reads {FORMAT}")
-    return meta, client, extra
+
+    def read(name: str, only_weights: bool) -> Any:
+        path = folder / name
+        try:
+            return torch.load(path, map_location="cpu", weights_only=only_weights)
+        except Exception as error:  # whatever a damaged pickle raises
+            cause = "is missing" if not path.exists() else f"cannot be read: {error}"
+            raise _fail(path, f"{cause}; load another tag") from error
+
+    meta = read("meta.pt", True)
+    made = meta.get("format")
+    if made not in range(_OLDEST, FORMAT + 1):
+        raise _fail(folder, f"has format {made}, this version reads {_OLDEST} to {FORMAT}")
+    if made > 1 and not (folder / files.SUMS).exists():
+        raise _fail(folder / files.SUMS, "is missing; load another tag")
+    extra = folder / "extra_state.pt"
+    return (
+        meta,
+        read("client_state.pt", False),
+        read(extra.name, False) if made > 1 or extra.exists() else {},
+    )
 
 
-def check_shapes(folder: Path, saved: dict[str, list[int]], mine: dict[str, list[int]]) -> None:
-    """UserError unless the checkpoint holds this model's parameters."""
+def check_shapes(
+    folder: Path,
+    saved: dict[str, list[int]],
+    mine: dict[str, list[int]],
+    kind: str = "parameter",
+) -> None:
+    """UserError unless the checkpoint holds this model's parameters, or what `kind` says."""
     for name, shape in mine.items():
         if name not in saved:
-            raise _fail(folder, f"has no parameter {name}; it is of another model")
+            raise _fail(folder, f"has no {kind} {name}; it is of another model")
         if saved[name] != shape:
-            raise _fail(folder, f"parameter {name} has shape {saved[name]} there, {shape} here")
+            raise _fail(folder, f"{kind} {name} has shape {saved[name]} there, {shape} here")
     extra = [name for name in saved if name not in mine]
     if extra:
-        raise _fail(folder, f"has a parameter {extra[0]} that this model lacks")
+        raise _fail(folder, f"has a {kind} {extra[0]} that this model lacks")
 
 
 def check_batch(folder: Path, saved: dict[str, int], mine: dict[str, int]) -> None:
@@ -355,14 +371,17 @@ def read_tensors(folder: Path, tensors: dict[str, Any], ranks: Ranks) -> None:
         raise _fail(folder, f"could not be loaded: {error}") from error
 
 
-def load_rng(folder: Path, ranks: Ranks) -> None:
-    """Restore this rank's generators; warn if the checkpoint has fewer ranks."""
+def read_rng(folder: Path, ranks: Ranks, world: int) -> dict[str, Any] | None:
+    """What `set_rng_state` takes of this rank's generators; None, with a warning, if the `world`
+    ranks that saved were fewer."""
     path = folder / f"rng_{ranks.rank}.pt"
-    if not path.exists():
-        warnings.warn(
-            f"[checkpoint] {folder}: saved on fewer ranks, so rank {ranks.rank} keeps its own "
-            "random state",
-            stacklevel=2,
-        )
-        return
-    set_rng_state(torch.load(path, map_location="cpu", weights_only=True), ranks.device)
+    if path.exists():
+        return _rng_of(path, ranks.device)
+    if ranks.rank < world:
+        raise _fail(path, f"is missing, and {world} ranks saved; load another tag")
+    warnings.warn(
+        f"[checkpoint] {folder}: saved on fewer ranks, so rank {ranks.rank} keeps its own "
+        "random state",
+        stacklevel=2,
+    )
+    return None

@@ -23,8 +23,8 @@ from .config_values import fail
 from .errors import UserError, meant
 
 DTYPES = {
-    "fp32": "f32", "fp16": "f16", "bf16": "bf16",
-    "float32": "f32", "float16": "f16", "bfloat16": "bf16",
+    "fp32": "f32", "fp16": "f16", "bf16": "bf16", "fp64": "f64",
+    "float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64",
 }  # fmt: skip
 
 
@@ -44,13 +44,14 @@ _count = check.number(int, 0)
 
 @dataclass(frozen=True)
 class Bf16Config:
-    enabled: bool = _key(check.boolean, False)
-    """Parameters, activations and gradients in bfloat16; master weights and states in fp32."""
+    enabled: bool = _key(check.switch, False)
+    """Parameters, activations and gradients in bfloat16; master weights and states in fp32. The
+    section may also be called `bfloat16`."""
 
 
 @dataclass(frozen=True)
 class Fp16Config:
-    enabled: bool = _key(check.boolean, False)
+    enabled: bool = _key(check.switch, False)
     """Parameters, activations and gradients in float16; master weights and states in fp32. The loss
     is scaled, and a step whose gradients are not finite is left out on all ranks: each step() waits
     for the device to know. Where the device has bfloat16, `bf16` needs none of this."""
@@ -205,10 +206,11 @@ class Config:
     """Largest global gradient norm; 0 switches clipping off: no norm is then computed, and
     engine.get_global_grad_norm() is None."""
     communication_data_type: str | None = _key(check.choice(*DTYPES), None)
-    """Element type of gradient reductions. Default: the parameters' type."""
-    steps_per_print: int = _key(_count, 0)
-    """Print step, loss and learning rate every so many steps; 0: never. The loss is that of rank
-    0's last micro-batch, not a mean over ranks or micro-batches."""
+    """Element type of gradient reductions. Default: what `bf16` or `fp16` says, else fp32, or fp64
+    if the model trains parameters of that."""
+    steps_per_print: int = _key(check.interval, 0)
+    """Print step, loss and learning rate every so many steps; 0 or Infinity: never. The loss is
+    that of rank 0's last micro-batch, not a mean over ranks or micro-batches."""
     wall_clock_breakdown: bool = _key(check.boolean, False)
     """Add the seconds spent in forward, backward and step to that line: each a sum over all
     micro-batches since the line before. The device is waited for around each, which slows
@@ -366,27 +368,41 @@ def _parse(section: str, table: dict[str, Any], prefix: str, found: list[str]) -
     warned = config_keys.WARNED.get(section, {})
     refused = config_keys.REFUSED.get(section, {})
     values: dict[str, Any] = {}
-    for key, value in table.items():
-        key = ALIASES.get(section, {}).get(key, key)
+    alias = ALIASES.get(section, {})
+    for given, value in table.items():
+        key = alias.get(given, given)
         where = prefix + key
         if key in fields:
             if value is None:
                 continue  # null means the default
+            if key in values:
+                both = [name for name in table if alias.get(name, name) == key]
+                raise fail(where, f"is given twice, as {' and '.join(both)}; keep one")
             value = fields[key].metadata["check"](where, value)
             values[key] = _parse(key, value, where + ".", found) if key in SECTIONS else value
         elif key in warned:
-            found.append(f"[config] {where} has no effect: {warned[key]}")
+            _note_warned(section, key, value, where, found)
         elif key in refused:
-            off, remedy = refused[key]
-            if not config_keys.is_off(value, off):
-                raise fail(where, f"{value!r} is not supported: {remedy}")
+            _check_refused(section, key, value, where)
         else:
             raise _unknown(where, key, [*fields, *warned, *refused])
     return kind(**values)
 
 
+def _note_warned(section: str, key: str, value: Any, where: str, found: list[str]) -> None:
+    if not config_keys.says_nothing(section, key, value):
+        found.append(f"[config] {where} has no effect: {config_keys.WARNED[section][key]}")
+
+
+def _check_refused(section: str, key: str, value: Any, where: str) -> None:
+    off, remedy = config_keys.REFUSED[section][key]
+    if not config_keys.is_off(value, off):
+        raise fail(where, f"{value!r} is not supported: {remedy}")
+
+
 def _check_together(config: Config, found: list[str]) -> None:
-    """Rules that need more than one key, and those of optimizer.params; appends as _parse does."""
+    """Rules that need more than one key, and those of what a section's `params` hold; appends as
+    _parse does."""
     for name in config.compile.passes:
         if config.stage not in {"z1": (1, 2), "z3": (3,)}.get(name, ()):
             raise fail(
@@ -394,17 +410,12 @@ def _check_together(config: Config, found: list[str]) -> None:
                 f"{name!r} is not available with stage {config.stage}; see compile.schedule",
             )
     if config.optimizer is not None:
-        warned, refused = config_keys.ADAM_WARNED, config_keys.ADAM_REFUSED
-        for key, value in config.optimizer.params.items():
-            where = f"optimizer.params.{key}"
-            if key in warned:
-                found.append(f"[config] {where} has no effect: {warned[key]}")
-            elif key in refused and not config_keys.is_off(value, refused[key][0]):
-                raise fail(where, f"{value!r} is not supported: {refused[key][1]}")
-            elif key not in (*config_keys.ADAM, *refused):
-                raise _unknown(where, key, [*config_keys.ADAM, *warned, *refused])
-            if value == "auto":
-                raise fail(where, '"auto" is for trainers that fill it in; give a value')
+        _check_adam(config.optimizer.params, found)
+    if config.wall_clock_breakdown and not config.steps_per_print:
+        found.append(
+            "[config] wall_clock_breakdown has no effect: the times are printed with the step, "
+            "and steps_per_print is 0; set steps_per_print"
+        )
     if config.fp16.enabled:
         if config.bf16.enabled:
             raise fail("fp16", "is enabled beside bf16; enable one of them")
@@ -413,9 +424,32 @@ def _check_together(config: Config, found: list[str]) -> None:
                 "compile.early_updates",
                 "a step in fp16 may be left out, which is known after its backward; remove it",
             )
-    if config.scheduler is not None and not config.scheduler.type:
-        raise fail("scheduler.type", "is missing; name a schedule, e.g. WarmupLR")
+    if config.scheduler is not None:
+        _check_scheduler(config.scheduler)
     _note_misspelt_passes(config, found)
+
+
+def _check_adam(params: dict[str, Any], found: list[str]) -> None:
+    section = "optimizer.params"
+    warned, refused = config_keys.WARNED[section], config_keys.REFUSED[section]
+    for key, value in params.items():
+        where = f"{section}.{key}"
+        if value == "auto":
+            raise fail(where, '"auto" is for trainers that fill it in; give a value')
+        if key in warned:
+            _note_warned(section, key, value, where, found)
+        elif key in refused:
+            _check_refused(section, key, value, where)
+        elif key not in config_keys.ADAM:
+            raise _unknown(where, key, [*config_keys.ADAM, *warned, *refused])
+
+
+def _check_scheduler(config: SchedulerConfig) -> None:
+    if not config.type:
+        raise fail("scheduler.type", "is missing; name a schedule, e.g. WarmupLR")
+    from .lr_schedules import check_scheduler  # starts torch
+
+    check_scheduler(config)
 
 
 def _note_misspelt_passes(config: Config, found: list[str]) -> None:

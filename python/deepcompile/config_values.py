@@ -13,7 +13,7 @@ from typing import Any
 
 from .errors import UserError, meant
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?(B?)", re.IGNORECASE)
 
 
 def fail(where: str, cause: str) -> UserError:
@@ -26,12 +26,22 @@ def boolean(where: str, value: Any) -> bool:
     return value
 
 
+def switch(where: str, value: Any) -> bool:
+    """One that trainers fill in."""
+    _not_auto(where, value, "true or false")
+    return boolean(where, value)
+
+
+def _not_auto(where: str, value: Any, instead: str) -> None:
+    if value == "auto":
+        raise fail(where, f'"auto" is for trainers that fill it in; give {instead}')
+
+
 def number(kind: type, low: float, allow_low: bool = True) -> Callable[[str, Any], Any]:
     bound = f"at least {low}" if allow_low else f"greater than {low}"
 
     def check(where: str, value: Any):
-        if value == "auto":
-            raise fail(where, '"auto" is for trainers that fill it in; give a number')
+        _not_auto(where, value, "a number")
         whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise fail(where, f"must be a number, not {value!r}")
@@ -42,6 +52,11 @@ def number(kind: type, low: float, allow_low: bool = True) -> Callable[[str, Any
         return kind(value)
 
     return check
+
+
+def interval(where: str, value: Any) -> int:
+    """Every so many steps; 0 is never, as is Infinity, which Accelerate writes."""
+    return 0 if value == float("inf") else number(int, 0)(where, value)
 
 
 def choice(*names: str, any_case: bool = False) -> Callable[[str, Any], str]:
@@ -91,9 +106,9 @@ def memory(where: str, value: Any) -> int | float:
         if found is None:
             raise fail(where, f'must be bytes, "20GiB" or a fraction of 1, not {value!r}')
         value, unit = float(found[1]), (found[2] or "").lower()
-        if unit:
+        if unit or found[3]:  # 1B is one byte, not all there is
             scale = 1024 if unit.endswith("i") else 1000
-            return max(1, int(value * scale ** ("kmgt".index(unit[0]) + 1)))
+            return max(1, int(value * scale ** ("kmgt".index(unit[0]) + 1 if unit else 0)))
     value = number(float, 0, allow_low=False)(where, value)
     if value > 1 and value != int(value):
         raise fail(where, f"must be whole bytes or a fraction of 1, not {value!r}")

@@ -117,6 +117,11 @@ class EagerHooks:
         self.order = 0
         """Checksum of the params gathered and reduced by hooks, in order; alike on all ranks."""
         self.reduced = 0  # reductions started by hooks since the engine began
+        self.made = 0  # gradients that hooks took
+        self.every_pack = True
+        """Whether a backward reduces all packs: nothing is compiled, whose plans do."""
+        trained = (i for i, spec in enumerate(table.params) if spec.packed and spec.trainable)
+        self._all_packs = tuple(trained)
         self._install(model, leaf_classes)
 
     def __deepcopy__(self, _memo: Any) -> None:
@@ -362,8 +367,11 @@ class EagerHooks:
             self._leaf_gradients.clear()
             self._leaf_ran = False
         self._reduce_leaves()
-        for index in sorted(self._packs):
-            self._reduce_pack(index)
+        # Here and in one order, as each rank may have used other members. All of them, as one may
+        # have used none.
+        every = self._all_packs if self.every_pack and not failed else sorted(self._packs)
+        for index in every:
+            self._reduce(self._table.params[index].name, self._packs.pop(index, {}))
         while self._reducing:
             name = self._reducing.popleft()
             # A compiled part that failed has dropped all reductions, these among them.
@@ -375,6 +383,7 @@ class EagerHooks:
         if parameter.grad is None:
             return  # a compiled graph's, which its plan reduces
         gradient, parameter.grad = parameter.grad, None
+        self.made += 1
         spec, name = self._table.spec(ref), self._table.member(ref).name
         self._take_part(name)
         if not spec.packed:
@@ -388,8 +397,6 @@ class EagerHooks:
             return
         pending = self._packs.setdefault(ref.param, {})
         pending[name] = pending[name] + gradient if name in pending else gradient
-        if len(pending) == len(spec.members):
-            self._reduce_pack(ref.param)
 
     def _reduce_leaves(self) -> None:
         """Reduce what leaf modules made. Each rank may have used other parts of them, experts
@@ -402,9 +409,6 @@ class EagerHooks:
 
     def _log(self, what: str, names: list[str]) -> None:
         self.order = zlib.crc32(" ".join([what, *names]).encode(), self.order)
-
-    def _reduce_pack(self, index: int) -> None:
-        self._reduce(self._table.params[index].name, self._packs.pop(index))
 
     def _reduce(self, name: str, gradients: dict[str, torch.Tensor]) -> None:
         if name in self._reducing:  # its buffer is taken: finish that one first

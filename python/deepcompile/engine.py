@@ -18,17 +18,17 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import engine_report, engine_state, foreign
+from . import engine_state, foreign
 from .capture import CaptureBackend, EqualLayers, make_entry, output_of, surface_errors
 from .config import Config
 from .distributed import Ranks
 from .eager import EagerHooks, take_part
+from .engine_files import EngineFiles
 from .engine_numbers import EngineNumbers
 from .errors import UserError
 from .fast_forms import FastForms
@@ -55,7 +55,7 @@ GRAPH_STEPS = 3
 atexit.register(gc.collect)
 
 
-class Engine(EngineNumbers):
+class Engine(EngineFiles, EngineNumbers):
     """Trains one model. Made by deepcompile.initialize()."""
 
     def __init__(
@@ -127,6 +127,7 @@ class Engine(EngineNumbers):
         compile_kwargs: dict[str, Any] | None = None,
         schedule: Sequence[tuple[int, Sequence[Any]]] | None = None,
         compiled_autograd_enabled: bool = False,
+        **others: Any,
     ) -> None:
         """Compile the model's forward and backward at its next call. A second call is a no-op.
 
@@ -135,6 +136,7 @@ class Engine(EngineNumbers):
         [(step, [passes])], where a pass is a name, an object of deepcompile.passes or a function;
         an entry holds from its step on. Default: the configuration's.
         """
+        foreign.check_call("compile", others)
         if self._compiled is not None:
             return
         if compiled_autograd_enabled:
@@ -159,7 +161,7 @@ class Engine(EngineNumbers):
         self._variants = Variants(
             self.module, self.table, self.config.compile, self._backend.borrowed(), kwargs
         )
-        self._compiled = self._variants.first
+        self._compiled, self.hooks.every_pack = self._variants.first, False
         self._compiled_steps = 0
         if self.planner.load_cached(backend):
             self._trace_at = self._settling
@@ -259,8 +261,11 @@ class Engine(EngineNumbers):
             self.runtime.trace(True)
             self._tracing_since = time.perf_counter()
 
-    def backward(self, loss: torch.Tensor, retain_graph: bool = False) -> torch.Tensor:
+    def backward(
+        self, loss: torch.Tensor, retain_graph: bool = False, **others: Any
+    ) -> torch.Tensor:
         """Gradients of loss / accumulation steps, reduced over ranks into shards."""
+        foreign.check_call("backward", others)
         if retain_graph:
             raise UserError(
                 "[engine] backward: retain_graph=True is not supported, as a forward's activations "
@@ -275,10 +280,11 @@ class Engine(EngineNumbers):
         self._check_gradients()
         if self._compiled is not None:
             self._variants.check_unchanged()
+            self.optimizer.push()  # what a plan updates in this backward uses it
             self.runtime.set_last_micro_batch(self.is_gradient_accumulation_boundary())
             self._warn_of_evaluation_mode()
         self._loss = loss.detach()
-        reduced = self.hooks.reduced
+        made = self.hooks.made
         self.hooks.begin_backward()
         failed = self._backward_failed = True
         try:
@@ -288,7 +294,7 @@ class Engine(EngineNumbers):
         finally:
             self.hooks.end_backward(failed)
         self._backward_failed = False
-        if not self.planner.watch.forwards and self.hooks.reduced == reduced:
+        if not self.planner.watch.forwards and self.hooks.made == made:
             raise UserError(
                 "[engine] backward: the loss reaches no parameter of this engine; compute it from "
                 "what the engine's forward returned"
@@ -317,8 +323,9 @@ class Engine(EngineNumbers):
         """Whether the next step() updates the parameters."""
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
-    def step(self) -> None:
+    def step(self, **others: Any) -> None:
         """End a micro-batch; at accumulation boundaries update parameters and learning rate."""
+        foreign.check_call("step", others)
         self._check_gradients()
         if not self._backward_done and not self.hooks.joined:
             raise UserError(
@@ -332,13 +339,14 @@ class Engine(EngineNumbers):
         if not boundary:
             return
         if self._compiled is None and not self.ranks.agree(self.hooks.order):
+            self._backward_failed = True
             raise UserError(
                 "[engine] step: the ranks gathered or reduced different parameters since the last "
                 "step, so its gradients are wrong: the model takes different paths on different "
                 "ranks. Name the module around those paths in zero_optimization.leaf_module.classes"
             )
         with self._clock("step"):
-            result = self.optimizer.step()
+            result = self.optimizer.step_of_engine()
         self._grad_norm = result["grad_norm"]
         self._applied = not result["skipped"]
         self.skipped_steps += result["skipped"]
@@ -435,62 +443,3 @@ class Engine(EngineNumbers):
         if name == "module":  # not set yet: __init__ failed
             raise AttributeError(name)
         return foreign.of_engine(self.module, name)
-
-    def state_dict(self, fp32: bool = False, rank0_only: bool = False) -> dict[str, torch.Tensor]:
-        """Whole tensors on the CPU, by the module's names; collective.
-
-        `fp32`: parameters as the optimizer's fp32 values, not the compute type.
-        `rank0_only`: other ranks get an empty dict.
-        """
-        return engine_state.gathered_state(self, fp32, rank0_only)
-
-    def save_16bit_model(
-        self, save_dir: str | Path, save_filename: str = "pytorch_model.bin"
-    ) -> Path:
-        """Write the whole model in its compute type to one file on rank 0; collective.
-        A name that ends in .safetensors is written in that format."""
-        return engine_state.export(self, Path(save_dir) / save_filename)
-
-    def save_checkpoint(
-        self,
-        save_dir: str | Path,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-    ) -> Path:
-        """Save everything that a resumed run needs to go on; collective. Atomic: a save that
-        dies leaves the previous one. `tag` defaults to global_stepN."""
-        return engine_state.save(self, save_dir, tag, dict(client_state or {}))
-
-    def load_checkpoint(
-        self,
-        load_dir: str | Path,
-        tag: str | None = None,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        strict_batch: bool = True,
-        load_module_only: bool = False,
-    ) -> tuple[str | None, dict[str, Any]]:
-        """(folder, client_state); collective. Without a tag the latest; (None, {}) and a
-        warning if there is none. Any number of ranks can load what any other saved, if the
-        train batch size is the same or `strict_batch` is False. `load_module_only`: neither
-        the optimizer's states nor the schedule's."""
-        optimizer = load_optimizer_states and not load_module_only
-        schedule = load_lr_scheduler_states and not load_module_only
-        return engine_state.load(self, load_dir, tag, optimizer, schedule, strict_batch)
-
-    def report(self, path: str | Path, **more: Any) -> Path | None:
-        """Write the HTML report of this run on rank 0: plan, simulation, the traced step,
-        compilation, losses, memory; collective. `more`: keys of report.write_report to set or,
-        for `notes`, to add to."""
-        return engine_report.write(self, Path(path), more)
-
-    def write_trace(self, path: str | Path) -> Path | None:
-        """Write the simulated and the traced step as a Perfetto trace on rank 0; collective.
-        None elsewhere, and if no compiled step was traced."""
-        return engine_report.write_trace(self, Path(path))
-
-    def write_plan(self, path: str | Path) -> Path | None:
-        """Write the newest plan's text with its reasons on rank 0, and beside it, as NAME.run.json,
-        what it is priced by: `deepcompile explain PATH` reads both; collective. None elsewhere, and
-        before a compiled step was traced or planned."""
-        return engine_report.write_plan(self, Path(path))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from . import checkpoint
 from .checkpoint import FlatShard
+from .checkpoint_values import plain, restored, without_program
 from .errors import UserError, writing
 from .params import MemberRef
 from .profile import Profile, region_costs
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
+_SAVE, _LOAD = "[checkpoint] save", "[checkpoint] load"
 
 
 def _shapes(engine: Engine) -> dict[str, list[int]]:
@@ -70,11 +73,11 @@ def _buffers(engine: Engine) -> dict[str, torch.Tensor]:
 
 def _with_extra_state(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """Modules that have more to keep than tensors, by the name that state_dict() gives it."""
-    plain = torch.nn.Module.get_extra_state
+    none = torch.nn.Module.get_extra_state
     return {
         f"{name}._extra_state".removeprefix("."): each
         for name, each in module.named_modules()
-        if type(each).get_extra_state is not plain
+        if type(each).get_extra_state is not none
     }
 
 
@@ -87,8 +90,23 @@ def _batch(engine: Engine) -> dict[str, int]:
     }
 
 
-def save(engine: Engine, directory: str | Path, tag: str | None, client: dict[str, Any]) -> Path:
+def save(
+    engine: Engine, directory: str | Path, tag: str | None, client: dict[str, Any] | None
+) -> Path:
     """Engine.save_checkpoint."""
+    engine.ranks.meet("save_checkpoint")
+    engine.ranks.together(_SAVE, lambda: _check_save(engine, client))
+    engine.planner.settle()
+    steps = _member_steps(engine)
+    meta, extra = engine.ranks.together(_SAVE, lambda: _state(engine, steps))
+    tensors: dict[str, Any] = dict(_shards(engine, STATES))
+    tensors |= {f"buffer.{name}": tensor for name, tensor in _buffers(engine).items()}
+    tag = f"global_step{engine.global_steps}" if tag is None else tag
+    pickled = {"client": dict(client or {}), "extra": extra}
+    return checkpoint.save(directory, tag, tensors, meta, pickled, engine.ranks)
+
+
+def _check_save(engine: Engine, client: Any) -> None:
     if engine.micro_steps % engine.gradient_accumulation_steps():
         raise UserError(
             "[checkpoint] save: in the middle of an accumulation, whose gradients are not saved; "
@@ -99,8 +117,15 @@ def save(engine: Engine, directory: str | Path, tag: str | None, client: dict[st
             "[checkpoint] save: between backward() and step(), whose gradients are not saved; save "
             "after the step()"
         )
-    engine.ranks.meet("save_checkpoint")
-    engine.planner.settle()
+    if not isinstance(client, (dict, type(None))):
+        raise UserError(
+            f"[checkpoint] client_state: must be a dict, not {type(client).__name__}; give "
+            '{"name": value}'
+        )
+
+
+def _state(engine: Engine, steps: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what a checkpoint keeps beside tensors, modules' own states)."""
     scheduler = engine.lr_scheduler
     meta = {
         "batch": _batch(engine),
@@ -110,24 +135,19 @@ def save(engine: Engine, directory: str | Path, tag: str | None, client: dict[st
         "skipped_steps": engine.skipped_steps,
         "loss_scale": engine._loss_scale.state() if engine._loss_scale.on else None,
         "optimizer_steps": engine.runtime.optimizer_steps(),
-        "member_steps": _member_steps(engine),
+        "member_steps": steps,
         "groups": engine.optimizer.hyper_state(),
-        "scheduler": None if scheduler is None else _plain(scheduler.state_dict()),
-        "buffers": list(_buffers(engine)),
+        "scheduler": None if scheduler is None else plain(without_program(scheduler.state_dict())),
+        "buffers": {name: list(tensor.shape) for name, tensor in _buffers(engine).items()},
+        "epoch": getattr(_sampler(engine), "epoch", None),
     }
-    tensors: dict[str, Any] = dict(_shards(engine, STATES))
-    tensors |= {f"buffer.{name}": tensor for name, tensor in _buffers(engine).items()}
     extra = {k: m.get_extra_state() for k, m in _with_extra_state(engine.module).items()}
-    return checkpoint.save(
-        directory, tag or f"global_step{engine.global_steps}", tensors, meta,
-        {"client": client, "extra": extra}, engine.ranks,
-    )  # fmt: skip
+    return meta, extra
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A scheduler's state without functions and modules of its own."""
-    kinds = (bool, int, float, str, list, tuple, dict, torch.Tensor, type(None))
-    return checkpoint.plain({k: v for k, v in state.items() if isinstance(v, kinds)})
+def _sampler(engine: Engine) -> Any:
+    """What numbers the passes over training_data, if there is any."""
+    return getattr(engine.training_dataloader, "sampler", None)
 
 
 def load(
@@ -144,25 +164,44 @@ def load(
     if folder is None:
         warnings.warn(f"[checkpoint] {directory}: has no checkpoint yet", stacklevel=3)
         return None, {}
-    meta, client, extra = engine.ranks.together("[checkpoint] load", lambda: _check(
+    meta, client, extra, generators = engine.ranks.together(_LOAD, lambda: _check(
         engine, folder, strict_batch, load_optimizer))  # fmt: skip
     engine.planner.settle()
     kinds = STATES if load_optimizer else ("master",)
     tensors: dict[str, Any] = dict(_shards(engine, kinds))
-    buffers = {k: v for k, v in _buffers(engine).items() if k in meta["buffers"]}
-    tensors |= {f"buffer.{name}": tensor for name, tensor in buffers.items()}
+    tensors |= {f"buffer.{name}": tensor for name, tensor in _buffers(engine).items()}
     checkpoint.read_tensors(folder, tensors, engine.ranks)
+    engine.runtime.masters_changed()
+    engine.ranks.together(_LOAD, lambda: _restore(
+        engine, meta, extra, load_optimizer, load_scheduler))  # fmt: skip
+    if load_optimizer:
+        engine.runtime.abandon_step()  # of a backward that failed: what it had updated is replaced
+    engine.zero_grad()
+    engine._backward_done = False
+    if generators is not None:
+        checkpoint.set_rng_state(generators, engine.ranks.device)
+    engine.planner.at_step(engine.global_steps)
+    return str(folder), client
+
+
+def _restore(
+    engine: Engine,
+    meta: dict[str, Any],
+    extra: dict[str, Any],
+    load_optimizer: bool,
+    load_scheduler: bool,
+) -> None:
+    """Everything beside tensors and generators."""
     for name, module in _with_extra_state(engine.module).items():
         if name in extra:
             module.set_extra_state(extra[name])
-    engine.runtime.masters_changed()
     if load_optimizer:
         engine.runtime.set_step(meta["optimizer_steps"])
         for member, step in meta["member_steps"].items():
             engine.runtime.set_member_step(member, step)
-        engine.optimizer.load_hyper_state(meta["groups"])
+        engine.optimizer.load_hyper_state(restored(meta["groups"]))
     if load_scheduler and engine.lr_scheduler is not None and meta["scheduler"] is not None:
-        engine.lr_scheduler.load_state_dict(meta["scheduler"])
+        engine.lr_scheduler.load_state_dict(restored(meta["scheduler"]))
         if not load_optimizer:  # the rates come with the schedule: it sets them at its next step
             rates = engine.lr_scheduler.get_last_lr()
             for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
@@ -171,26 +210,32 @@ def load(
     engine.skipped_steps = meta["skipped_steps"]
     if load_optimizer and meta.get("loss_scale"):
         engine._loss_scale.load(meta["loss_scale"])
-    if load_optimizer:
-        engine.runtime.abandon_step()  # of a backward that failed: what it had updated is replaced
-    engine.zero_grad()
-    engine._backward_done = False
-    checkpoint.load_rng(folder, engine.ranks)
-    engine.planner.at_step(engine.global_steps)
-    return str(folder), client
+    sampler = _sampler(engine)
+    if meta.get("epoch") is not None and hasattr(sampler, "set_epoch"):
+        sampler.set_epoch(meta["epoch"])
 
 
 def _check(
     engine: Engine, folder: Path, strict_batch: bool, load_optimizer: bool
-) -> tuple[dict, dict, dict]:
+) -> tuple[dict, dict, dict, dict | None]:
     """What can be known to be wrong before anything is overwritten."""
+    checkpoint.files.check_files(folder, engine.ranks)
     meta, client, extra = checkpoint.read_meta(folder)
     checkpoint.check_shapes(folder, meta["shapes"], _shapes(engine))
+    mine = {name: list(tensor.shape) for name, tensor in _buffers(engine).items()}
+    saved = meta["buffers"]
+    if not isinstance(saved, dict):  # of the first format, which has no shapes
+        saved = {name: mine.get(name, []) for name in saved}
+    checkpoint.check_shapes(folder, saved, mine, "buffer")
+    own = dict.fromkeys(_with_extra_state(engine.module), [])
+    if extra or meta["format"] > 1:
+        checkpoint.check_shapes(folder, dict.fromkeys(extra, []), own, "module's state")
     if strict_batch:
         checkpoint.check_batch(folder, meta["batch"], _batch(engine))
     if load_optimizer:
         engine.optimizer.check_groups(meta["groups"])
-    return meta, client, extra
+    generators = checkpoint.read_rng(folder, engine.ranks, meta["batch"]["world"])
+    return meta, client, extra, generators
 
 
 def _micro_steps(engine: Engine, meta: dict[str, Any]) -> int:
@@ -262,13 +307,17 @@ def export(engine: Engine, path: Path) -> Path:
         if engine.ranks.rank:
             return
         partial = path.with_name(path.name + ".tmp")
-        with writing("checkpoint", path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.suffix == ".safetensors":
-                _write_safetensors(state, partial)
-            else:
-                torch.save(state, partial)
-            os.replace(partial, path)
+        try:
+            with writing("checkpoint", path, also=(RuntimeError,)):  # torch's zip writer's
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.suffix == ".safetensors":
+                    _write_safetensors(state, partial)
+                else:
+                    torch.save(state, partial)
+                os.replace(partial, path)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
 
     engine.ranks.together("[checkpoint] save_16bit_model", write)
     return path
@@ -276,6 +325,7 @@ def export(engine: Engine, path: Path) -> Path:
 
 def _write_safetensors(state: dict[str, Any], path: Path) -> None:
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         raise UserError(
@@ -285,7 +335,10 @@ def _write_safetensors(state: dict[str, Any], path: Path) -> None:
     once: dict[int, str] = {}
     for name, tensor in state.items():
         once.setdefault(id(tensor), name)
-    save_file({n: state[n].contiguous() for n in once.values()}, path, {"format": "pt"})
+    try:
+        save_file({n: state[n].contiguous() for n in once.values()}, path, {"format": "pt"})
+    except SafetensorError as error:  # of any kind, a full disk's too
+        raise RuntimeError(str(error)) from error
 
 
 def compile_times(graphs: list[Any]) -> list[tuple[str, int, int, float]]:

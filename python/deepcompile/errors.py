@@ -8,13 +8,17 @@ import contextlib
 import difflib
 import errno
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ._core import InternalError, UserError
 
-__all__ = ["InternalError", "UserError", "check_writable", "exit_code", "fail", "meant", "writing"]
+__all__ = [
+    "InternalError", "UserError", "check_writable", "exit_code", "fail", "meant",
+    "why_not_written", "writing",
+]  # fmt: skip
 
 
 def meant(word: object, known: Iterable[str]) -> str:
@@ -23,13 +27,35 @@ def meant(word: object, known: Iterable[str]) -> str:
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
+_LITTLE = 1 << 30
+"""Bytes: a disk with less may be full for what was to be written."""
+
+
+def why_not_written(path: str | os.PathLike, error: BaseException, cause: str = "") -> str:
+    """An error's cause in words, or `cause`; and how much room there is, if that may be it."""
+    number = getattr(error, "errno", None)
+    if not cause:
+        cause = getattr(error, "strerror", None) or (str(error).strip().splitlines() or [""])[0]
+    cause = cause or type(error).__name__
+    if number not in (None, errno.ENOSPC, errno.EDQUOT):
+        return cause
+    for place in (Path(path), *Path(path).absolute().parents):
+        with contextlib.suppress(OSError):
+            free = shutil.disk_usage(place).free
+            return cause if free >= _LITTLE else f"{cause}; {free / 2**20:.1f} MiB are free there"
+    return cause
+
+
 @contextlib.contextmanager
-def writing(stage: str, path: str | os.PathLike) -> Iterator[None]:
-    """Around what writes `path`: that it cannot be is the user's to change."""
+def writing(
+    stage: str, path: str | os.PathLike, also: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
+    """Around what writes `path`: that it cannot be is the user's to change. `also`: what a library
+    raises beside OSError."""
     try:
         yield
-    except OSError as error:
-        why = error.strerror or error
+    except (OSError, *also) as error:
+        why = why_not_written(path, error)
         raise UserError(
             f"[{stage}] {path}: cannot be written ({why}). Choose another place."
         ) from None

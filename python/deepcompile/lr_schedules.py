@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from . import config_keys
 from .config import SchedulerConfig
 from .config_values import as_number, as_whole, boolean, fail, text
 from .errors import UserError, meant
@@ -253,8 +254,8 @@ def _checked(where: str, value: Any, annotation: str) -> Any:
     return next((rules[name](where, value) for name in rules if name in kinds), value)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, config: SchedulerConfig) -> LRScheduler:
-    """The schedule that the configuration's `scheduler` section names, on `optimizer`."""
+def _arguments(config: SchedulerConfig) -> tuple[type[LRScheduler], dict[str, Any]]:
+    """The class that a `scheduler` section names, and its keyword arguments."""
     kinds = {**OURS, **_torch_schedules()}
     kind = kinds.get(config.type)
     if kind is None:
@@ -264,15 +265,37 @@ def build_scheduler(optimizer: torch.optim.Optimizer, config: SchedulerConfig) -
             "lr_scheduler= to initialize()"
         )
     accepted = dict(list(inspect.signature(kind).parameters.items())[1:])
-    given = {}
+    given, begun = {}, config_keys.REFUSED["scheduler.params"]
     for key, value in config.params.items():
         where = f"scheduler.params.{key}"
+        if key in begun:
+            off, remedy = begun[key]
+            if not config_keys.is_off(value, off):
+                raise fail(where, f"{value!r} is not supported: {remedy}")
+            continue
         if key not in accepted:
             raise fail(where, f"{config.type} takes {', '.join(accepted)}{meant(key, accepted)}")
         if value == "auto":
             raise fail(where, '"auto" is for trainers that fill it in; give a value')
         if value is not None:  # null means the default
             given[key] = _checked(where, value, str(accepted[key].annotation))
+    return kind, given
+
+
+def check_scheduler(config: SchedulerConfig) -> None:
+    """UserError for a section that no Adam of as many groups as it has values could take."""
+    _, given = _arguments(config)
+    lists = [v for key, v in given.items() if isinstance(v, list) and key != "milestones"]
+    groups = max([len(each) for each in lists], default=1)
+    stand_in = torch.optim.AdamW([{"params": [torch.zeros(1)]} for _ in range(groups)], lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # build_scheduler says it
+        build_scheduler(stand_in, config)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: SchedulerConfig) -> LRScheduler:
+    """The schedule that the configuration's `scheduler` section names, on `optimizer`."""
+    kind, given = _arguments(config)
     try:
         return kind(optimizer, **given)
     except (TypeError, ValueError) as error:

@@ -64,18 +64,30 @@ def check_supported(source: Any) -> None:
             "is not available; pass torch.optim.AdamW or torch.optim.Adam",
         )
     for group in source.param_groups:
-        for name in _UNSUPPORTED:
-            if group.get(name):
-                raise _fail(f"{type(source).__name__}({name}=True)", "is not supported; remove it")
-        if len(group["betas"]) != 2:  # torch reads two and keeps the others
-            raise _fail(
-                f"{type(source).__name__}(betas={group['betas']})", "give two: (0.9, 0.999)"
-            )
+        check_group(source, group)
     if any(state for state in source.state.values()):
         raise _fail(
             type(source).__name__,
             "has taken steps already; pass it to initialize() before the first",
         )
+
+
+def check_group(source: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+    """UserError if a parameter group of `source` asks for what the runtime does not have."""
+    for name in _UNSUPPORTED:
+        if group.get(name):
+            raise _fail(f"{type(source).__name__}({name}=True)", "is not supported; remove it")
+    if len(group["betas"]) != 2:  # torch reads two and keeps the others
+        raise _fail(f"{type(source).__name__}(betas={group['betas']})", "give two: (0.9, 0.999)")
+
+
+def numbers(group: dict[str, Any]) -> tuple[float, ...]:
+    """(lr, beta1, beta2, eps, weight_decay) of a parameter group."""
+    beta1, beta2 = group["betas"]
+    return (
+        float(group["lr"]), float(beta1), float(beta2), float(group["eps"]),
+        float(group["weight_decay"]),
+    )  # fmt: skip
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -95,7 +107,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         clear: Callable[[], None],
     ):
         check_supported(source)
-        self._ready = False
+        self._ready = self._asked = False
         super().__init__(
             [{"params": list(group["params"])} for group in source.param_groups], source.defaults
         )
@@ -139,26 +151,34 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def push(self) -> None:
         """Send the numbers of groups that changed to the runtime."""
         for index, group in enumerate(self.param_groups):
-            beta1, beta2 = group["betas"]
-            numbers = (
-                float(group["lr"]), float(beta1), float(beta2), float(group["eps"]),
-                float(group["weight_decay"]), _is_decoupled(self._source, group),
-            )  # fmt: skip
-            if self._sent.get(index) == numbers:
+            check_group(self._source, group)
+            sent = (*numbers(group), _is_decoupled(self._source, group))
+            if self._sent.get(index) == sent:
                 continue
             for param in group["params"]:
-                self._set_hyper(self._member_of[id(param)], *numbers)
-            self._sent[index] = numbers
+                if id(param) not in self._member_of:
+                    raise _fail(f"parameter group {index}", "was added after initialize(); pass "
+                                "all of them there")  # fmt: skip
+                self._set_hyper(self._member_of[id(param)], *sent)
+            self._sent[index] = sent
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> dict[str, Any]:
-        """Update all shards from the accumulated gradients; returns the runtime's result:
-        {"grad_norm": float, 0-dim tensor or None, "skipped": bool}."""
-        if closure is not None:
-            raise _fail("step(closure)", "closures are not supported; call step()")
+        """What engine.step() calls: an error elsewhere, as it knows no micro-batches."""
+        if closure is not None or not self._asked:
+            raise _fail("step", "call engine.step(), after each engine.backward(loss)")
         self.push()
         self._source._opt_called = True  # what torch's schedulers look at
         return self._update()
+
+    def step_of_engine(self) -> dict[str, Any]:
+        """Update all shards from the accumulated gradients; returns the runtime's result:
+        {"grad_norm": float, 0-dim tensor or None, "skipped": bool}."""
+        self._asked = True
+        try:
+            return self.step()
+        finally:
+            self._asked = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients accumulated so far."""

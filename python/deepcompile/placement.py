@@ -178,11 +178,15 @@ class Arrival:
                 mine.append((name, tuple(tensor.shape), str(dtype)))
                 if not tensor.is_meta:
                     real.add(name)
-        everyone = self._ranks.gather((mine, real))
-        for rank, (theirs, _) in enumerate(everyone):
+        modules = list(self._model.modules())
+        everyone = self._ranks.gather((mine, real, [module.training for module in modules]))
+        for rank, (theirs, *_) in enumerate(everyone):
             if theirs != mine:
                 raise self._differs(rank, theirs, mine)
-        return everyone[0][1]
+        _, real_on_first, modes = everyone[0]
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode  # from_pretrained leaves another one than building the model
+        return real_on_first
 
     def _differs(self, rank: int, theirs: list, mine: list) -> UserError:
         me, remedy = self._ranks.rank, "build the same model on every rank"

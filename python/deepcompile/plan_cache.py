@@ -206,5 +206,7 @@ def _parse(text: str, key: str) -> Kept:
     kept = body["kept"]
     agreed = Agreed(**kept["agreed"])
     agreed.reasons = [tuple(reason) for reason in agreed.reasons]
+    for program in (*agreed.programs.values(), agreed.update):
+        _core.StepProgram.parse(program)
     _core.CostTable.parse(kept["costs"], "its cost table")
     return Kept(agreed, kept["costs"], kept["regions"])

@@ -199,6 +199,10 @@ class Planner:
         if self.agreed is None:
             program = installed.plain.copy()
             _core.run_passes(program, list(self._graph_passes))
+            if self._ranks.world > 1 and installed.plan_id < 0 and not installed.captured.inference:
+                where = installed.captured.user_stack
+                alike = [g.program for g in self.graphs if g.captured.user_stack == where]
+                agreement.warn_of_other_transfers(program, alike, where)
             return program
         agreed = self._agreed_programs.get(installed.skeleton)
         if agreed is not None:
@@ -455,7 +459,13 @@ class Planner:
         """
         orders = {"\n".join(_core.collective_order(i.program)) for i in self.graphs}
         mine = sorted(orders)
-        for rank, theirs in enumerate(self._ranks.gather(mine)):
+        schedule = [(entry.step, entry.names()) for entry in self.schedule]
+        for rank, (theirs, other) in enumerate(self._ranks.gather((mine, schedule))):
+            if other != schedule:
+                raise UserError(
+                    f"[planning] rank {rank}'s schedule is {other}, rank {self._ranks.rank}'s "
+                    f"{schedule}: give engine.compile() the same on all ranks."
+                )
             if theirs != mine:
                 raise UserError(
                     f"[planning] rank {rank}'s transfers differ from rank {self._ranks.rank}'s: "

@@ -12,6 +12,7 @@ Any other is applied to each graph by itself as it is captured.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -41,8 +42,11 @@ class Entry:
 
     def names(self) -> list[str]:
         """Its passes in words."""
-        return [p if isinstance(p, str) else getattr(p, "__name__", type(p).__name__)
-                for p in self.passes]  # fmt: skip
+        return [pass_name(each) for each in self.passes]
+
+
+def pass_name(given: Any) -> str:
+    return given if isinstance(given, str) else getattr(given, "__name__", type(given).__name__)
 
 
 def default_schedule(stage: int) -> list[tuple[int, list[Any]]]:
@@ -55,6 +59,7 @@ def _resolve(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Any:
     native = getattr(given, "native", given)  # objects of deepcompile.passes stand for one
     if not isinstance(native, str):
         if native is not given or callable(given):
+            _check_signature(given, pass_name(given))
             return given
         if isinstance(given, ModuleType):
             raise UserError(f"[passes] schedule: {_of_module(given)}")
@@ -63,6 +68,7 @@ def _resolve(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Any:
             "(program, context)"
         )
     if native in registered:
+        _check_signature(registered[native], native)
         return registered[native]
     if native in _core.pass_names():
         return native
@@ -71,6 +77,38 @@ def _resolve(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Any:
     raise UserError(
         f"[passes] schedule: no pass named {native!r}{near or ';'} known are {', '.join(known)}"
     )
+
+
+def _check_signature(given: Callable[..., Any], name: str) -> None:
+    """UserError for what cannot be called with (program, context), as far as its signature says."""
+    called = given.__call__ if inspect.isclass(given) else given  # a class is a pass by its objects
+    try:
+        signature = inspect.signature(called, follow_wrapped=False)
+    except (TypeError, ValueError):  # of an extension
+        return
+    if inspect.isclass(given):
+        signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+    takes_two = _takes(signature, 2)
+    if list(signature.parameters)[:2] == ["gm", "graph_id"] or (
+        not takes_two and _takes(signature, 8)
+    ):
+        raise UserError(
+            f"[passes] {name}: has the signature of DeepSpeed's passes; wrap it in "
+            "deepcompile.passes.from_deepspeed (DeepSpeed's own have namesakes in "
+            "deepcompile.passes)"
+        )
+    if not takes_two:
+        raise UserError(
+            f"[passes] {name}: takes {signature}; a pass is a function of (program, context)"
+        )
+
+
+def _takes(signature: inspect.Signature, count: int) -> bool:
+    try:
+        signature.bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
 
 
 def _of_module(module: ModuleType) -> str:

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inductor regions: numerics, disk cache, locks."""
 
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -10,8 +13,10 @@ import pytest
 import torch
 from reference_runner import Compiled, compare
 from torch import nn
+from torch._inductor.exc import CppCompileError
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from deepcompile.capture import cache_folder
 from deepcompile.capture import compile as regions
 from deepcompile.errors import UserError
 
@@ -94,5 +99,47 @@ def test_inductor_failures_name_the_region(monkeypatch, tmp_path):
 
     monkeypatch.setattr(regions, "compile_fx_inner", failing)
     compiled = Compiled(Mlp(), backend="inductor", cache_dir=str(tmp_path))
-    with pytest.raises(UserError, match=r"\[capture\] fwd0.0: .*RuntimeError: no kernel\. Set"):
+    with pytest.raises(UserError, match=r"\[capture\] fwd0.0: .*RuntimeError: no kernel\. Call"):
         compiled(X)
+
+
+def test_a_compilers_error_is_said_with_its_first_line():
+    error = CppCompileError(["g++", "x.cpp"], "x.cpp: In f:\nx.cpp:3:9: error: no AVX\nx: error: y")
+    assert regions._cause(error) == "C++ compile error: x.cpp:3:9: error: no AVX"
+    assert regions._cause(RuntimeError()) == ""
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    compiled = Compiled(Mlp(), backend="inductor", cache_dir=str(tmp_path / "file" / "below"))
+    with pytest.raises(UserError, match=r"\[capture\] .*below: Inductor's cache cannot be written"):
+        compiled(X)
+    with pytest.raises(UserError, match=r"TORCHINDUCTOR_CACHE_DIR=/dev/null/x: cannot be written"):
+        cache_folder.check("/dev/null/x")
+    there = tmp_path / "new" / "one"
+    cache_folder.check(str(there))
+    assert there.is_dir()
+
+
+def run_python(code: str, *flags: str, **variables: str) -> str:
+    """The last line of what it says on stderr."""
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | variables,
+        timeout=200,
+        check=False,
+    )
+    return (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def test_what_torch_needs_of_its_process_is_said_before_dynamo_fails():
+    said = run_python("import deepcompile.capture", TORCHINDUCTOR_CACHE_DIR="/dev/null/x")
+    assert said.startswith("deepcompile._core.UserError: [capture] TORCHINDUCTOR_CACHE_DIR=/dev/nu")
+    said = run_python(
+        "from deepcompile.capture import compile\n"
+        "compile.RegionCompiler(compile.CaptureOptions(backend='eager'))",
+        "-O",
+    )
+    assert said.startswith("deepcompile._core.UserError: [capture] python -O: torch.compile does")

@@ -116,10 +116,12 @@ def test_missing_tensor_is_an_error(tmp_path):
         checkpoint.read_tensors(folder, {"master.x": shards(5)["master.w"]}, ONE)
 
 
-@pytest.mark.parametrize("tag", ["", "..", "a/b", "latest", "x.tmp"])
+@pytest.mark.parametrize("tag", ["", "..", "a/b", "latest", "x.tmp", "best.old"])
 def test_bad_tags(tmp_path, tag):
     with pytest.raises(UserError, match="must be a plain folder name"):
         save(tmp_path, tag)
+    with pytest.raises(UserError, match="must be a plain folder name"):
+        checkpoint.find(tmp_path, tag, ONE)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +144,13 @@ def test_generators_go_on(tmp_path):
         return torch.rand(2).tolist(), random.random(), np.random.rand()
 
     first = draw()
-    checkpoint.load_rng(folder, ONE)
+    checkpoint.set_rng_state(checkpoint.read_rng(folder, ONE, 1), ONE.device)
     assert draw() == first
+    other = Ranks(3, 4, torch.device("cpu"))
     with pytest.warns(UserWarning, match="rank 3 keeps its own random state"):
-        checkpoint.load_rng(folder, Ranks(3, 4, torch.device("cpu")))
+        assert checkpoint.read_rng(folder, other, 1) is None
+    with pytest.raises(UserError, match="rng_3.pt: is missing, and 4 ranks saved"):
+        checkpoint.read_rng(folder, other, 4)
+    (folder / "rng_0.pt").write_bytes((folder / "rng_0.pt").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"rng_0.pt: cannot be read: .*load another tag"):
+        checkpoint.read_rng(folder, ONE, 1)

@@ -100,7 +100,7 @@ def test_adams_other_keys():
         return load_config({"optimizer": {"type": "AdamW", "params": params}})
 
     with pytest.warns(ConfigWarning, match="optimizer.params.fused has no effect: the update"):
-        assert len(given(fused=True, lr=1e-4).warnings) == 1
+        assert len(given(fused=True, torch_adam=False, lr=1e-4).warnings) == 1
     assert given(amsgrad=False, bias_correction=True, max_grad_norm=0).warnings == ()
     for params, message in (
         ({"amsgrad": True}, "amsgrad: True is not supported: remove it"),
@@ -162,6 +162,11 @@ def test_unknown_key_suggests(keys, expected):
         ({"amp": {"enabled": True}}, "amp"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
         ({"compile": {"offload_parameters": True}}, "compile.offload_parameters"),
+        ({"compile": {"symmetric_memory": True}}, 'compile.gather to "copy_engine" instead'),
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor parallelism is not available"),
+        ({"bf16": {}, "bfloat16": {}}, "bf16: is given twice, as bf16 and bfloat16; keep one"),
+        ({"checkpoint": {"writer": {"type": "fast"}}}, "checkpoint.writer"),
+        ({"zero_optimization": {"leaf_module": {"names": ["a"]}}}, "leaf_module.classes"),
         ({"compile": {"passes": ["z1"]}}, "compile.passes: 'z1' is not available with stage 0"),
         ({"compile": {"passes": ["autosp"]}}, "compile.passes: 'autosp' is not available"),
         ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor"),
@@ -212,6 +217,9 @@ def test_numbers_of_an_optimizer_may_be_text():
         ({"train_batch_size": True}, "must be a number"),
         ({"gradient_clipping": -1}, "must be at least 0"),
         ({"bf16": {"enabled": "yes"}}, "bf16.enabled: must be true or false"),
+        ({"bf16": {"enabled": "auto"}}, 'bf16.enabled: "auto" is for trainers that fill it in; gi'),
+        ({"fp16": {"enabled": "auto"}}, 'fp16.enabled: "auto" is for trainers that fill it in; gi'),
+        ({"steps_per_print": 10.5}, "steps_per_print: must be a whole number"),
         ({"bf16": True}, "bf16: must be an object"),
         ({"communication_data_type": "int8"}, "must be one of fp32"),
         ({"compile": {"differentiable_outputs": ["loss"]}}, "must be one of all, loss"),
@@ -238,13 +246,76 @@ def test_off_values_of_refused_keys_pass():
         warnings.simplefilter("error")
         load(amp={"enabled": False}, sparse_gradients=False, gradient_predivide_factor=1.0,
              zero_optimization={"offload_param": None}, sequence_parallel_size=1)  # fmt: skip
+        load(
+            tensor_parallel={"autotp_size": 1, "tp_grain_size": 8},
+            checkpoint={"writer": None},
+            optimizer={"legacy_fusion": False},
+            fp32_allreduce=False,
+            weight_quantization={},
+            zero_optimization={
+                "leaf_module": {"names": [], "name_suffixes": []},
+                "pipeline_loading_checkpoint": False,
+                "zenflow": None,
+            },
+        )
+
+
+def test_warned_keys_that_are_switched_off_say_nothing():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(
+            wandb={"enabled": False, "team": "ours"},
+            csv_monitor={},
+            timers={"throughput": {"enabled": False}},
+            activation_checkpointing={"partition_activations": False, "number_checkpoints": None},
+            use_node_local_storage=False,
+            load_universal_checkpoint=False,
+            zero_optimization={"stage3_gather_16bit_weights_on_model_save": False},
+            compile={
+                "free_activation": False, "offload_activation": False, "sync_after_reduce": False,
+                "offload_opt_states": False, "keep_all_input_tensors": False,
+            },
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"wandb": {"enabled": True}},
+        {"activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": True}},
+        {"load_universal_checkpoint": True},
+        {"zero_optimization": {"overlap_comm": False}},
+        {"zero_optimization": {"ignore_unused_parameters": False}},
+        {"compile": {"double_buffer": False}},
+        {"compile": {"enabled": True}},
+        {"compile": {"enabled": False}},
+        {"compile": {"sync_after_reduce": True}},
+    ],
+)
+def test_warned_keys_that_ask_for_something(keys):
+    with pytest.warns(ConfigWarning, match="has no effect"):
+        assert len(load(**keys).warnings) == 1
+
+
+def test_a_breakdown_that_is_never_printed_is_said():
+    with pytest.warns(ConfigWarning, match="wall_clock_breakdown .*; set steps_per_print"):
+        load(wall_clock_breakdown=True)
+    assert load(wall_clock_breakdown=True, steps_per_print=10).warnings == ()
+
+
+def test_accelerates_interval_is_never():
+    assert load_config('{"steps_per_print": Infinity}').steps_per_print == 0
+
+
+def test_bf16_by_its_other_name():
+    assert load(bfloat16={"enabled": True}).compute_dtype == "bf16"
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
         ("20GiB", 20 << 30), ("1.5 GB", 1_500_000_000), ("512MiB", 512 << 20), ("4096", 4096),
-        (1 << 30, 1 << 30), (0.6, 0.6), (1, 1.0), ("0.5", 0.5), ("1", 1.0),
+        (1 << 30, 1 << 30), (0.6, 0.6), (1, 1.0), ("0.5", 0.5), ("1", 1.0), ("1B", 1), ("0.5B", 1),
     ],
 )  # fmt: skip
 def test_memory_budget(given, expected):
@@ -299,6 +370,7 @@ def test_docs_table_is_complete():
         for key in supported_keys(section):
             if key not in SECTIONS:
                 expected[prefix + key] = "supported"
-        expected |= {prefix + k: "warned" for k in config_keys.WARNED.get(section, {})}
-        expected |= {prefix + k: "refused" for k in config_keys.REFUSED.get(section, {})}
+        for part, before in ((section, prefix), (f"{section}.params", f"{section}.params.")):
+            expected |= {before + k: "warned" for k in config_keys.WARNED.get(part, {})}
+            expected |= {before + k: "refused" for k in config_keys.REFUSED.get(part, {})}
     assert documented == expected

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from test_passes import step
@@ -10,7 +12,8 @@ from torch.fx import Graph
 
 from deepcompile import _core
 from deepcompile.errors import UserError
-from deepcompile.passes import PassContract, from_deepspeed
+from deepcompile.passes import PassContract, from_deepspeed, prefetch
+from deepcompile.schedule import check_schedule
 
 
 def run(function, *before, **options):
@@ -149,3 +152,49 @@ def test_contracts():
     _core.run_passes(step(), [from_deepspeed(look, PassContract())])
     with pytest.raises(UserError, match="is not a function"):
         from_deepspeed(3)
+
+
+def theirs(
+    gm, graph_id, graph_order, profiling_results, create_inputs_fn, mem_budget, param_manager, bwd
+):
+    return gm
+
+
+class Theirs:
+    def __call__(self, gm, graph_id, *_):
+        return gm
+
+
+class Ours:
+    def __call__(self, program, context):
+        pass
+
+
+def resolve(given, registered=None):
+    return check_schedule([(0, ["zero3_compile", given])], 3, registered or {})
+
+
+@pytest.mark.parametrize("given", [theirs, reduce_again, Theirs, Theirs(), "registered"])
+def test_a_pass_that_is_not_wrapped_is_named_where_it_is_given(given):
+    name = getattr(given, "__name__", "registered" if given == "registered" else "Theirs")
+    with pytest.raises(UserError, match=rf"\[passes\] {name}: .*deepcompile.passes.from_deepspeed"):
+        resolve(given, {"registered": theirs})
+
+
+@pytest.mark.parametrize("given", [lambda program: None, lambda program, context, more: None])
+def test_a_pass_of_other_arguments_is_named_too(given):
+    with pytest.raises(
+        UserError, match=r"takes \(program.*; a pass is a function of \(program, con"
+    ):
+        resolve(given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Ours, Ours(), print, lambda *_: None, prefetch.schedule_prefetch, from_deepspeed(theirs),
+        functools.partial(lambda scale, program, context: None, 2),
+    ],
+)  # fmt: skip
+def test_what_can_be_called_with_program_and_context_is_taken(given):
+    assert resolve(given)[0].passes[0] == "zero3_compile"

@@ -238,11 +238,12 @@ def test_optimizer_with_history_is_refused():
     assert "has taken steps already" in error_of(lambda: start(model, optimizer=optimizer))
 
 
-def test_groups_are_fixed_and_closures_refused():
+def test_groups_are_fixed_and_the_optimizers_own_step_refused():
     engine = start()
     group = {"params": [nn.Parameter(torch.ones(1))]}
     assert "groups are fixed" in error_of(lambda: engine.optimizer.add_param_group(group))
-    assert "closures" in error_of(lambda: engine.optimizer.step(lambda: 0))
+    assert "call engine.step()" in error_of(lambda: engine.optimizer.step(lambda: 0))
+    assert "call engine.step()" in error_of(engine.optimizer.step)
 
 
 # ---- steps

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import deepcompile
+from deepcompile import foreign
 from deepcompile.errors import UserError
 
 CONFIG = {
@@ -46,6 +47,13 @@ def step(engine):
         ("unshard", "GatheredParameters"),
         ("clip_grad_norm_", "gradient_clipping"),
         ("train_batch", "engine.backward"),
+        ("optimizer_state_dict", "save_checkpoint"),
+        ("get_mom", "optimizer.param_groups"),
+        ("get_type", "engine.config"),
+        ("get_batch_info", "gradient_accumulation_steps"),
+        ("get_data_parallel_rank", "global_rank"),
+        ("register_comm_hook", "communication_data_type"),
+        ("set_gradient_divide_factor", "communication_data_type"),
     ],
 )
 def test_what_the_engine_does_not_have_names_what_stands_for_it(engine, name, instead):
@@ -56,7 +64,17 @@ def test_what_the_engine_does_not_have_names_what_stands_for_it(engine, name, in
 
 @pytest.mark.parametrize(
     ("name", "instead"),
-    [("zero", 'torch.device."meta".'), ("init_distributed", "initialize"), ("nope", "'nope'$")],
+    [
+        ("zero", 'torch.device."meta".'),
+        ("init_distributed", "initialize"),
+        ("utils", r"engine.state_dict\(fp32=True\).*GatheredParameters.*get_global_grad_norm"),
+        ("safe_get_full_grad", "get_global_grad_norm"),
+        ("get_accelerator", "torch.cuda"),
+        ("moe", "no expert parallelism"),
+        ("pipe", "pipeline parallelism"),
+        ("runtime", "deepcompile.lr_schedules"),
+        ("nope", "'nope'$"),
+    ],
 )
 def test_what_the_package_does_not_have_does_too(name, instead):
     with pytest.raises(AttributeError, match=f"no attribute '{name}'|{instead}") as caught:
@@ -93,6 +111,38 @@ def test_a_configuration_may_be_text():
 def test_the_model_cannot_be_cast(engine):
     with pytest.raises(UserError, match=r"\[engine\] half: .*bf16"):
         engine.half()
+    for args, kwargs in ((("cpu", torch.bfloat16), {}), ((), {"dtype": torch.bfloat16})):
+        with pytest.raises(UserError, match=r"\[engine\] to: .*bf16"):
+            engine.to(*args, **kwargs)
+    engine.to("cpu")
+    step(engine)
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "instead"),
+    [
+        ("backward", {"scale_wrt_gas": False}, "gradient_accumulation_steps"),
+        ("step", {"lr_kwargs": {"epoch": 1}}, "a scheduler of your own"),
+        ("compile", {"mode": "max-autotune"}, "compile_kwargs"),
+        ("save_checkpoint", {"save_latest": False}, "tag="),
+        ("load_checkpoint", {"load_module_strict": False}, r"before initialize\(\)"),
+        ("save_16bit_model", {"exclude_frozen_parameters": True}, r"state_dict\(\)"),
+    ],
+)
+def test_arguments_of_methods_name_what_stands_for_them(method, given, instead):
+    name = next(iter(given))
+    with pytest.raises(
+        UserError, match=rf"\[engine\] {method}: {name}=.* is not taken; .*{instead}"
+    ):
+        foreign.check_call(method, given)
+    with pytest.raises(TypeError, match=rf"{method}\(\) got an unexpected keyword argument 'nope'"):
+        foreign.check_call(method, {"nope": 1})
+
+
+def test_arguments_of_methods_that_ask_for_nothing():
+    foreign.check_call("save_checkpoint", {"save_latest": True, "exclude_frozen_parameters": False})
+    foreign.check_call("step", {"lr_kwargs": None})
+    foreign.check_call("load_checkpoint", {})
 
 
 def test_the_optimizers_states_are_in_checkpoints_alone(engine):

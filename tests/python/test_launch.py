@@ -70,6 +70,11 @@ def test_open_mpis_upper_limits_are_read_over():
     assert [(host.name, host.slots) for host in found] == [("a", 4), ("b", 2)]
 
 
+def test_a_hostfile_of_windows_begins_with_a_mark(tmp_path: Path):
+    (tmp_path / "hosts").write_bytes(b"\xef\xbb\xbfnode-0 slots=2\r\nnode-1 slots=2\r\n")
+    assert [host.name for host in hosts.read(str(tmp_path / "hosts"))] == ["node-0", "node-1"]
+
+
 def test_hostfile_that_is_empty_or_not_there(tmp_path: Path):
     with pytest.raises(UserError, match="names no host"):
         hosts.parse("# nothing\n\n", "hosts")

@@ -9,8 +9,8 @@ import warnings
 import pytest
 import torch
 
-from deepcompile import UserError
-from deepcompile.config import SchedulerConfig
+from deepcompile import UserError, initialize
+from deepcompile.config import SchedulerConfig, load_config
 from deepcompile.lr_schedules import OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
 from deepcompile.lr_schedules import build_scheduler as build
 
@@ -136,12 +136,49 @@ def test_torch_schedule_by_name():
         (SchedulerConfig("WarmupLR", {"warmup_type": 3}), "warmup_type: must be a string"),
         (SchedulerConfig("ExponentialLR", {"gamma": "fast"}), "gamma: must be a number"),
         (SchedulerConfig("MultiStepLR", {"milestones": 3}), "milestones: must be a list"),
+        (SchedulerConfig("WarmupLR", {"last_batch_iteration": 3}), "load_checkpoint() takes"),
+        (SchedulerConfig("StepLR", {"step_size": 1, "last_epoch": 3}), "load_checkpoint() takes"),
     ],
 )
 def test_errors(config, expected):
     with pytest.raises(UserError) as caught:
         build(adamw(), config)
     assert expected in str(caught.value)
+    if "2 values" not in expected:  # the file does not say how many groups there are
+        with pytest.raises(UserError) as caught:
+            load_config({"scheduler": {"type": config.type, "params": config.params}})
+        assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("WarmupLR", {"warmup_max_lr": [1, 2], "warmup_min_lr": 0, "last_batch_iteration": -1}),
+        ("WarmupDecayLR", {"total_num_steps": 500}),
+        ("OneCycle", {"cycle_min_lr": 0.1, "cycle_max_lr": 1}),
+        ("MultiStepLR", {"milestones": [1, 2, 3], "last_epoch": -1}),
+        ("OneCycleLR", {"max_lr": [0.1, 0.2, 0.3], "total_steps": 10}),
+        ("CyclicLR", {"base_lr": 0.1, "max_lr": [1, 2]}),
+    ],
+)
+def test_the_configuration_takes_what_some_optimizer_could(name, params):
+    """Warnings are those of the schedule itself, once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_config({"scheduler": {"type": name, "params": params}}).scheduler.type == name
+
+
+def test_a_wrong_section_is_said_before_the_model_is_taken_apart():
+    model = torch.nn.Linear(400, 400)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "optimizer": {"type": "AdamW"},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}},
+    }
+    with pytest.raises(UserError, match='warmup_num_steps: "auto"'):
+        initialize(model=model, config=config)
+    initialize(model=model, config={**config, "scheduler": None})
 
 
 @pytest.mark.parametrize("name", ["WarmupDecayLR", "WarmupCosineLR"])

@@ -195,6 +195,17 @@ def test_an_exception_names_the_pass_and_leaves_the_program():
         assert str(program) == STEP or "gather" not in str(program)
 
 
+def test_reasons_take_the_models_own_names():
+    text = STEP.replace(" a ", " _0.a ").replace("=a", "=_0.a").replace(" a)", " _0.a)")
+    program = _core.StepProgram.parse(text)
+
+    def says(program, context):
+        context.because("0.a", "for a test")
+
+    run(program, says)
+    assert (program.reasons[-1].object, program.reasons[-1].text) == ("_0.a", "for a test")
+
+
 def test_an_interrupt_stays_one():
     def interrupted(program, context):
         raise KeyboardInterrupt

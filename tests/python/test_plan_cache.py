@@ -26,7 +26,8 @@ FACTS = {"params": [], "world": 2}
 
 
 def kept() -> plan_cache.Kept:
-    agreed = Agreed({"s": "step x"}, "step u", ["auto"], reasons=[("auto", "", "why")])
+    plan = "step x world=2\n"
+    agreed = Agreed({"s": plan}, plan, ["auto"], reasons=[("auto", "", "why")])
     return plan_cache.Kept(agreed, _core.CostTable(2).serialize(), {"k": [7, 64]})
 
 
@@ -44,6 +45,18 @@ def changed(path, edit) -> None:
     path.write_text(json.dumps(table))
 
 
+def agreed_otherwise(path, **fields) -> None:
+    """Change the plan, with a checksum that fits."""
+
+    def edit(table) -> None:
+        body = json.loads(table["body"])
+        body["kept"]["agreed"] |= fields
+        table["body"] = json.dumps(body, sort_keys=True)
+        table["sum"] = hashlib.sha256(table["body"].encode()).hexdigest()
+
+    changed(path, edit)
+
+
 @pytest.mark.parametrize(
     ("spoil", "cause"),
     [
@@ -56,6 +69,8 @@ def changed(path, edit) -> None:
         (lambda p: changed(p, lambda t: t.update(body=None)), "is ignored"),
         (lambda p: p.write_text("[" * 100_000), "is ignored"),
         (lambda p: (p.unlink(), p.mkdir()), "is ignored"),
+        (lambda p: agreed_otherwise(p, programs={"s": "garbage"}), "not with 'garbage'"),
+        (lambda p: agreed_otherwise(p, update="step"), "is ignored"),
     ],
 )
 def test_files_that_are_no_use_are_named(tmp_path, spoil, cause):
@@ -208,13 +223,8 @@ def test_a_kept_plan_of_another_model_is_dropped(tmp_path):
     for number in range(3):
         step(first, number)
     (path,) = tmp_path.iterdir()
-    table = json.loads(path.read_text())
-    body = json.loads(table["body"])
-    programs = body["kept"]["agreed"]["programs"]
-    body["kept"]["agreed"]["programs"] = {"0" * 16: next(iter(programs.values()))}
-    text = json.dumps(body, sort_keys=True)
-    table |= {"body": text, "sum": hashlib.sha256(text.encode()).hexdigest()}
-    path.write_text(json.dumps(table))
+    programs = json.loads(json.loads(path.read_text())["body"])["kept"]["agreed"]["programs"]
+    agreed_otherwise(path, programs={"0" * 16: next(iter(programs.values()))})
     twin = compiled(schedule=[(0, ["zero3_compile"])])
     second = compiled(schedule=SEED_STYLE, **settings)
     with pytest.warns(UserWarning, match="does not know graph 0"):

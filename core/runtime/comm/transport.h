@@ -28,6 +28,10 @@ class TransportError : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
 };
+// For the text of one that ends a section.
+inline constexpr const char* kPeerAdvice =
+    ". A peer stopped, is far behind, or transfers something else, as its batch or its path "
+    "differs: see its output; raise the timeout if it is only slow.";
 
 // What the sums of several reductions are added up in.
 struct RunningTotal {

@@ -7,10 +7,11 @@
 
 namespace deepcompile {
 
-std::pair<int64_t, at::Tensor> CallTable::open(std::shared_ptr<LoadedPlan> plan) {
+std::pair<int64_t, at::Tensor> CallTable::open(std::shared_ptr<LoadedPlan> plan, int64_t updates) {
   auto call = std::make_shared<Call>();
   call->frame.slots.resize(plan->plan.values.size());
   call->plan = std::move(plan);
+  call->updates = updates;
   {
     const std::lock_guard lock(mutex_);
     call->id = next_id_++;

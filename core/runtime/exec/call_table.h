@@ -24,13 +24,14 @@ struct Call {
   int64_t id = 0;
   std::shared_ptr<LoadedPlan> plan;  // stays loaded until the call is over
   Frame frame;
+  int64_t updates = 0;  // of the parameters, before its forward
   bool forward_ran = false;
 };
 
 class CallTable : public std::enable_shared_from_this<CallTable> {
  public:
   // A new call, and its token: an int64 CPU tensor of one element, the id.
-  std::pair<int64_t, at::Tensor> open(std::shared_ptr<LoadedPlan> plan);
+  std::pair<int64_t, at::Tensor> open(std::shared_ptr<LoadedPlan> plan, int64_t updates = 0);
   std::shared_ptr<Call> find(int64_t id) const;           // null if it is gone
   void drop(int64_t id) noexcept;                         // nothing if it is gone
   std::vector<std::shared_ptr<Call>> open_calls() const;  // in the order they were opened

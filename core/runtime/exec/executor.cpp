@@ -64,9 +64,7 @@ void Executor::run(const LoadedPlan& loaded, size_t section, Frame* frame, size_
     for (const int32_t slot : place.part().outputs) values_.fetch(frame, slot);
   } catch (const TransportError& error) {
     const std::string text = "[runtime] rank " + std::to_string(rank_) + ": " + describe(place) +
-                             " failed: " + error.what() +
-                             ". A peer stopped or is far behind: see its output; raise the "
-                             "timeout if it is only slow.";
+                             " failed: " + error.what() + kPeerAdvice;
     recover(/*reachable=*/false);
     throw UserError(text);
   } catch (...) {

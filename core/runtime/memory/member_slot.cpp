@@ -44,15 +44,29 @@ MemberSlot::MemberSlot(std::string name, at::Tensor parameter, c10::Device devic
       "engine.state_dict(). If the forward of a module reads it that does not own it, and is not "
       "compiled, name that module's class in zero_optimization.leaf_module.classes";
   unbind();
+  version_ = parameter_.unsafeGetTensorImpl()->version_counter().current_version();
+}
+
+void MemberSlot::check_storage() const {
+  if (storage_of(parameter_) == storage_of(alias_)) return;
+  throw UserError("[runtime] parameter " + name_ +
+                  " was given other storage after initialize (an assignment to .data, or "
+                  "module.to()). Change it in place, inside GatheredParameters.");
+}
+
+void MemberSlot::mark_updated() {
+  c10::TensorImpl* parameter = parameter_.unsafeGetTensorImpl();
+  parameter->bump_version();
+  version_ = parameter->version_counter().current_version();
+}
+
+bool MemberSlot::is_written() const {
+  return parameter_.unsafeGetTensorImpl()->version_counter().current_version() != version_;
 }
 
 void MemberSlot::bind(const at::Tensor& flat, int64_t offset) {
+  check_storage();
   c10::StorageImpl* storage = storage_of(alias_);
-  if (storage_of(parameter_) != storage) {
-    throw UserError("[runtime] parameter " + name_ +
-                    " was given other storage after initialize (an assignment to .data, or "
-                    "module.to()). Change it in place, inside GatheredParameters.");
-  }
   const int64_t item = alias_.element_size();
   char* bytes = static_cast<char*>(flat.data_ptr()) + offset * item;
   set_no_bytes(*storage, false);

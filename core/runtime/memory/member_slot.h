@@ -23,10 +23,18 @@ class MemberSlot {
   MemberSlot(std::string name, at::Tensor parameter, c10::Device device);
 
   // Points the storage at elements [offset, offset + numel) of `flat`, which
-  // it keeps alive. Throws UserError if the Parameter was given other storage.
+  // it keeps alive. Throws UserError as check_storage() does.
   void bind(const at::Tensor& flat, int64_t offset);
   // Takes the bytes away.
   void unbind();
+
+  // Throws UserError if the Parameter was given other storage.
+  void check_storage() const;
+  // The optimizer changed the values: for autograd's check of what it saved, and
+  // for is_written().
+  void mark_updated();
+  // Whether the values were changed in place since, by someone who told autograd.
+  bool is_written() const;
 
   // The same storage without autograd: what regions get.
   const at::Tensor& tensor() const { return alias_; }
@@ -36,6 +44,7 @@ class MemberSlot {
   std::string name_;
   at::Tensor parameter_;
   at::Tensor alias_;
+  uint32_t version_ = 0;  // of the Parameter, as of the last update
 };
 
 }  // namespace deepcompile

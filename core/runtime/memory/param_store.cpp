@@ -136,6 +136,12 @@ void ParamStore::forget_gather(ParamState& param) {
   param.presence = Presence::kShard;
 }
 
+void ParamStore::check_storage() const {
+  for (const auto& param : params_) {
+    for (const Member& member : param->members) member.slot.check_storage();
+  }
+}
+
 void ParamStore::release(ParamState& param) {
   if (param.placement != Placement::kSharded) return;
   if (!param.full.defined() && !param.full_is_away()) return;

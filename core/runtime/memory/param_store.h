@@ -67,6 +67,8 @@ class ParamStore {
   int64_t drop_reduced(ParamState& param);
   void zero_grad();
 
+  // Throws UserError if a Parameter was given other storage.
+  void check_storage() const;
   // The current stream's next work may change P's owned weights: nobody reads them.
   void before_change(ParamState& param);
   // The optimizer changed P's owned weights: what other ranks own is stale.

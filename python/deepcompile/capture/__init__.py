@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a model's forward to step programs: capture, cut, compile once."""
 
+from deepcompile.capture import cache_folder  # noqa: F401 - before anything of torch._dynamo
 from deepcompile.capture.backend import (
     CaptureBackend,
     make_backend,

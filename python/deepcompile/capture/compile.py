@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ from deepcompile.errors import UserError
 
 LOCK_TIMEOUT_S = 1800.0
 """Longest wait for another process to compile one region."""
+_LONGEST_CAUSE = 300
+"""Characters of a compiler's error."""
 _CACHE_COUNTERS = {
     "disk_hits": "fxgraph_cache_hit",
     "disk_misses": "fxgraph_cache_miss",
@@ -56,6 +59,7 @@ class RegionCompiler:
     """The compiled functions of one backend: ``codes``, indexed by code id."""
 
     def __init__(self, options: CaptureOptions):
+        _check_interpreter()
         _check_options(options)
         self.options = options
         self.codes: list[BoxedCode] = []
@@ -94,8 +98,7 @@ class RegionCompiler:
         before = Counter(counters["inductor"])
         first = _rank() % len(pending) if pending else 0
         with _inductor_settings(self.options):
-            locks = Path(cache_dir()) / "deepcompile-locks"
-            locks.mkdir(parents=True, exist_ok=True)
+            locks = _lock_folder()
             busy = []
             for item in pending[first:] + pending[:first]:
                 lock = filelock.FileLock(str(locks / f"{item.key}.lock"))
@@ -109,6 +112,22 @@ class RegionCompiler:
                     self.codes[item.code] = _inductor(item, fake_mode)
         now = counters["inductor"]
         return {name: now[c] - before[c] for name, c in _CACHE_COUNTERS.items()}
+
+
+def _check_interpreter() -> None:
+    """Dynamo compiles an assert statement to know its bytecode, and fails where Python leaves
+    them out."""
+    try:
+        from torch._dynamo.symbolic_convert import get_assert_bytecode_sequence
+
+        get_assert_bytecode_sequence(False)
+    except (ImportError, TypeError):  # of another torch, which may do without
+        return
+    except StopIteration:
+        raise UserError(
+            "[capture] python -O: torch.compile does not work without assert statements. Start "
+            "Python without -O and unset PYTHONOPTIMIZE, or train without engine.compile()."
+        ) from None
 
 
 def _check_options(options: CaptureOptions) -> None:
@@ -222,9 +241,28 @@ def _inductor(item: _Pending, fake_mode: Any) -> BoxedCode:
                 cpp_wrapper=inductor_config.cpp_wrapper,
             )
     except Exception as error:
-        cause = str(error).strip().splitlines()
         raise UserError(
             f"[capture] {item.region}: Inductor cannot compile it: {type(error).__name__}: "
-            f"{cause[0] if cause else ''}. Set the compile backend to eager to run it uncompiled, "
-            "and report the graph."
+            f'{_cause(error)}. Call engine.compile(backend="eager") to run it uncompiled, and '
+            "report the graph."
         ) from error
+
+
+def _cause(error: Exception) -> str:
+    """An error's first line; with a compiler's own first error, which stands below its command."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    said = next((line for line in lines[1:] if re.search(r"\berror:", line)), None)
+    return lines[0] if said is None else f"{lines[0]}: {said[:_LONGEST_CAUSE]}"
+
+
+def _lock_folder() -> Path:
+    """The folder of the regions' locks, in Inductor's cache."""
+    try:
+        folder = Path(cache_dir()) / "deepcompile-locks"
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"[capture] {error.filename}: Inductor's cache cannot be written ({error.strerror}). "
+            "Set compile.cache_dir or TORCHINDUCTOR_CACHE_DIR to a folder that can be."
+        ) from None
+    return folder

@@ -39,7 +39,7 @@ class Host:
 def read(path: str) -> list[Host]:
     """The hosts of a file, in its order."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows' editors begin with a mark
     except (OSError, UnicodeDecodeError) as error:
         cause = getattr(error, "strerror", None) or error
         raise UserError(f"[launch] {path}: cannot be read ({cause}). Check --hostfile.") from None

@@ -120,9 +120,9 @@ def enable_checkpointing(model: Any) -> None:
 
 
 def pretrained(name_or_path: str | Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
-    """A causal language model with the weights of a Hugging Face name or of a local folder, for
-    initialize() under a launcher: rank 0 loads it into its host's memory, the others build it on
-    the meta device and get their shards from rank 0.
+    """A causal language model in training mode, with the weights of a Hugging Face name or of a
+    local folder, for initialize() under a launcher: rank 0 loads it into its host's memory, the
+    others build it on the meta device and get their shards from rank 0.
 
     ``dtype``: of the parameters; None: the configuration's, or fp32. ``options``: more of
     transformers' from_pretrained (``revision``, ``local_files_only``, ...).
@@ -141,7 +141,7 @@ def pretrained(name_or_path: str | Path, dtype: torch.dtype | None = None, **opt
         with torch.device("meta"):
             return kind.from_config(config, dtype=dtype)
     try:
-        return kind.from_pretrained(name_or_path, config=config, dtype=dtype, **options)
+        return kind.from_pretrained(name_or_path, config=config, dtype=dtype, **options).train()
     except Exception as error:
         raise _not_loaded(name_or_path, error) from error
 
