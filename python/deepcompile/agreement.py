@@ -249,7 +249,8 @@ def warn_of_other_transfers(program: Any, known: Sequence[Any], where: str) -> N
                 f"[planning] {where}: is captured anew, for a batch of no or one element or "
                 "another path, and transfers in another order: "
                 f"{_core.order_difference(theirs, mine)} (before, now). If other ranks do not "
-                "do so in the same step, all wait until compile.timeout_s: give all ranks batches alike.",
+                "do so in the same step, all wait until compile.timeout_s: give all ranks "
+                "batches alike.",
                 stacklevel=2,
             )
             return
