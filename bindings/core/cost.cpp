@@ -113,7 +113,7 @@ template <Fraction kept>
 void set_beside(CostTable& table, std::optional<double> value) {
   if (value && !is_fraction(*value)) {
     throw UserError(
-        "[cost] cost table: to_device_beside and to_host_beside must be above 0, and at most 1 "
+        "[cost] cost table: to_device_beside and to_host_beside must be from 0.01 to 1 "
         "(directions do not disturb each other).");
   }
   table.*kept = value;

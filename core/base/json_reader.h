@@ -18,8 +18,9 @@
 
 namespace deepcompile {
 
-// Parses `text`, or throws UserError with line and column. `where` opens every
-// message: stage and document, as in "[cost] machine.json".
+// Parses `text`, or throws UserError with line and column: also for a key that an object has
+// twice, a number too large for a double, and too deep a text. `where` opens every message: stage
+// and document, as in "[cost] machine.json".
 nlohmann::json parse_json(std::string_view text, const std::string& where);
 
 class JsonReader {

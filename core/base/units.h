@@ -59,6 +59,13 @@ constexpr Nanos operator*(Nanos a, int64_t n) {
   return {a.value * n};
 }
 
+// The most that one thing may be or take, and a program in all. What is read is checked, so that
+// sums and products of these stay numbers.
+inline constexpr int64_t kMostOfOne = int64_t{1} << 48;  // bytes or elements
+inline constexpr int64_t kMostInAll = int64_t{1} << 52;
+inline constexpr Nanos kLongestTime{86'400'000'000'000};  // a day
+inline constexpr Nanos kLongestStep{int64_t{1} << 58};    // nine years
+
 // Text forms, exact and shortest: "410MiB", "1536B", "3ms", "1500us", "7ns".
 // The unit is the largest that divides the value, so parse(print(x)) == x.
 std::string to_string(Bytes bytes);

@@ -13,11 +13,8 @@ namespace {
 
 constexpr double kNanosPerSecond = 1e9;
 
-// Some thirty years, which a machine of no speed at all takes for anything.
-constexpr double kLongest = 1e18;
-
 Nanos from_seconds(double seconds) {
-  if (!(seconds * kNanosPerSecond < kLongest)) {
+  if (!(seconds * kNanosPerSecond < static_cast<double>(kLongestTime.value))) {
     throw UserError("[cost] something takes " + std::to_string(seconds) +
                     " s by the machine's figures. Correct its bandwidths and rates.");
   }

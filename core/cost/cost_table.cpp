@@ -21,8 +21,8 @@ Curve read_curve(const JsonReader& reader, const std::string& what) {
   for (const JsonReader& point : reader.elements()) {
     const std::vector<JsonReader> numbers = point.elements();
     if (numbers.size() != 2) point.fail("must be [bytes, nanoseconds].");
-    points.emplace_back(Bytes{numbers[0].integer(0, INT64_MAX)},
-                        Nanos{numbers[1].integer(0, INT64_MAX)});
+    points.emplace_back(Bytes{numbers[0].integer(0, kMostInAll)},
+                        Nanos{numbers[1].integer(0, kLongestTime.value)});
   }
   return Curve(std::move(points), what);
 }
@@ -32,7 +32,7 @@ std::optional<double> read_beside(const JsonReader& root, const std::string& key
   if (!beside) return std::nullopt;
   const double kept = beside->number();
   if (!is_fraction(kept)) {
-    beside->fail("must be above 0, and at most 1 (directions do not disturb each other).");
+    beside->fail("must be from 0.01 to 1 (directions do not disturb each other).");
   }
   return kept;
 }
@@ -41,7 +41,8 @@ Nanos along(const Curve::Point& from, const Curve::Point& to, Bytes bytes) {
   const double size = static_cast<double>((to.first - from.first).value);
   const double share = static_cast<double>((bytes - from.first).value) / size;
   const double rise = static_cast<double>((to.second - from.second).value);
-  return from.second + Nanos{std::llround(rise * share)};
+  const double most = static_cast<double>(kLongestTime.value);
+  return from.second + Nanos{std::llround(std::clamp(rise * share, -most, most))};
 }
 
 }  // namespace
@@ -52,6 +53,10 @@ Curve::Curve(std::vector<Point> points, const std::string& what) : points_(std::
     if (bytes < Bytes{0} || time < Nanos{0}) {
       throw UserError(what + ": point " + std::to_string(i) +
                       " has a negative number. Sizes and times are 0 or more.");
+    }
+    if (bytes.value > kMostInAll || time > kLongestTime) {
+      throw UserError(what + ": point " + std::to_string(i) +
+                      " is of more than 4 PiB, or takes more than a day. Correct it.");
     }
     if (i > 0 && bytes <= points_[i - 1].first) {
       throw UserError(what + ": point " + std::to_string(i) + " is of " +
@@ -70,6 +75,7 @@ Nanos Curve::at(Bytes bytes) const {
                        [](const Point& point, Bytes wanted) { return point.first < wanted; });
   if (above != points_.end()) return along(*(above - 1), *above, bytes);
   const Point from = points_.size() > 1 ? points_[points_.size() - 2] : Point{};
+  if (from.first == points_.back().first) return points_.back().second;  // one, of 0 bytes
   return std::max(points_.back().second, along(from, points_.back(), bytes));
 }
 
@@ -131,7 +137,7 @@ CostTable parse_cost_table(std::string_view json, const std::string& where) {
   table.to_device_beside = read_beside(root, "to_device_beside");
   table.to_host_beside = read_beside(root, "to_host_beside");
   if (const auto overhead = root.find("run_overhead_ns")) {
-    table.run_overhead = Nanos{overhead->integer(0, INT64_MAX)};
+    table.run_overhead = Nanos{overhead->integer(0, kLongestTime.value)};
   }
   if (const auto overheads = root.find("section_overhead_ns")) {
     for (const std::string& name : overheads->keys()) {
@@ -140,7 +146,7 @@ CostTable parse_cost_table(std::string_view json, const std::string& where) {
         overheads->fail("has no kind of section \"" + name +
                         "\". Known: forward, backward, inference, update.");
       }
-      table.overhead(*kind) = Nanos{overheads->at(name).integer(0, INT64_MAX)};
+      table.overhead(*kind) = Nanos{overheads->at(name).integer(0, kLongestTime.value)};
     }
   }
   return table;

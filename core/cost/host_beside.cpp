@@ -6,13 +6,11 @@
 namespace deepcompile {
 namespace {
 
-constexpr double kLeast = 0.01;  // what times that contradict each other come to
-
 // Both were busy for `both`; what was left then went at the direction's own speed.
 double fraction(Nanos alone, Nanos together, Nanos both) {
   if (both.value <= 0) return 1;
   const double done = static_cast<double>((alone - (together - both)).value);
-  return std::clamp(done / static_cast<double>(both.value), kLeast, 1.0);
+  return std::clamp(done / static_cast<double>(both.value), kLeastBeside, 1.0);
 }
 
 }  // namespace

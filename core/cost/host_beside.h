@@ -8,7 +8,7 @@
 namespace deepcompile {
 
 // The fraction of its own speed that a direction keeps while the other one is
-// busy, in (0, 1]; 1: it is not disturbed.
+// busy, from kLeastBeside to 1; 1: it is not disturbed.
 struct HostBeside {
   double to_device = 1;
   double to_host = 1;
@@ -16,8 +16,11 @@ struct HostBeside {
   bool operator==(const HostBeside&) const = default;
 };
 
+// What times that contradict each other come to.
+inline constexpr double kLeastBeside = 0.01;
+
 inline bool is_fraction(double value) {
-  return value > 0 && value <= 1;
+  return value >= kLeastBeside && value <= 1;
 }
 
 // How long some copies took in each direction.

@@ -18,6 +18,12 @@ double fraction(const JsonReader& reader, const std::string& of = "the peak") {
   return value;
 }
 
+double beside(const JsonReader& reader) {
+  const double value = fraction(reader, "the direction's own speed");
+  if (!is_fraction(value)) reader.fail("must be at least 0.01: measure it, or leave it out.");
+  return value;
+}
+
 Nanos overhead(const JsonReader& reader) {
   return {reader.integer(0, kMostNanos)};
 }
@@ -39,7 +45,7 @@ Device read_device(const JsonReader& reader) {
   device.compute_efficiency = fraction(reader.at("compute_efficiency"));
   device.memory_bandwidth = reader.at("memory_bandwidth").positive();
   device.memory_efficiency = fraction(reader.at("memory_efficiency"));
-  device.memory = {reader.at("memory_bytes").integer(1, INT64_MAX)};
+  device.memory = {reader.at("memory_bytes").integer(1, kMostInAll)};
   device.launch_overhead = overhead(reader.at("launch_overhead_ns"));
   return device;
 }
@@ -63,11 +69,8 @@ HostLink read_host(const JsonReader& reader) {
   HostLink host;
   host.to_device_bandwidth = reader.at("to_device_bandwidth").positive();
   host.to_host_bandwidth = reader.at("to_host_bandwidth").positive();
-  const std::string own = "the direction's own speed";
-  if (const auto kept = reader.find("to_device_beside")) {
-    host.beside.to_device = fraction(*kept, own);
-  }
-  if (const auto kept = reader.find("to_host_beside")) host.beside.to_host = fraction(*kept, own);
+  if (const auto kept = reader.find("to_device_beside")) host.beside.to_device = beside(*kept);
+  if (const auto kept = reader.find("to_host_beside")) host.beside.to_host = beside(*kept);
   return host;
 }
 

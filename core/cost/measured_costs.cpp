@@ -1,10 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cost/measured_costs.h"
 
+#include <algorithm>
+#include <utility>
+#include <vector>
+
 #include "analysis/footprint.h"
 #include "base/error.h"
 
 namespace deepcompile {
+
+MeasuredCosts::MeasuredCosts(Machine machine, CostTable table)
+    : MachineCosts(std::move(machine)), table_(std::move(table)) {
+  std::vector<Nanos> overheads = {table_.run_overhead.value_or(Nanos{})};
+  for (const auto& each : table_.section_overhead) overheads.push_back(each.value_or(Nanos{}));
+  for (const Nanos each : overheads) {
+    if (each >= Nanos{} && each <= kLongestTime) continue;
+    throw UserError("[cost] cost table: an overhead is " + std::to_string(each.value) +
+                    " ns. Give one from 0 to " + std::to_string(kLongestTime.value) + ".");
+  }
+}
 
 void MeasuredCosts::check(const StepProgram& program) const {
   if (program.world == table_.world) return;
@@ -108,7 +123,9 @@ std::optional<Nanos> MeasuredCosts::values_time(CurveKind kind, const StepProgra
                                                 const Instr& instr) const {
   if (table_.curve(kind).empty()) return std::nullopt;
   Nanos time;
-  for (ValueId id : instr.values) time += table_.curve(kind).at(program.value(id).bytes);
+  for (ValueId id : instr.values) {
+    time = std::min(kLongestStep, time + table_.curve(kind).at(program.value(id).bytes));
+  }
   return time;
 }
 

@@ -13,9 +13,8 @@ namespace deepcompile {
 
 class MeasuredCosts final : public MachineCosts {
  public:
-  // Keeps its own copies.
-  MeasuredCosts(Machine machine, CostTable table)
-      : MachineCosts(std::move(machine)), table_(std::move(table)) {}
+  // Keeps its own copies. Throws UserError for an overhead that nothing has.
+  MeasuredCosts(Machine machine, CostTable table);
 
   // All throw UserError if the program is for other than the table's ranks.
   Nanos duration(const StepProgram& program, const Instr& instr) const override;

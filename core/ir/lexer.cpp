@@ -44,6 +44,11 @@ std::string show_char(char c) {
   return std::string("byte 0x") + kHex[byte >> 4] + kHex[byte & 15];
 }
 
+// A byte that is not a character of its own is not shown as one.
+std::string show_escape(char c) {
+  return c > 0x20 && c < 0x7f ? std::string("\\") + c : "of " + show_char(c);
+}
+
 }  // namespace
 
 bool is_word_start(char c) {
@@ -126,7 +131,7 @@ std::string unescape(const Token& token, const TextPlace& place) {
         break;
       default:
         fail_at({place.source, place.line, token.column + static_cast<int>(i)},
-                "unknown escape \\" + std::string(1, c) + ". Use one of \\\" \\\\ \\n \\r \\t.");
+                "unknown escape " + show_escape(c) + ". Use one of \\\" \\\\ \\n \\r \\t.");
     }
   }
   return out;

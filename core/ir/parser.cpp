@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/lists.h"
 #include "ir/lexer.h"
 #include "ir/text.h"
 
@@ -13,8 +14,14 @@ namespace {
 constexpr std::string_view kStage = "[ir] ";
 constexpr const char* kStatements =
     "step, param, value, region, forward, backward, inference, update, because";
-constexpr const char* kInstructions =
-    "gather, wait, release, run, reduce, accumulate, norm, update, end";
+
+std::string instruction_names() {
+  std::string out;
+  for (int i = 0; i < kOpCount; ++i) {
+    out.append(traits(static_cast<Op>(i)).name).append(", ");
+  }
+  return out + "end";
+}
 
 class Parser {
  public:
@@ -60,6 +67,7 @@ class Parser {
     tokenize(line, place_, &tokens_);
     place_.column = tokens_.back().column;
     at_ = 0;
+    said_.clear();
     return true;
   }
 
@@ -130,6 +138,14 @@ class Parser {
       }
       fail(token, std::string(message));
     }
+  }
+
+  // This line says `what`; it may do so once.
+  void say(const Token& token, std::string_view what) {
+    if (contains(said_, what)) {
+      fail(token, "a second " + std::string(what) + " in this line. Keep one of them.");
+    }
+    said_.push_back(what);
   }
 
   // --- operands -------------------------------------------------------------
@@ -231,6 +247,7 @@ class Parser {
     program_.name = word_or_string("the step's name");
     while (!at(TokenKind::kEnd)) {
       const Token key = expect_word("a header word");
+      say(key, key.text);
       if (key.text == "clip" || key.text == "boundary") {
         (key.text == "clip" ? program_.clip : program_.boundary) = true;
         continue;
@@ -248,6 +265,10 @@ class Parser {
       }
       const int64_t count = small_number(setting);
       if (count < 1) fail(setting, std::string(key.text) + " is 0. Give at least 1.");
+      if (key.text == "accumulation" && count > kMostAccumulation) {
+        fail(setting, "accumulation is " + std::string(setting.text) + ". Give at most " +
+                          std::to_string(kMostAccumulation) + ".");
+      }
       (key.text == "world" ? program_.world : program_.accumulation) = count;
     }
   }
@@ -269,8 +290,10 @@ class Parser {
     while (at(TokenKind::kWord)) {
       const Token word = take();
       if (const auto placement = parse_placement(word.text)) {
+        say(word, "placement");
         param.placement = *placement;
       } else if (word.text == "frozen") {
+        say(word, word.text);
         param.trainable = false;
       } else {
         fail(word, "unknown word '" + std::string(word.text) +
@@ -302,6 +325,7 @@ class Parser {
         fail(key, "unknown word '" + std::string(key.text) +
                       "' for a value. Use grad=, or rows= and row=.");
       }
+      say(key, key.text);
       expect(TokenKind::kEquals, "'='");
       if (row) {
         value.rows_of->row = number(expect_word("the elements of a row"));
@@ -327,6 +351,7 @@ class Parser {
 
   void region_attribute(Region* region) {
     const Token key = take();
+    say(key, key.text);
     if (key.text == "once" || key.text == "checkpoint") {
       (key.text == "once" ? region->once : region->checkpoint) = true;
       return;
@@ -386,7 +411,7 @@ class Parser {
     const auto op = parse_op(first.text);
     if (!op) {
       fail(first, "unknown instruction '" + std::string(first.text) + "' in " +
-                      section_name(*section_) + ". Use one of " + kInstructions + ".");
+                      section_name(*section_) + ". Use one of " + instruction_names() + ".");
     }
     // `update` followed by no operand is the section's word: the `end` before it is missing.
     if (*op == Op::kUpdate && at(TokenKind::kEnd)) {
@@ -412,6 +437,7 @@ class Parser {
   TextPlace place_;        // the current line; its column is the line's end
   std::vector<Token> tokens_;
   size_t at_ = 0;
+  std::vector<std::string_view> said_;  // by the current line
   StepProgram program_;
   bool has_header_ = false;
   Section* section_ = nullptr;

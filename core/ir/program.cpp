@@ -21,14 +21,13 @@ void check_name(std::string_view what, const std::string& name) {
                   "digit or _.");
 }
 
-// So that products of them stay numbers: elements of 8 bytes, on 4096 ranks.
-constexpr int64_t kMost = int64_t{1} << 48;
+constexpr int64_t kMostFlops = int64_t{1} << 60;
 
 void check_not_too_many(std::string_view what, const std::string& name, std::string_view field,
-                        int64_t number) {
-  if (number <= kMost) return;
+                        int64_t number, int64_t most = kMostOfOne) {
+  if (number <= most) return;
   throw UserError(quoted(what, name) + std::string(field) + " is " + std::to_string(number) +
-                  ", and " + std::to_string(kMost) + " is the most there can be.");
+                  ", and " + std::to_string(most) + " is the most there can be.");
 }
 
 void check_not_negative(std::string_view what, const std::string& name, std::string_view field,
@@ -136,7 +135,7 @@ ValueId StepProgram::add_value(Value value) {
   check_not_too_many("value", value.name, "size in bytes", value.bytes.value);
   if (value.grad_of) check_param_ref("value", value.name, *value.grad_of);
   const std::optional<RowsOf> rows = value.rows_of;
-  if (rows) check_rows(value.name, *rows);
+  if (rows) check_rows(value.name, value.bytes, *rows);
   const ValueId id{static_cast<uint32_t>(values.size())};
   operands_.emplace(value.name, id);
   values.push_back(std::move(value));
@@ -144,7 +143,7 @@ ValueId StepProgram::add_value(Value value) {
   return id;
 }
 
-void StepProgram::check_rows(const std::string& name, RowsOf rows) const {
+void StepProgram::check_rows(const std::string& name, Bytes numbers, RowsOf rows) const {
   check_param_ref("value", name, {rows.param, 0});
   const Param& owner = param(rows.param);
   const auto fail = [&](const std::string& why) {
@@ -162,11 +161,21 @@ void StepProgram::check_rows(const std::string& name, RowsOf rows) const {
     fail("whose rows have " + std::to_string(row) + " elements for another value and " +
          std::to_string(rows.row) + " for this one. Correct one of them.");
   }
+  if (!can_exchange(numbers, rows)) {
+    fail("which are more elements on " + std::to_string(world) + " ranks than the " +
+         std::to_string(kMostOfOne) + " there can be. Correct the value's size, or the row.");
+  }
+}
+
+bool StepProgram::can_exchange(Bytes numbers, RowsOf rows) const {
+  int64_t all = 0;
+  return !__builtin_mul_overflow(numbers.value / kRowNumberBytes, rows.row, &all) &&
+         !__builtin_mul_overflow(all, world, &all) && all <= kMostOfOne;
 }
 
 void StepProgram::read_rows(ValueId id, RowsOf rows) {
   Value& ids = values.at(index(id));
-  check_rows(ids.name, rows);
+  check_rows(ids.name, ids.bytes, rows);
   ids.rows_of = rows;
   RowsRead& read = rows_[index(rows.param)];
   // An empty batch reads none, and still takes part in the exchange.
@@ -201,8 +210,13 @@ RegionId StepProgram::add_region(Region region) {
   check_not_negative("region", region.name, "workspace", region.workspace.value);
   check_not_too_many("region", region.name, "workspace", region.workspace.value);
   check_not_negative("region", region.name, "moved", region.moved.value);
+  check_not_too_many("region", region.name, "moved", region.moved.value, kMostInAll);
   check_not_negative("region", region.name, "flops", region.flops);
-  if (region.time) check_not_negative("region", region.name, "time", region.time->value);
+  check_not_too_many("region", region.name, "flops", region.flops, kMostFlops);
+  if (region.time) {
+    check_not_negative("region", region.name, "time", region.time->value);
+    check_not_too_many("region", region.name, "time in ns", region.time->value, kLongestTime.value);
+  }
   const auto check_value = [&](ValueId id) {
     if (index(id) < values.size()) return;
     throw UserError(quoted("region", region.name) + "names value " + std::to_string(index(id)) +

@@ -91,6 +91,9 @@ struct Reason {
   std::string text;
 };
 
+// More would take too long to simulate.
+inline constexpr int64_t kMostAccumulation = 65536;
+
 class StepProgram {
  public:
   std::string name = "step";
@@ -135,6 +138,10 @@ class StepProgram {
   // each time; 0 if every graph exchanges all of P.
   int64_t rows_read(ParamId id) const { return rows_[index(id)].count; }
 
+  // Whether all ranks' rows, by a value of so many bytes on each, are no more elements than there
+  // can be.
+  bool can_exchange(Bytes numbers, RowsOf rows) const;
+
   // Position in `sections` of one graph's section; the update's graph is 0.
   std::optional<SectionId> find_section(SectionKind kind, uint32_t graph) const;
 
@@ -164,7 +171,7 @@ class StepProgram {
 
   void check_operand_name(std::string_view what, const std::string& name) const;
   void check_param_ref(std::string_view what, const std::string& name, ParamRef ref) const;
-  void check_rows(const std::string& name, RowsOf rows) const;
+  void check_rows(const std::string& name, Bytes numbers, RowsOf rows) const;
   int64_t exchanged(ParamId id) const;  // elements of a whole
 
   NameMap<TableEntry> operands_;

@@ -5,7 +5,8 @@
 // Structure (any program): ids in range; operands as the instruction's traits
 // say; at most one section of a kind and graph, a backward after its forward,
 // the update last; every region run, in one graph only; every value made
-// before it is used, and by one region only; gradients made in backwards.
+// before it is used, and by one region only; gradients made in backwards; no region run again
+// behind one that may have written to an input of it.
 //
 // Plan (a program that passes have completed): structure, and
 //   - each use of a sharded parameter follows a wait, which follows a gather,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Where saved activations and optimizer states are: on the device, on the
 // host, or on their way.
-#include <algorithm>
+#include <unordered_map>
 
 #include "ir/verifier.h"
 #include "ir/verifier_error.h"
@@ -15,7 +15,15 @@ enum class Home : uint8_t { kUnknown, kDevice, kLeaving, kHost, kComing };
 class ResidencyVerifier {
  public:
   explicit ResidencyVerifier(const StepProgram& program)
-      : program_(program), values_(program.values.size(), Home::kDevice) {}
+      : program_(program),
+        values_(program.values.size(), Home::kDevice),
+        callers_(program.values.size(), false) {
+    for (const Section& section : program.sections) {
+      for (const auto* ids : {&section.inputs, &section.outputs}) {
+        for (ValueId id : *ids) callers_[index(id)] = true;
+      }
+    }
+  }
 
   void verify() {
     for (const Section& section : program_.sections) {
@@ -51,6 +59,7 @@ class ResidencyVerifier {
         if (instr.values.empty()) fail("names no value. List what moves.");
         for (ValueId id : instr.values) {
           if (instr.op == Op::kOffload) own(id);
+          if (traits(instr.op).resource != Resource::kNone) moved_[section_->graph].push_back(id);
           move(&values_[index(id)], instr.op, name(id), "");
         }
         return;
@@ -95,13 +104,8 @@ class ResidencyVerifier {
 
   // What the caller holds too keeps its memory whatever a plan does.
   void own(ValueId id) const {
-    for (const Section& each : program_.sections) {
-      const auto has = [&](const std::vector<ValueId>& ids) {
-        return std::find(ids.begin(), ids.end(), id) != ids.end();
-      };
-      if (!has(each.inputs) && !has(each.outputs)) continue;
-      fail(name(id) + " is the caller's too, so its memory would not be given back. Remove it.");
-    }
+    if (!callers_[index(id)]) return;
+    fail(name(id) + " is the caller's too, so its memory would not be given back. Remove it.");
   }
 
   void here(ValueId id, const char* why) const {
@@ -133,36 +137,26 @@ class ResidencyVerifier {
   }
 
   // Nothing of a graph may be on its way when its last section is over.
-  void end() const {
+  void end() {
     const bool more = section_->kind == SectionKind::kForward &&
                       program_.find_section(SectionKind::kBackward, section_->graph);
-    if (more) return;
-    for (size_t i = 0; i < values_.size(); ++i) {
-      if (values_[i] != Home::kLeaving && values_[i] != Home::kComing) continue;
-      const bool leaving = values_[i] == Home::kLeaving;
-      if (!belongs(ValueId{static_cast<uint32_t>(i)})) continue;
-      fail("the copy of " + program_.values[i].name + " is never waited for. Put `" +
-           (leaving ? "evict (" : "await (") + program_.values[i].name + ")` before the end.");
+    if (more || section_->kind == SectionKind::kUpdate) return;
+    for (ValueId id : moved_[section_->graph]) {
+      const Home home = values_[index(id)];
+      if (home != Home::kLeaving && home != Home::kComing) continue;
+      fail("the copy of " + name(id) + " is never waited for. Put `" +
+           (home == Home::kLeaving ? "evict (" : "await (") + name(id) + ")` before the end.");
     }
-  }
-
-  // Whether this section's graph moves the value.
-  bool belongs(ValueId id) const {
-    return std::any_of(
-        program_.sections.begin(), program_.sections.end(), [&](const Section& each) {
-          if (each.graph != section_->graph || each.kind == SectionKind::kUpdate) return false;
-          return std::any_of(each.instrs.begin(), each.instrs.end(), [&](const Instr& instr) {
-            return traits(instr.op).takes_values && instr.op != Op::kReduce &&
-                   std::find(instr.values.begin(), instr.values.end(), id) != instr.values.end();
-          });
-        });
+    moved_.erase(section_->graph);
   }
 
   const StepProgram& program_;
   const Section* section_ = nullptr;
   size_t at_ = 0;
-  std::vector<Home> values_;  // over the step: a graph's values are its sections' own
-  std::vector<Home> states_;  // in this section
+  std::vector<Home> values_;   // over the step: a graph's values are its sections' own
+  std::vector<Home> states_;   // in this section
+  std::vector<bool> callers_;  // by value: an input or output of a section
+  std::unordered_map<uint32_t, std::vector<ValueId>> moved_;  // by graph: copied either way
 };
 
 }  // namespace

@@ -15,6 +15,10 @@ namespace {
 void check_numbers(const StepProgram& program, ValueId id) {
   const Value& value = program.value(id);
   const std::string& param = program.param(value.rows_of->param).name;
+  if (!program.can_exchange(value.bytes, *value.rows_of)) {
+    fail_program(program, "value " + value.name + " numbers more rows of " + param + " than " +
+                              std::to_string(program.world) + " ranks can exchange. Correct it.");
+  }
   int forwards = 0;
   for (const Section& section : program.sections) {
     if (section.kind != SectionKind::kForward || !contains(section.inputs, id)) continue;

@@ -10,7 +10,10 @@ namespace {
 class StructureVerifier {
  public:
   explicit StructureVerifier(const StepProgram& program)
-      : program_(program), made_(program.values.size()), ran_(program.regions.size()) {}
+      : program_(program),
+        made_(program.values.size()),
+        written_(program.values.size()),
+        ran_(program.regions.size()) {}
 
   void verify() {
     tables();
@@ -32,6 +35,12 @@ class StructureVerifier {
   struct Ran {
     int64_t section = -1;  // the last that ran it
     uint32_t graph = 0;
+    size_t place = 0;  // of its first run, among all runs
+  };
+  // By whom an input of its graph may have been written to last.
+  struct Written {
+    size_t place = 0;
+    std::optional<RegionId> by;
   };
 
   [[noreturn]] void fail(const std::string& message) const { fail_program(program_, message); }
@@ -40,6 +49,10 @@ class StructureVerifier {
     if (program_.world < 1 || program_.accumulation < 1) {
       fail("world is " + std::to_string(program_.world) + " and accumulation " +
            std::to_string(program_.accumulation) + ". Both are at least 1.");
+    }
+    if (program_.accumulation > kMostAccumulation) {
+      fail("accumulation is " + std::to_string(program_.accumulation) + ". Give at most " +
+           std::to_string(kMostAccumulation) + ".");
     }
     for (size_t i = 0; i < program_.params.size(); ++i) {
       const Param& each = program_.params[i];
@@ -52,6 +65,29 @@ class StructureVerifier {
     }
     for (size_t i = 0; i < program_.values.size(); ++i) value_entry(i);
     for (size_t i = 0; i < program_.regions.size(); ++i) region_entry(i);
+    sums();
+  }
+
+  // Of sizes and times, so that whoever adds them up gets numbers.
+  void sums() const {
+    int64_t elements = 0, bytes = 0;
+    Nanos time;
+    for (const Param& each : program_.params) add("elements of parameters", each.numel, &elements);
+    for (const Value& each : program_.values) add("bytes of values", each.bytes.value, &bytes);
+    for (const Region& each : program_.regions) {
+      add("bytes of values and workspaces", each.workspace.value, &bytes);
+      if (!each.time) continue;
+      time += std::min(*each.time, kLongestStep);
+      if (time.value <= kLongestStep.value / program_.accumulation) continue;
+      fail("its regions take more than nine years a step. Correct their times.");
+    }
+  }
+
+  void add(const char* what, int64_t number, int64_t* sum) const {
+    *sum += std::min(number, kMostInAll);
+    if (*sum <= kMostInAll) return;
+    fail("has more " + std::string(what) + " than the " + std::to_string(kMostInAll) +
+         " there can be. Correct their sizes.");
   }
 
   [[noreturn]] void fail_unregistered(const char* what, const std::string& name) const {
@@ -253,9 +289,20 @@ class StructureVerifier {
                  "ran before, and draws random numbers or writes to its inputs: again would not "
                  "be the same. Keep its outputs.");
     }
-    ran = {static_cast<int64_t>(section_at), section.graph};
+    ++runs_;
+    ran = {static_cast<int64_t>(section_at), section.graph, ran.section < 0 ? runs_ : ran.place};
     for (const Operand& operand : region.inputs) {
-      if (const auto* value = std::get_if<ValueId>(&operand)) use(section, at, *value);
+      const auto* value = std::get_if<ValueId>(&operand);
+      if (value == nullptr) continue;
+      use(section, at, *value);
+      Written& written = written_[index(*value)];
+      if (written.by && ran.place < written.place) {
+        fail_instr(program_, section, at,
+                   "ran before `run " + program_.region(*written.by).name +
+                       "`, which may write to " + program_.value(*value).name +
+                       ": again would not be the same. Keep its outputs.");
+      }
+      if (region.once && !made_[index(*value)].region) written = {runs_, id};
     }
     for (ValueId out : region.outputs) make(section_at, at, id, out);
   }
@@ -301,8 +348,10 @@ class StructureVerifier {
   }
 
   const StepProgram& program_;
-  std::vector<Made> made_;
-  std::vector<Ran> ran_;
+  std::vector<Made> made_;        // by value
+  std::vector<Written> written_;  // by value
+  std::vector<Ran> ran_;          // by region
+  size_t runs_ = 0;               // so far
 };
 
 }  // namespace

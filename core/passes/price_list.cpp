@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "passes/price_list.h"
 
-#include <limits>
+#include <algorithm>
 
 #include "base/error.h"
 #include "base/json_reader.h"
@@ -9,11 +9,10 @@
 namespace deepcompile {
 namespace {
 
-constexpr int64_t kLongest = std::numeric_limits<int64_t>::max();
-
 std::vector<int64_t> integers(const JsonReader& node) {
   std::vector<int64_t> result;
-  for (const JsonReader& each : node.elements()) result.push_back(each.integer(0, kLongest));
+  for (const JsonReader& each : node.elements())
+    result.push_back(each.integer(0, kLongestStep.value));
   return result;
 }
 
@@ -111,7 +110,9 @@ Nanos PriceList::duration(const StepProgram&, const Instr& instr) const {
   if (instr.param) return Nanos{price(params_[op], index(*instr.param))};
   if (!traits(instr.op).takes_values) return Nanos{alone_[op]};
   int64_t sum = 0;
-  for (ValueId id : instr.values) sum += price(values_[op], index(id));
+  for (ValueId id : instr.values) {
+    sum = std::min(kLongestStep.value, sum + price(values_[op], index(id)));
+  }
   return Nanos{sum};
 }
 

@@ -6,6 +6,7 @@
 
 #include "base/lists.h"
 #include "passes/region_blocks.h"
+#include "passes/run_order.h"
 #include "passes/section_edit.h"
 
 namespace deepcompile {
@@ -53,17 +54,10 @@ RecomputableGraph read_graph(const StepProgram& program, size_t forward, size_t 
 }
 
 // What the backward runs again already stays as it is, and so does what may
-// not run twice. A section input that a `once` region reads may be written to
-// there (a buffer), so what else reads it would not read the same again.
+// not run twice. What reads an input that a `once` region of either section may
+// write to would not read the same again.
 void find_allowed(const StepProgram& program, RecomputableGraph* graph) {
-  std::vector<bool> written(program.values.size(), false);
-  for (RegionId id : graph->runs) {
-    if (!program.region(id).once) continue;
-    for (const Operand& operand : program.region(id).inputs) {
-      const auto* value = std::get_if<ValueId>(&operand);
-      if (value && graph->values[index(*value)].maker == kNever) written[index(*value)] = true;
-    }
-  }
+  const auto writers = input_writers(program);
   std::vector<bool> ran(program.regions.size(), false);
   for (const Instr& instr : program.sections[graph->backward].instrs) {
     if (instr.region) ran[index(*instr.region)] = true;
@@ -73,7 +67,7 @@ void find_allowed(const StepProgram& program, RecomputableGraph* graph) {
     const bool safe =
         std::none_of(region.inputs.begin(), region.inputs.end(), [&](const Operand& operand) {
           const auto* value = std::get_if<ValueId>(&operand);
-          return value != nullptr && written[index(*value)];
+          return value != nullptr && !writers[index(*value)].empty();
         });
     graph->allowed.push_back(safe && !region.once && !ran[index(id)]);
   }

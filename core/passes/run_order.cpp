@@ -21,24 +21,24 @@ std::vector<size_t> first_runs(const SectionInstrs& sections, size_t regions) {
   return out;
 }
 
-// By value that no region makes: the `once` regions that read it, and may write to it.
-std::vector<std::vector<RegionId>> writers(const StepProgram& program,
-                                           const std::vector<RegionId>& once) {
+}  // namespace
+
+std::vector<std::vector<RegionId>> input_writers(const StepProgram& program) {
   std::vector<bool> made(program.values.size(), false);
   for (const Region& region : program.regions) {
     for (ValueId id : region.outputs) made[index(id)] = true;
   }
   std::vector<std::vector<RegionId>> out(program.values.size());
-  for (RegionId id : once) {
-    for (const Operand& operand : program.region(id).inputs) {
+  for (size_t i = 0; i < program.regions.size(); ++i) {
+    if (!program.regions[i].once) continue;
+    for (const Operand& operand : program.regions[i].inputs) {
       const auto* value = std::get_if<ValueId>(&operand);
-      if (value != nullptr && !made[index(*value)]) out[index(*value)].push_back(id);
+      if (value == nullptr || made[index(*value)]) continue;
+      out[index(*value)].push_back(RegionId{static_cast<uint32_t>(i)});
     }
   }
   return out;
 }
-
-}  // namespace
 
 std::optional<std::string> moved_run(const SectionInstrs& before, const SectionInstrs& now,
                                      const StepProgram& program) {
@@ -60,7 +60,7 @@ std::optional<std::string> moved_run(const SectionInstrs& before, const SectionI
   for (size_t i = 1; i < once.size(); ++i) {
     if (is[index(once[i - 1])] > is[index(once[i])]) return said(once[i - 1], once[i]);
   }
-  const auto written_by = writers(program, once);
+  const auto writers = input_writers(program);
   size_t at = 0;
   for (const std::vector<Instr>& instrs : now) {
     for (const Instr& instr : instrs) {
@@ -69,7 +69,7 @@ std::optional<std::string> moved_run(const SectionInstrs& before, const SectionI
       for (const Operand& operand : program.region(*instr.region).inputs) {
         const auto* value = std::get_if<ValueId>(&operand);
         if (value == nullptr) continue;
-        for (RegionId other : written_by[index(*value)]) {
+        for (RegionId other : writers[index(*value)]) {
           const bool before_it = place < is[index(other)];
           if (other != *instr.region && earlier(*instr.region, other) != before_it) {
             return said(*instr.region, other);

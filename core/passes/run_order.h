@@ -6,11 +6,16 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "ir/program.h"
 #include "passes/section_edit.h"
 
 namespace deepcompile {
+
+// By value that is an input of its graph: the `once` regions that read it, forward or backward,
+// and may write to it.
+std::vector<std::vector<RegionId>> input_writers(const StepProgram& program);
 
 // What is wrong with `program`, whose instructions were `before` and are `now`, in words.
 std::optional<std::string> moved_run(const SectionInstrs& before, const SectionInstrs& now,

@@ -100,7 +100,7 @@ class PlanParser {
     }
     plan_.name = root.at("name").string();
     plan_.world = root.at("world").integer(1, INT64_MAX);
-    plan_.accumulation = root.at("accumulation").integer(1, INT64_MAX);
+    plan_.accumulation = root.at("accumulation").integer(1, kMostAccumulation);
     plan_.clip = root.at("clip").boolean();
     plan_.boundary = root.at("boundary").boolean();
     if (!parse_dtype(root.at("reduce_dtype").string(), &plan_.reduce_dtype)) {

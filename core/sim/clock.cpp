@@ -23,9 +23,17 @@ Clock::Backlog Clock::backlog() const {
   return {from_now(link_free()), from_now(out), from_now(in)};
 }
 
+void Clock::idle(Nanos duration) {
+  check_duration(duration);
+  check_time(now_);
+  now_ += duration;
+}
+
 Clock::Ticket Clock::transfer(Resource queue, Nanos duration) {
   if (queue != Resource::kLink) return {queue, host_.issue(queue, now_, duration)};
   const Nanos start = std::max(now_, link_free());
+  check_duration(duration);
+  check_time(start + duration);
   link_.push_back({start, start + duration});
   return {queue, static_cast<uint32_t>(link_.size() - 1)};
 }
@@ -45,6 +53,8 @@ Span Clock::span(const Ticket& ticket) const {
 }
 
 Span Clock::kernel(Nanos duration) {
+  check_duration(duration);
+  check_time(now_);
   const Nanos start = now_;
   double left = static_cast<double>(duration.value);
   while (left > 0) {

@@ -43,7 +43,7 @@ class Clock {
   Span span(const Ticket& ticket) const;  // of the link's transfers it always is
 
   // Compute does nothing for so long; transfers go on.
-  void idle(Nanos duration) { now_ += duration; }
+  void idle(Nanos duration);
   // Runs a kernel of this undisturbed duration, stretched beside the link.
   Span kernel(Nanos duration);
 

@@ -12,11 +12,27 @@ namespace {
 constexpr Nanos kForever{std::numeric_limits<int64_t>::max()};
 constexpr int kNothing = -1;
 
+// Of one piece of work: it may take a hundred times as long beside others.
+constexpr Nanos kLongestWork{kLongestStep.value / 128};
+
 Nanos rounded(double time) {
   return {static_cast<int64_t>(time + 0.5)};
 }
 
+[[noreturn]] void fail_too_long() {
+  throw UserError(
+      "[cost] the step takes years by the times of its regions, of the machine and of the cost "
+      "table. Correct them.");
+}
+
 }  // namespace
+
+void check_time(Nanos time) {
+  if (time > kLongestStep) fail_too_long();
+}
+void check_duration(Nanos duration) {
+  if (duration > kLongestWork) fail_too_long();
+}
 
 HostQueues::HostQueues(const HostBeside& beside) : beside_{beside.to_host, beside.to_device} {
   DC_CHECK(is_fraction(beside.to_host) && is_fraction(beside.to_device),
@@ -39,6 +55,7 @@ int HostQueues::pass(State& state, Nanos limit) const {
     first = i;
     to = end;
   }
+  if (first != kNothing) check_time(to);
   const double passed = static_cast<double>((to - state.time).value);
   state.time = to;
   for (int i = 0; i < 2; ++i) {
@@ -60,6 +77,7 @@ void HostQueues::set_spans(const State& state, size_t ended) {
 }
 
 uint32_t HostQueues::issue(Resource queue, Nanos now, Nanos duration) {
+  check_duration(duration);
   for (int ended; (ended = pass(state_, now)) != kNothing;) set_spans(state_, ended);
   state_.time = now;
   const size_t i = way(queue);

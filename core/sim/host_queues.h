@@ -19,6 +19,11 @@ struct Span {
   Nanos start, end;
 };
 
+// Throw UserError if a step, or one thing of it, takes longer than any may: times that are added
+// up stay numbers.
+void check_time(Nanos time);
+void check_duration(Nanos duration);
+
 class HostQueues {
  public:
   explicit HostQueues(const HostBeside& beside);

@@ -118,9 +118,9 @@ TEST(CostTable, ErrorsNameThePlace) {
   EXPECT_EQ(error(R"({"world": 2, "compute_slowdown": 0.5})"),
             "[cost] plan.json: compute_slowdown: must be from 1 (transfers do not disturb "
             "kernels) to 100.");
-  for (const std::string kept : {"0", "1.01", "-1"}) {
+  for (const std::string kept : {"0", "1e-300", "0.009", "1.01", "-1"}) {
     EXPECT_EQ(error(R"({"world": 2, "to_host_beside": )" + kept + "}"),
-              "[cost] plan.json: to_host_beside: must be above 0, and at most 1 (directions do not "
+              "[cost] plan.json: to_host_beside: must be from 0.01 to 1 (directions do not "
               "disturb each other).");
   }
   EXPECT_NE(error(R"({"world": 2, "gahter": []})").find("unknown key \"gahter\""),

@@ -75,6 +75,10 @@ TEST(Machine, ErrorsNameThePlace) {
                       "\"to_host_bandwidth\": 1e9, "
                       "\"to_device_beside\": 0"),
                "host.to_device_beside: must be greater than 0, is 0.");
+  expect_error(edited("\"to_host_bandwidth\": 1e9",
+                      "\"to_host_bandwidth\": 1e9, "
+                      "\"to_device_beside\": 1e-300"),
+               "host.to_device_beside: must be at least 0.01: measure it, or leave it out.");
   expect_error(edited("\"bf16\"", "\"bf17\""),
                "device.flops: unknown element type \"bf17\". Known: f32, f16, bf16, f64.");
   expect_error(edited("\"inter\"", "\"outer\""),

@@ -148,7 +148,8 @@ const BadText kBad[] = {
      "[ir] t:3:12: 'w' is a parameter where a value belongs. Name a value."},
     {"forward 0 () -> ()\n  gathr w",
      "[ir] t:3:3: unknown instruction 'gathr' in forward 0. Use one of gather, wait, release, run, "
-     "reduce, accumulate, norm, update, end."},
+     "reduce, accumulate, norm, update, defer, offload_states, evict_states, reload_states, "
+     "await_states, offload, evict, reload, await, end."},
     {"forward 0 () -> ()\n  run r",
      "[ir] t:3:7: no region is named 'r'. Define it above, or correct the name."},
     {"forward 0 () -> ()\nupdate\nend",
@@ -159,6 +160,8 @@ const BadText kBad[] = {
      "[ir] t:2:11: this string has no closing quote on its line. Close it with \", or save the "
      "program again if the text was cut short."},
     {"because p \"\\q\"", "[ir] t:2:12: unknown escape \\q. Use one of \\\" \\\\ \\n \\r \\t."},
+    {"because p \"\\\u20ac\"",
+     "[ir] t:2:12: unknown escape of byte 0xe2. Use one of \\\" \\\\ \\n \\r \\t."},
     {"value v\x01 4B", "[ir] t:2:8: unexpected byte 0x01. Remove it, or quote the name it is in."},
 };
 

@@ -297,6 +297,40 @@ TEST(Verifier, ChecksTheUpdate) {
             "this. Put `norm` before all updates.");
 }
 
+// s may be written to by w, in the forward or in the backward.
+TEST(Verifier, NothingRunsAgainBehindWhatMayWriteToItsInputs) {
+  const std::string text = R"(step two world=1
+value s 64B
+value h 4B
+value d 4B
+value o 4B
+region f (s) -> (h)
+region w once (s) -> (o)
+region b (d, h) -> ()
+forward 0 (s) -> ()
+  run f
+end
+backward 0 (d) -> ()
+  run f
+  run w
+  run b
+end
+)";
+  EXPECT_EQ(verify_text(text), "no error");
+  const std::string why =
+      " (run f): ran before `run w`, which may write to s: again would not be the same. Keep its "
+      "outputs.";
+  EXPECT_EQ(verify_text(replaced(text, "  run f\n  run w\n", "  run w\n  run f\n")),
+            "[ir] two: backward 0, instruction 2" + why);
+  EXPECT_EQ(verify_text(
+                replaced(replaced(text, "  run w\n", ""), "  run f\nend", "  run f\n  run w\nend")),
+            "[ir] two: backward 0, instruction 1" + why);
+  // First run behind it: again it reads the same.
+  EXPECT_EQ(verify_text(
+                replaced(replaced(text, "  run w\n", ""), "  run f\nend", "  run w\n  run f\nend")),
+            "no error");
+}
+
 TEST(Verifier, ComparesTheOrderOfCollectives) {
   const StepProgram program = parse_program(complete());
   const std::vector<std::string> expected = {

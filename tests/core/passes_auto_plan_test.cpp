@@ -247,6 +247,27 @@ TEST(AutoPlan, RandomPlansFitAndAreNeverSlower) {
   EXPECT_GT(faster, seeds(60));
 }
 
+// Where the plain plan just fits, what it moves may leave room that is worth more; a budget that it
+// does not fit must not give a shorter step.
+TEST(AutoPlan, MoreMemoryIsNoLongerStepWhereThePlainPlanBeginsToFit) {
+  StepProgram plain = parse_program(layered_program(
+      {.layers = kSanitized ? 4 : 5, .unit = 70, .numel = 1400, .header = "accumulation=2"}));
+  for (Region& region : plain.regions) region.time = *region.time * 452;
+  UnitCost costs;
+  costs.slowdown = 3;
+  costs.update = Nanos{500};
+  const Bytes peak = classical_peak(plain, costs);
+  Nanos before{INT64_MAX};
+  for (const int64_t percent : {90, 95, 100, 105, 115, 130}) {
+    StepProgram plan = plain;
+    run_pipeline(plan, PassRegistry::with_builtins(), {"auto"},
+                 planned_for(costs, Bytes{peak.value * percent / 100}));
+    const Nanos time = simulate(plan, costs).time;
+    EXPECT_LE(time, before) << percent << "%";
+    before = time;
+  }
+}
+
 // Steps too large for single toggles, under budgets from loose to tight.
 TEST(AutoPlan, LeaveToUpdateEarlyNeverCosts) {
   std::vector<int64_t> numels = {64, 1024, 4096};

@@ -188,6 +188,26 @@ TEST(Rematerialize, LeavesAloneWhatRunsOnce) {
             0u);
 }
 
+// h would be made again after b.b, which may write to x, which f.a reads.
+TEST(Rematerialize, LeavesAloneWhatReadsAnInputThatTheBackwardWritesTo) {
+  std::string text = replaced(kTwoLayers, "(t.loss, s, h, b)", "(t.loss, s, x, b)");
+  text = replaced(text, "(d, x, a)", "(d, h, a)");
+  text = replaced(replaced(text, "value h 1KiB", "value h 64KiB"), "b.b code=1", "b.b code=1 once");
+  const StepProgram before = compiled(text);
+  EXPECT_EQ(error_of([&] { again(before, {"f.a"}); }).find("[passes] rematerialize: region f.a"),
+            0u);
+  EXPECT_EQ(run_again(by_budget(before, Bytes{1})).find("f.a"), std::string::npos);
+  const UnitCost costs;
+  for (const int64_t less : {0, 1, 60'000}) {
+    const Bytes budget = memory_timeline(before).peak - Bytes{less};
+    const std::string error = error_of([&] {
+      StepProgram plan = parse_program(text);
+      run_pipeline(plan, PassRegistry::with_builtins(), {"auto"}, planned_for(costs, budget));
+    });
+    EXPECT_EQ(error.find("is on the other side"), std::string::npos) << error;
+  }
+}
+
 TEST(Rematerialize, IsRightOnRandomPrograms) {
   int lower = 0;
   for (uint32_t seed = 0; seed < 120; ++seed) {

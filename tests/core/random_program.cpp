@@ -9,7 +9,7 @@ namespace {
 class Generator {
  public:
   Generator(uint32_t seed, const RandomProgramOptions& options)
-      : random_(seed), options_(options) {}
+      : random_(seed), once_(~seed), options_(options) {}
 
   StepProgram generate() {
     program_.name = "random";
@@ -76,6 +76,7 @@ class Generator {
     region.workspace = {chance(2) ? pick(random_, 0, 1 << 20) : 0};
     region.moved = {pick(random_, 0, 1 << 20)};
     region.flops = pick(random_, 0, 1 << 30);
+    region.once = pick(once_, 1, 10) == 1;
     if (chance(2)) region.time = Nanos{pick(random_, 0, 1 << 20)};
     for (int64_t i = pick(random_, 0, 3); i > 0; --i) region.inputs.push_back(one_of(*values));
     for (int64_t i = pick(random_, 0, 4); i > 0; --i) region.inputs.push_back(any_member());
@@ -112,7 +113,7 @@ class Generator {
     if (!chance(6)) add_section(SectionKind::kBackward, &values);
   }
 
-  std::mt19937 random_;
+  std::mt19937 random_, once_;
   RandomProgramOptions options_;
   uint32_t graph_ = 0;
   StepProgram program_;

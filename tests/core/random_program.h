@@ -17,8 +17,8 @@ struct RandomProgramOptions {
 // The same seed gives the same program on every machine. It has parameters of
 // all types, some frozen and some packs; one to three graphs, each a chain of
 // regions with skips, parameters shared between regions and graphs, saved
-// values, dead values, values passed through, gradients made in parts; and an
-// empty update section.
+// values, dead values, values passed through, gradients made in parts; some that may not run
+// twice; and an empty update section.
 StepProgram random_program(uint32_t seed, const RandomProgramOptions& options = {});
 
 // Uniform in [low, high]. (std::uniform_int_distribution differs between libraries.)

@@ -42,7 +42,7 @@ def mixtral(dropout: float):
 
 
 BF16 = {"bf16": {"enabled": True}}
-FP16 = {"fp16": {"enabled": True, "initial_scale_power": 26, "hysteresis": 1}}
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 21, "hysteresis": 1}}
 """The first steps are left out."""
 
 
@@ -81,7 +81,7 @@ def train(rank, make, setting, accumulation, dropout, kind):
                 losses.append(engine(input_ids=ids.to(engine.device)).logits.float().sum())
             engine.train()
     state = engine.state_dict(fp32=True)
-    assert (0 < engine.skipped_steps < STEPS // 2) == ("fp16" in kind), engine.skipped_steps
+    assert (0 < engine.skipped_steps < STEPS) == ("fp16" in kind), engine.skipped_steps
     assert losses[-1] < losses[0], "it learns"
     return [x.item() for x in losses], state, engine.compile_report()["cuda_graphs"]
 

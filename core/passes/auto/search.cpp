@@ -87,7 +87,7 @@ bool LevelTry::attempt_keeping(AutoChoice choice) {
 
 // The smallest choice of the recipe whose peak is `target` or less, by a few corrections; if none
 // is, the one with the smallest peak. That need not be the largest: what runs again needs room too.
-AutoChoice LevelTry::fit(const Recipe& recipe, Bytes target, Place place) {
+AutoChoice LevelTry::fit(const Recipe& recipe, Bytes target, const AutoChoice& like) {
   const Bytes wanted = from_.plain_peak - target;
   const auto known = from_.bias.find(recipe);
   Bytes& bias =
@@ -100,8 +100,8 @@ AutoChoice LevelTry::fit(const Recipe& recipe, Bytes target, Place place) {
   for (int i = 0; i < kFitSteps && need > Bytes{0} && (i == 0 || left() > 0); ++i) {
     bool all = false;
     AutoChoice choice = recipes_.fill(recipe, need, &all);
-    choice.place = place;
-    choice.ahead = from_.best.choice.ahead;
+    choice.place = like.place;
+    choice.ahead = like.ahead;
     choice.spare = spare;
     ++used_;
     const Bytes peak = builder_.peak_of_memory_choices(choice);
@@ -130,7 +130,7 @@ void LevelTry::try_recipe(const Recipe& recipe, double room) {
   const AutoChoice& from = from_.best.choice;
   Bytes target = builder_.budget() - part_of(builder_.budget(), room);
   for (int tries = 0; tries < kTries && left() > 0; ++tries) {
-    AutoChoice choice = fit(recipe, target, from.place);
+    AutoChoice choice = fit(recipe, target, from);
     choice.keep = from.keep;
     choice.reserve = from.reserve;
     choice.prefetch = from.prefetch;
@@ -143,9 +143,9 @@ void LevelTry::try_recipe(const Recipe& recipe, double room) {
 }
 
 // What it moves must pay: not every copy's cost is simulated.
-void LevelTry::try_more(const Recipe& recipe, Bytes most) {
+void LevelTry::try_more(const Recipe& recipe, Bytes most, const AutoChoice& like) {
   const AutoChoice& from = from_.best.choice;
-  AutoChoice choice = fit(recipe, most, from.place);
+  AutoChoice choice = fit(recipe, most, like);
   choice.keep = std::nullopt;
   choice.reserve = from.reserve;
   choice.prefetch = from.prefetch;
@@ -316,7 +316,36 @@ void LevelSearch::try_more_memory() {
   const Bytes most = std::min(state_.plain_peak, budget());
   each(std::size(kMore) * recipes.size(), [&](LevelTry& one, size_t i) {
     const double part = kMore[i / recipes.size()];
-    one.try_more(recipes[i % recipes.size()], most - part_of(budget(), part));
+    one.try_more(recipes[i % recipes.size()], most - part_of(budget(), part), best().choice);
+  });
+}
+
+void LevelSearch::improve() {
+  for (Trial before{}; state_.left > 0 && before != best().trial;) {
+    before = best().trial;
+    try_room();
+    try_more_memory();
+  }
+}
+
+// Where the plain plan fits, no recipe has been tried. What it moves leaves room, which may be
+// worth more, once updates are where they hide best.
+void LevelSearch::try_second_start() {
+  if (!classical_.trial.fits || !is_short()) return;
+  AutoChoice like = best().choice;
+  like.place = spread();
+  like.ahead = kRunsAhead[0];
+  std::vector<double> parts = {kMore[1]};
+  std::vector<Recipe> order = recipes_.by_cost(part_of(budget(), kMore[1]));
+  if (state_.left > kPlenty) {
+    parts.assign(std::begin(kMore), std::end(kMore));
+  } else {
+    order.resize(1);
+  }
+  const Bytes most = std::min(state_.plain_peak, budget());
+  each(parts.size() * order.size(), [&](LevelTry& one, size_t i) {
+    const Bytes target = most - part_of(budget(), parts[i / order.size()]);
+    one.try_more(order[i % order.size()], target, like);
   });
 }
 
@@ -346,11 +375,10 @@ Found LevelSearch::run() {
   each_keeping({keeping});
   try_places();
   try_recompute_all();
-  for (Trial before{}; state_.left > 0 && before != best().trial;) {
-    before = best().trial;
-    try_room();
-    try_more_memory();
-  }
+  improve();
+  const Trial first = best().trial;
+  try_second_start();
+  if (best().trial != first) improve();
   return best();
 }
 

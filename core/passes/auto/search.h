@@ -53,8 +53,8 @@ class LevelTry {
   bool attempt(const AutoChoice& choice);
   bool attempt_keeping(AutoChoice choice);
   void try_recipe(const Recipe& recipe, double room);
-  // `most`: of the peak.
-  void try_more(const Recipe& recipe, Bytes most);
+  // `most`: of the peak. Updates and states come as in `like`.
+  void try_more(const Recipe& recipe, Bytes most, const AutoChoice& like);
   void try_all_again(std::optional<AutoChoice>* all_again);
 
   const Found& best() const { return best_; }
@@ -66,7 +66,7 @@ class LevelTry {
 
  private:
   Trial measure(const AutoChoice& choice);
-  AutoChoice fit(const Recipe& recipe, Bytes target, Place place);
+  AutoChoice fit(const Recipe& recipe, Bytes target, const AutoChoice& like);
   bool take(AutoChoice choice, const Trial& trial);
   int left() const { return from_.left - used_; }
 
@@ -117,6 +117,8 @@ class LevelSearch {
   void try_room();
   bool is_short() const;
   void try_more_memory();
+  void improve();
+  void try_second_start();
   void try_recompute_all();
 
   Builders& builders_;
