@@ -32,6 +32,13 @@ def at_stage(stage: int, **more) -> dict:
     )
 
 
+def begun(compiled: bool, *model, **settings):
+    engine = start(*model, **settings)
+    if compiled:
+        engine.compile(backend="eager")
+    return engine
+
+
 def same(one, other) -> bool:
     theirs = other.state_dict(fp32=True)
     return all(torch.equal(v, theirs[k]) for k, v in one.state_dict(fp32=True).items())
@@ -55,9 +62,7 @@ def test_rates_change_between_steps_that_update_in_the_backward():
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_a_backward_after_the_update_of_its_forward_is_an_error(stage, compiled):
-    engine = start(config=at_stage(stage))
-    if compiled:
-        engine.compile(backend="eager")
+    engine = begun(compiled, config=at_stage(stage))
     late = engine(batch(0)).pow(2).mean()
     step(engine, 1)
     if compiled:
@@ -67,9 +72,7 @@ def test_a_backward_after_the_update_of_its_forward_is_an_error(stage, compiled)
             engine.backward(late)
     assert "zero_grad() to drop them" in error_of(engine.step)
     engine.zero_grad()
-    twin = start(config=at_stage(stage))
-    if compiled:
-        twin.compile(backend="eager")
+    twin = begun(compiled, config=at_stage(stage))
     for each, numbers in ((engine, (2,)), (twin, (1, 2))):
         for number in numbers:
             step(each, number)
@@ -79,9 +82,7 @@ def test_a_backward_after_the_update_of_its_forward_is_an_error(stage, compiled)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_other_storage_is_an_error_at_every_stage(stage, compiled):
-    engine = start(config=at_stage(stage))
-    if compiled:
-        engine.compile(backend="eager")
+    engine = begun(compiled, config=at_stage(stage))
     step(engine)
     weight = engine.module[0].weight
     with GatheredParameters(engine, weight):
@@ -108,9 +109,7 @@ def test_what_is_written_without_a_modifier_is_named(stage):
 @pytest.mark.parametrize("compiled", [False, True])
 def test_clipped_weights_stay_clipped(compiled, kind):
     """Small parameters have their memory between steps; a master copy follows what is written."""
-    engine = start(Typed(), config=config(**kind))
-    if compiled:
-        engine.compile(backend="eager")
+    engine = begun(compiled, Typed(), config=config(**kind))
     small_ones = [p for p in engine.parameters() if p.numel() < 100]
     assert len(small_ones) == 4
     for number in range(5):
