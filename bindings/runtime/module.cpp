@@ -275,6 +275,8 @@ void bind_params(RuntimeClass& runtime) {
       .def("release", &Runtime::release, NoGil(), py::arg("names"),
            "Give the memory of gathered sharded parameters back.")
       .def("is_whole", &Runtime::is_whole, NoGil(), py::arg("name"))
+      .def("is_written", &Runtime::is_written, NoGil(), py::arg("member"),
+           "Whether someone changed it in place since its last update and store.")
       .def("store", &Runtime::store, NoGil(), py::arg("names"),
            "Keep what was written into whole parameters, equally on all ranks.")
       .def("reduce", &reduce, py::arg("name"), py::arg("grads"),
@@ -291,6 +293,8 @@ void bind_params(RuntimeClass& runtime) {
 
 void bind_steps(RuntimeClass& runtime) {
   runtime
+      .def("is_written", &Runtime::is_written, NoGil(), py::arg("member"),
+           "Whether someone changed it in place since its last update and store.")
       .def("load_plan", &load_plan, py::arg("plan_json"), py::arg("codes"),
            "Check a frozen plan against this job and keep it; returns its id. codes[i] is the\n"
            "boxed callable of code i: f(list) -> sequence of outputs, emptying the list.")

@@ -160,29 +160,20 @@ void Runtime::store(const std::vector<std::string>& names) {
       throw UserError("[runtime] parameter " + name +
                       " is not whole, there is nothing to store. Gather it first.");
     }
-    store_here(param);
+    eagerly("store", param, [&] { optimizer_.store(param); });
   }
-}
-
-void Runtime::store_here(ParamState& param) {
-  eagerly("store", param, [&] {
-    param.bring_full_back();  // memory relief may have sent it to the host since
-    states_.need(param);
-    store_.before_change(param);
-    param.store_from_full();
-  });
 }
 
 void Runtime::store_written() {
   for (const auto& param : store_.params()) {
-    const bool copied = param->trainable && param->dtype() != param->master_dtype();
-    if (!copied || param->placement == Placement::kSharded || param->due) continue;
-    if (param->presence != Presence::kWhole) continue;
-    const auto& members = param->members;
-    const bool written = std::any_of(members.begin(), members.end(),
-                                     [](const Member& m) { return m.slot.is_written(); });
-    if (written) store_here(*param);
+    if (!param->is_written()) continue;
+    eagerly("store", *param, [&] { optimizer_.take_written(*param); });
   }
+}
+
+bool Runtime::is_written(const std::string& member) {
+  const Scope scope(*this);
+  return store_.member(member).slot.is_written();
 }
 
 void Runtime::broadcast(const at::Tensor& tensor) {

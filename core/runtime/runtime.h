@@ -94,6 +94,8 @@ class Runtime {
   bool is_whole(const std::string& name);
   // The user changed whole parameters in place, equally on every rank: keep it.
   void store(const std::vector<std::string>& names);
+  // Whether the user changed a member in place since its last update and store.
+  bool is_written(const std::string& member);
   void broadcast(const at::Tensor& tensor);  // in place, from rank 0
   void barrier();
 
@@ -151,10 +153,8 @@ class Runtime {
   void eagerly(const char* what, ParamState& param, Action&& action);
   // The caller works on another stream than before.
   void follow_stream(c10::Stream now);
-  void settle_here();  // what needs no other rank
-  void store_here(ParamState& param);
-  // As store(), of what the user wrote between steps to parameters with a master copy.
-  void store_written();
+  void settle_here();    // what needs no other rank
+  void store_written();  // between steps, by the user
   // Of gradients that are summed on ranks alone, where no reduction of the step took them.
   void reduce_local_sums();
   // `call`: an open call keeps its plan after unload_plan; -1 for none.

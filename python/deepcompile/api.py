@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import cuda_graphs, foreign
+from . import cuda_graphs, engine_state, foreign
 from . import optimizer as optimizers
 from .config import Config, ConfigWarning, load_config
 from .distributed import Ranks, join
@@ -26,7 +26,10 @@ from .optimizer import ShardedOptimizer
 from .params import DTYPES, MemberRef, ParamTable, has_no_memory
 from .placement import Arrival
 
-LOCAL_SETTINGS = ("cache_dir", "debug_log", "plan_cache", "steps_per_print", "warnings")
+LOCAL_SETTINGS = (
+    "cache_dir", "debug_log", "machine", "plan_cache", "steps_per_print", "wall_clock_breakdown",
+    "warnings",
+)  # fmt: skip
 """Keys of the configuration that ranks may have each their own of."""
 
 
@@ -72,7 +75,9 @@ def initialize(
     arrival = Arrival(model, ranks, DTYPES.get(settings.compute_dtype))
     source = _source_optimizer(model, settings, optimizer, model_parameters)
     optimizers.check_supported(source)
-    _check_alike(ranks, settings, source)
+    given = {"optimizer": optimizer, "scheduler": lr_scheduler}
+    unused = [name for name, each in given.items() if each is not None]
+    _check_alike(ranks, settings, source, unused)
     table = ParamTable.build(
         model,
         stage=settings.stage,
@@ -86,6 +91,8 @@ def initialize(
     engine = Engine(model, settings, ranks, table, runtime, source, forms)
     _warn_of_half(table, settings)
     engine.lr_scheduler = _scheduler(engine.optimizer, settings, lr_scheduler)
+    if engine.lr_scheduler is not None:
+        engine_state.check_schedule(engine.lr_scheduler)
     if training_data is not None:
         engine.training_dataloader = _dataloader(training_data, settings, ranks, collate_fn)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
@@ -101,24 +108,26 @@ def _check_given(model: Any, config: Any) -> None:
         raise UserError("[initialize] config: give a JSON file's path or a dict")
 
 
-def _check_alike(ranks: Ranks, settings: Config, source: torch.optim.Optimizer) -> None:
+def _check_alike(
+    ranks: Ranks, settings: Config, source: torch.optim.Optimizer, unused: Sequence[str]
+) -> None:
     """UserError, on every rank, if another has other settings: it would train something else, or
-    wait for what does not come."""
+    wait for what does not come. `unused`: sections that have no effect, as arguments are given."""
     mine: dict[tuple[str, Any], Any] = {
         ("param_groups", index): f"{len(group['params'])} parameters, {optimizers.numbers(group)}"
         for index, group in enumerate(source.param_groups)
     }
     for section, value in dataclasses.asdict(settings).items():
-        if section not in LOCAL_SETTINGS:
+        if section not in (*LOCAL_SETTINGS, *unused):
             keys = value.items() if isinstance(value, dict) else [(None, value)]
             mine |= {(section, key): each for key, each in keys if key not in LOCAL_SETTINGS}
     for rank, theirs in enumerate(ranks.gather(mine, "initialize()")):
-        for (section, key), value in mine.items():
-            if theirs.get((section, key)) != value:
+        for section, key in {**mine, **theirs}:
+            here, there = (each.get((section, key), "absent") for each in (mine, theirs))
+            if here != there:
                 raise UserError(
-                    f"[config] {section}{'' if key is None else f'.{key}'}: is "
-                    f"{theirs.get((section, key))!r} on rank {rank} and {value!r} on rank "
-                    f"{ranks.rank}; give all ranks the same"
+                    f"[config] {section}{'' if key is None else f'.{key}'}: is {there!r} on rank "
+                    f"{rank} and {here!r} on rank {ranks.rank}; give all ranks the same"
                 )
 
 
@@ -332,8 +341,11 @@ class GatheredParameters:
 
     def _check_unchanged(self) -> None:
         for parameter, version in self._versions_now().items():
-            if version != self._versions[parameter]:
-                name = self._engine.table.member(self._engine.table.lookup(parameter)).name
+            name = self._engine.table.member(self._engine.table.lookup(parameter)).name
+            changed = version != self._versions[parameter]
+            if changed and self._engine.runtime.is_written(
+                name
+            ):  # not by step() or with a modifier
                 raise UserError(
                     f"[engine] GatheredParameters: {name} was written to without a modifier_rank, "
                     "which says whose values count, and is lost in whole or in part; give "

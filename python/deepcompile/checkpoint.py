@@ -42,8 +42,6 @@ from .errors import why_not_written
 __all__ = ["FlatShard", "plain"]
 
 FORMAT = 2
-_OLDEST = 1
-"""Without sums.json and the shapes of buffers."""
 _SAVE, _LOAD = "[checkpoint] save", "[checkpoint] load"
 NAMES = {"groups": "optimizer.param_groups", "scheduler": "lr_scheduler.state_dict()"}
 """What the user knows parts of meta.pt by."""
@@ -109,7 +107,7 @@ def _check_tag(tag: str) -> str:
     if not isinstance(tag, str):
         raise _fail(f"tag {tag!r}", f"must be text, not {type(tag).__name__}")
     if (
-        not tag or tag in (".", "..", "latest") or "/" in tag or os.sep in tag
+        not tag or tag in (".", "..", "latest") or "/" in tag
         or tag.endswith((".tmp", ".old"))
     ):  # fmt: skip
         raise _fail(
@@ -305,17 +303,9 @@ def read_meta(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, A
             raise _fail(path, f"{cause}; load another tag") from error
 
     meta = read("meta.pt", True)
-    made = meta.get("format")
-    if made not in range(_OLDEST, FORMAT + 1):
-        raise _fail(folder, f"has format {made}, this version reads {_OLDEST} to {FORMAT}")
-    if made > 1 and not (folder / files.SUMS).exists():
-        raise _fail(folder / files.SUMS, "is missing; load another tag")
-    extra = folder / "extra_state.pt"
-    return (
-        meta,
-        read("client_state.pt", False),
-        read(extra.name, False) if made > 1 or extra.exists() else {},
-    )
+    if meta.get("format") != FORMAT:
+        raise _fail(folder, f"has format {meta.get('format')}, this version reads {FORMAT}")
+    return meta, read("client_state.pt", False), read("extra_state.pt", False)
 
 
 def check_shapes(

@@ -18,8 +18,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch.distributed.checkpoint as dcp
-
 from .distributed import Ranks
 from .errors import UserError
 
@@ -82,47 +80,30 @@ def write_sums(folder: Path, sums: Iterable[dict[str, list[int]]]) -> None:
 
 def check_files(folder: Path, ranks: Ranks) -> None:
     """UserError that names a file which is not as it was saved. Each rank reads its part of them:
-    to be called on all ranks. A checkpoint without sums has its sizes checked, by rank 0."""
+    to be called on all ranks."""
     path = folder / SUMS
-    if not path.exists():
-        if ranks.rank == 0:
-            _check_lengths(folder)
-        return
     try:
         sums = json.loads(path.read_text(encoding="utf-8"))
         files = sorted((name, int(size), int(total)) for name, (size, total) in sums.items())
+    except FileNotFoundError:
+        raise _damaged(path, "is missing") from None
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise _damaged(path, f"cannot be read ({error})") from None
     for name, size, total in files[ranks.rank :: ranks.world]:
-        _check_size(folder / name, size, size)
+        _check_size(folder / name, size)
         if _checksum(folder / name, size) != total:
             raise _damaged(folder / name, "its checksum is not the one that was saved")
 
 
-def _check_size(path: Path, least: int, most: int | None = None) -> None:
+def _check_size(path: Path, saved: int) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
         raise _damaged(path, "is missing") from None
     except OSError as error:
         raise fail(path, f"cannot be read: {error.strerror or error}; check its folder") from None
-    if size < least or (most is not None and size > most):
-        raise _damaged(path, f"has {size} bytes, and {least} were saved")
-
-
-def _check_lengths(folder: Path) -> None:
-    """By what DCP's metadata says of its files."""
-    path = folder / ".metadata"
-    try:
-        stored = dcp.FileSystemReader(folder).read_metadata().storage_data or {}
-        ends: dict[str, int] = {}
-        for each in stored.values():
-            name = each.relative_path
-            ends[name] = max(ends.get(name, 0), each.offset + each.length)
-    except Exception as error:  # whatever a damaged pickle raises
-        raise _damaged(path, f"cannot be read ({type(error).__name__}: {error})") from None
-    for name, end in sorted(ends.items()):
-        _check_size(folder / name, end)
+    if size != saved:
+        raise _damaged(path, f"has {size} bytes, and {saved} were saved")
 
 
 def sync_file(path: Path) -> None:

@@ -12,7 +12,6 @@ import collections
 import copy
 import functools
 import io
-import pickle
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,9 +32,7 @@ def plain(value: Any) -> Any:
     """Numbers and arrays of other libraries (NumPy's, in a learning rate) as Python's, in lists
     and dicts too, as a checkpoint is read without them. Their inverse is `restored`."""
     if isinstance(value, dict):
-        kept = copy.copy(value)
-        kept.update({key: plain(each) for key, each in value.items()})
-        return kept
+        return _mapped(plain, value)
     if isinstance(value, list) or type(value) is tuple:
         return type(value)(plain(each) for each in value)
     if isinstance(value, collections.deque):
@@ -49,6 +46,14 @@ def plain(value: Any) -> Any:
 
         return _array(value) if isinstance(value, np.ndarray) else value.item()
     return value
+
+
+def _mapped(change: Callable[[Any], Any], value: dict) -> dict:
+    """The same kind of dict, of changed values. Not by update(), which adds up in a Counter."""
+    kept = copy.copy(value)
+    for key, each in value.items():
+        kept[key] = change(each)
+    return kept
 
 
 def _array(value: Any) -> Any:
@@ -72,9 +77,7 @@ def restored(value: Any) -> Any:
 
             flat = np.frombuffer(value["bytes"], dtype=value["type"])
             return flat.reshape(value["shape"]).copy()
-        kept = copy.copy(value)
-        kept.update({key: restored(each) for key, each in value.items()})
-        return kept
+        return _mapped(restored, value)
     if isinstance(value, list) or type(value) is tuple:
         return type(value)(restored(each) for each in value)
     return value
@@ -139,7 +142,11 @@ def pickled_to(place: str, value: Any, path: Any) -> None:
     """Save `value`, which is called `place`; UserError that names what cannot be pickled."""
     try:
         torch.save(value, path)
-    except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # whatever a class raises, or torch's writer on a full disk
+        if can_be_pickled(value):
+            raise
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise _refused(place, value, can_be_pickled, f"{cause}; leave it out") from error
 

@@ -105,6 +105,10 @@ class EagerHooks:
         self._compiled_by_user: str | None = None
         self.joined = False
         """Whether another engine's backward made gradients here since the last step."""
+        self.loss_scale = 1.0
+        """Of the running backward."""
+        self.joined_scale = 1.0
+        """That of the other engine's."""
         self.broken = False
         """Whether such a one failed half-way, and the gradients were not dropped since."""
         self._in_backward = False
@@ -327,7 +331,8 @@ class EagerHooks:
         self._holds.subtract(names)
         self._release(names)
 
-    def begin_backward(self) -> None:
+    def begin_backward(self, loss_scale: float) -> None:
+        self.loss_scale = loss_scale
         for ref in self._frozen:
             if self._table.tensor(ref).requires_grad:
                 raise UserError(
@@ -349,6 +354,7 @@ class EagerHooks:
         """Take part in the backward of another engine, if one runs."""
         if not self._in_backward and _running:
             self._in_backward = self.joined = True
+            self.joined_scale = _running[0].loss_scale
             _running.append(self)
 
     def end_backward(self, failed: bool = False) -> None:

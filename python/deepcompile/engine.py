@@ -285,7 +285,7 @@ class Engine(EngineFiles, EngineNumbers):
             self._warn_of_evaluation_mode()
         self._loss = loss.detach()
         made = self.hooks.made
-        self.hooks.begin_backward()
+        self.hooks.begin_backward(self.loss_scale())
         failed = self._backward_failed = True
         try:
             with self._clock("backward"):
@@ -331,6 +331,12 @@ class Engine(EngineFiles, EngineNumbers):
             raise UserError(
                 "[engine] step: no backward(loss) since the last step(); call "
                 "engine.backward(loss), not loss.backward()"
+            )
+        if self.hooks.joined and self.hooks.joined_scale != self.loss_scale():
+            raise UserError(
+                "[engine] step: gradients came by another engine's backward, whose loss scale is "
+                f"{self.hooks.joined_scale:g} and not {self.loss_scale():g}; train both in bf16, "
+                "or with one fixed fp16.loss_scale"
             )
         self._backward_done = self.hooks.joined = False
         boundary = self.is_gradient_accumulation_boundary()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import engine_report, engine_state, foreign
+from .errors import UserError
 
 
 class EngineFiles:
@@ -46,7 +47,7 @@ class EngineFiles:
         self,
         load_dir: str | Path,
         tag: str | None = None,
-        *,
+        *positional: Any,
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         strict_batch: bool = True,
@@ -58,6 +59,11 @@ class EngineFiles:
         train batch size is the same or `strict_batch` is False. `load_module_only`: neither
         the optimizer's states nor the schedule's."""
         foreign.check_call("load_checkpoint", others)
+        if positional:
+            raise UserError(
+                "[engine] load_checkpoint: give what comes after the tag by its name, as "
+                "DeepSpeed's third argument is load_module_strict"
+            )
         optimizer = load_optimizer_states and not load_module_only
         schedule = load_lr_scheduler_states and not load_module_only
         return engine_state.load(self, load_dir, tag, optimizer, schedule, strict_batch)

@@ -13,7 +13,7 @@ import torch
 
 from . import checkpoint
 from .checkpoint import FlatShard
-from .checkpoint_values import plain, restored, without_program
+from .checkpoint_values import check_readable, plain, restored, without_program
 from .errors import UserError, writing
 from .params import MemberRef
 from .profile import Profile, region_costs
@@ -137,12 +137,27 @@ def _state(engine: Engine, steps: dict[str, int]) -> tuple[dict[str, Any], dict[
         "optimizer_steps": engine.runtime.optimizer_steps(),
         "member_steps": steps,
         "groups": engine.optimizer.hyper_state(),
-        "scheduler": None if scheduler is None else plain(without_program(scheduler.state_dict())),
+        "scheduler": None if scheduler is None else _of_schedule(scheduler),
         "buffers": {name: list(tensor.shape) for name, tensor in _buffers(engine).items()},
         "epoch": getattr(_sampler(engine), "epoch", None),
     }
     extra = {k: m.get_extra_state() for k, m in _with_extra_state(engine.module).items()}
     return meta, extra
+
+
+def _of_schedule(scheduler: Any) -> Any:
+    """Its state; UserError, by check_schedule, where that cannot be kept."""
+    return plain(without_program(scheduler.state_dict()))
+
+
+def check_schedule(scheduler: Any) -> None:
+    """UserError if a checkpoint could not keep this scheduler's state."""
+    if not all(hasattr(scheduler, name) for name in ("state_dict", "load_state_dict")):
+        raise UserError(
+            f"[initialize] lr_scheduler: {type(scheduler).__name__} has no state_dict() and "
+            "load_state_dict(), which checkpoints need; add them"
+        )
+    check_readable(checkpoint.NAMES["scheduler"], _of_schedule(scheduler))
 
 
 def _sampler(engine: Engine) -> Any:
@@ -202,8 +217,9 @@ def _restore(
         engine.optimizer.load_hyper_state(restored(meta["groups"]))
     if load_scheduler and engine.lr_scheduler is not None and meta["scheduler"] is not None:
         engine.lr_scheduler.load_state_dict(restored(meta["scheduler"]))
-        if not load_optimizer:  # the rates come with the schedule: it sets them at its next step
-            rates = engine.lr_scheduler.get_last_lr()
+        last = getattr(engine.lr_scheduler, "get_last_lr", None)
+        if last is not None and not load_optimizer:
+            rates = last()  # they come with the schedule: it sets them at its next step
             for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
     engine.global_steps, engine.micro_steps = meta["global_steps"], _micro_steps(engine, meta)
@@ -223,13 +239,9 @@ def _check(
     meta, client, extra = checkpoint.read_meta(folder)
     checkpoint.check_shapes(folder, meta["shapes"], _shapes(engine))
     mine = {name: list(tensor.shape) for name, tensor in _buffers(engine).items()}
-    saved = meta["buffers"]
-    if not isinstance(saved, dict):  # of the first format, which has no shapes
-        saved = {name: mine.get(name, []) for name in saved}
-    checkpoint.check_shapes(folder, saved, mine, "buffer")
+    checkpoint.check_shapes(folder, meta["buffers"], mine, "buffer")
     own = dict.fromkeys(_with_extra_state(engine.module), [])
-    if extra or meta["format"] > 1:
-        checkpoint.check_shapes(folder, dict.fromkeys(extra, []), own, "module's state")
+    checkpoint.check_shapes(folder, dict.fromkeys(extra, []), own, "module's state")
     if strict_batch:
         checkpoint.check_batch(folder, meta["batch"], _batch(engine))
     if load_optimizer:

@@ -56,9 +56,9 @@ class _Schedule(LRScheduler):
 
 
 def _check_warmup(name: str, steps: Any, kind: Any) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps <= 0:
-        raise UserError(f"[lr_schedules] {name}: warmup_num_steps must be a positive whole number, "
-                        f"not {steps!r}")  # fmt: skip
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise UserError(f"[lr_schedules] {name}: warmup_num_steps must be a whole number, at least "
+                        f"0, not {steps!r}")  # fmt: skip
     if kind not in ("log", "linear"):
         raise UserError(f"[lr_schedules] {name}: warmup_type must be log or linear, not {kind!r}")
 

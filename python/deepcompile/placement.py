@@ -178,14 +178,15 @@ class Arrival:
                 mine.append((name, tuple(tensor.shape), str(dtype)))
                 if not tensor.is_meta:
                     real.add(name)
-        modules = list(self._model.modules())
-        everyone = self._ranks.gather((mine, real, [module.training for module in modules]))
+        modes = {name: module.training for name, module in self._model.named_modules()}
+        everyone = self._ranks.gather((mine, real, modes))
         for rank, (theirs, *_) in enumerate(everyone):
             if theirs != mine:
                 raise self._differs(rank, theirs, mine)
-        _, real_on_first, modes = everyone[0]
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode  # from_pretrained leaves another one than building the model
+        _, real_on_first, first_modes = everyone[0]
+        for name, module in self._model.named_modules():
+            # from_pretrained leaves another one than building the model.
+            module.training = first_modes.get(name, module.training)
         return real_on_first
 
     def _differs(self, rank: int, theirs: list, mine: list) -> UserError:

@@ -81,7 +81,14 @@ def _resolve(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Any:
 
 def _check_signature(given: Callable[..., Any], name: str) -> None:
     """UserError for what cannot be called with (program, context), as far as its signature says."""
-    called = given.__call__ if inspect.isclass(given) else given  # a class is a pass by its objects
+    called = given
+    if inspect.isclass(given):  # a pass by its objects
+        called = next((vars(c)["__call__"] for c in given.__mro__ if "__call__" in vars(c)), None)
+        if called is None:
+            raise UserError(
+                f"[passes] {name}: its objects cannot be called; give the class a "
+                "__call__(self, program, context)"
+            )
     try:
         signature = inspect.signature(called, follow_wrapped=False)
     except (TypeError, ValueError):  # of an extension

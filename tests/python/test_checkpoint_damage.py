@@ -81,31 +81,6 @@ def test_sums_that_are_gone_or_no_use_are_named(tmp_path):
     assert "sums.json: is missing" in error_of(lambda: engine.load_checkpoint(tmp_path))
 
 
-def as_first_format(folder) -> None:
-    """What a version before sums.json wrote."""
-    (folder / "sums.json").unlink()
-    (folder / "extra_state.pt").unlink()
-    meta = torch.load(folder / "meta.pt", weights_only=True)
-    meta = {k: v for k, v in meta.items() if k != "epoch"}
-    torch.save(meta | {"format": 1, "buffers": list(meta["buffers"])}, folder / "meta.pt")
-
-
-def test_checkpoints_of_the_first_format_are_loaded(tmp_path):
-    first = start(nn.Sequential(small(), nn.BatchNorm1d(4)))
-    step(first)
-    folder = first.save_checkpoint(tmp_path)
-    as_first_format(folder)
-    second = start(nn.Sequential(small(), nn.BatchNorm1d(4)))
-    second.load_checkpoint(tmp_path)
-    assert torch.equal(second.module[1].running_mean, first.module[1].running_mean)
-    assert step(second, 1) == step(first, 1)
-    (part,) = folder.glob("*.distcp")
-    cut(part)
-    assert "__0_0.distcp: has" in error_of(lambda: second.load_checkpoint(tmp_path))
-    (folder / ".metadata").write_bytes(b"hello")
-    assert ".metadata: cannot be read" in error_of(lambda: second.load_checkpoint(tmp_path))
-
-
 class WithBuffer(nn.Module):
     def __init__(self, **buffers: int):
         super().__init__()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ SCHEDULES = {
     "ours in a sequence": lambda o: Lr.SequentialLR(o, [Windowed(o), Lr.ConstantLR(o)], [9]),
     "cyclic": lambda o: Lr.CyclicLR(o, 1e-4, 1e-2, cycle_momentum=False, step_size_up=3),
     "one cycle": lambda o: Lr.OneCycleLR(o, 1e-2, total_steps=30),
-    "multi step": lambda o: Lr.MultiStepLR(o, [2, 4]),
+    "multi step": lambda o: Lr.MultiStepLR(o, [2, 6]),
 }
 
 
@@ -75,12 +76,11 @@ def test_what_a_schedule_keeps_comes_back_as_it_was(tmp_path):
     assert theirs.rules is own and theirs.nested == {"keep": 1}
 
 
-def test_a_schedules_state_that_cannot_be_kept_is_named(tmp_path):
+def test_a_schedules_state_that_cannot_be_kept_is_named_before_training():
     for value in (object(), range(3), np.array([None])):
-        engine = start(lr_scheduler=lambda o, v=value: Windowed(o, odd={"x": v}))
-        said = error_of(lambda e=engine: e.save_checkpoint(tmp_path))
+        schedule = functools.partial(Windowed, odd={"x": value})
+        said = error_of(lambda given=schedule: start(lr_scheduler=given))
         assert "[checkpoint] lr_scheduler.state_dict()['odd']['x']: an object of " in said
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_values_come_back_from_what_is_kept():

@@ -122,6 +122,34 @@ def test_clipped_weights_stay_clipped(compiled, kind):
     assert max(v.abs().max() for v in state.values() if v.numel() < 100) < 0.001 + 1.2 * LR
 
 
+def test_a_step_or_a_modifier_inside_is_no_write():
+    engine, twin = start(config=at_stage(1)), start(config=at_stage(1))
+    weight = engine.module[0].weight
+    with GatheredParameters(engine, engine.parameters()):
+        step(engine)
+        with GatheredParameters(engine, weight, modifier_rank=0), torch.no_grad():
+            weight.mul_(0.5)
+    step(twin)
+    assert torch.equal(
+        engine.state_dict(fp32=True)["0.weight"], twin.state_dict(fp32=True)["0.weight"] * 0.5
+    )
+
+
+@pytest.mark.parametrize("kind", [{}, BF16])
+def test_writes_hold_where_updates_come_in_the_backward(kind):
+    early = config(compile={"early_updates": True, "region_bytes": 1}, **kind)
+    engine, twin = start(Typed(), config=early), start(Typed(), config=config(**kind))
+    whole_step = ["zero3_compile", update_early, "coalesce"]
+    engine.compile(backend="eager", schedule=[(0, ["zero3_compile"]), (1, whole_step)])
+    twin.compile(backend="eager")
+    for number in range(6):
+        for each in (engine, twin):
+            step(each, number)
+            with torch.no_grad():
+                each.module[0].bias.clamp_(-0.001, 0.001)
+    assert same(engine, twin)
+
+
 def test_values_written_between_steps_are_saved(tmp_path):
     engine, other = (start(Typed(seed), config=config(**BF16)) for seed in (0, 5))
     step(engine)

@@ -144,3 +144,14 @@ def test_a_checkpoint_keeps_the_factor(tmp_path):
     fixed = made(loss_scale=8.0)
     fixed.load_checkpoint(tmp_path)
     assert fixed.loss_scale() == 8
+
+
+def test_gradients_of_another_scale_are_not_taken():
+    one, other = made(compiled=False), made(compiled=False, initial_scale_power=6)
+    one.backward(one(batch(0))["loss"] + other(batch(0))["loss"])
+    one.step()
+    with pytest.raises(UserError, match="another engine's backward, whose loss scale is 16"):
+        other.step()
+    other.zero_grad()
+    train(other, 1, 2)
+    assert other.was_step_applied()

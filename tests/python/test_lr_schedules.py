@@ -120,7 +120,7 @@ def test_torch_schedule_by_name():
         (SchedulerConfig("Nope", {}), "'Nope' is not available; use one of WarmupLR"),
         (SchedulerConfig("WarmupLR", {"steps": 3}), "scheduler.params.steps: WarmupLR takes"),
         (SchedulerConfig("WarmupDecayLR", {}), "total_num_steps"),
-        (SchedulerConfig("WarmupLR", {"warmup_num_steps": 0}), "positive whole number"),
+        (SchedulerConfig("WarmupLR", {"warmup_num_steps": -1}), "whole number, at least 0"),
         (SchedulerConfig("WarmupLR", {"warmup_type": "cubic"}), "must be log or linear"),
         (SchedulerConfig("WarmupLR", {"warmup_max_lr": [1, 2]}), "2 values for 1 parameter group"),
         (SchedulerConfig("WarmupLR", {"warmup_num_steps": "auto"}), '"auto"'),

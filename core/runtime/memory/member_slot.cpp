@@ -44,7 +44,7 @@ MemberSlot::MemberSlot(std::string name, at::Tensor parameter, c10::Device devic
       "engine.state_dict(). If the forward of a module reads it that does not own it, and is not "
       "compiled, name that module's class in zero_optimization.leaf_module.classes";
   unbind();
-  version_ = parameter_.unsafeGetTensorImpl()->version_counter().current_version();
+  forget_written();
 }
 
 void MemberSlot::check_storage() const {
@@ -55,13 +55,13 @@ void MemberSlot::check_storage() const {
 }
 
 void MemberSlot::mark_updated() {
-  c10::TensorImpl* parameter = parameter_.unsafeGetTensorImpl();
-  parameter->bump_version();
-  version_ = parameter->version_counter().current_version();
+  if (!parameter_.is_inference()) parameter_.unsafeGetTensorImpl()->bump_version();
+  forget_written();
 }
 
-bool MemberSlot::is_written() const {
-  return parameter_.unsafeGetTensorImpl()->version_counter().current_version() != version_;
+uint32_t MemberSlot::version() const {
+  if (parameter_.is_inference()) return 0;  // they have none
+  return parameter_.unsafeGetTensorImpl()->version_counter().current_version();
 }
 
 void MemberSlot::bind(const at::Tensor& flat, int64_t offset) {

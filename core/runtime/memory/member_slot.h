@@ -33,14 +33,18 @@ class MemberSlot {
   // The optimizer changed the values: for autograd's check of what it saved, and
   // for is_written().
   void mark_updated();
-  // Whether the values were changed in place since, by someone who told autograd.
-  bool is_written() const;
+  // Whether the values were changed in place since, by someone who told autograd;
+  // until forget_written().
+  bool is_written() const { return version() != version_; }
+  void forget_written() { version_ = version(); }
 
   // The same storage without autograd: what regions get.
   const at::Tensor& tensor() const { return alias_; }
   int64_t numel() const { return alias_.numel(); }
 
  private:
+  uint32_t version() const;
+
   std::string name_;
   at::Tensor parameter_;
   at::Tensor alias_;

@@ -127,6 +127,15 @@ at::Tensor ParamState::exp_avg_sq() {
   return exp_avg_sq_;
 }
 
+bool ParamState::is_written() const {
+  return std::any_of(members.begin(), members.end(),
+                     [](const Member& member) { return member.slot.is_written(); });
+}
+
+void ParamState::forget_written() {
+  for (Member& member : members) member.slot.forget_written();
+}
+
 void ParamState::allocate_full() {
   if (full.defined()) return;
   // One rank's shard is the whole buffer already.

@@ -124,6 +124,10 @@ class ParamState {
   // The part of a member inside this rank's owned range, in flat elements; may be empty.
   Range owned_range(const Member& member) const;
 
+  // By someone else than the optimizer, since that changed it.
+  bool is_written() const;
+  void forget_written();
+
   // What regions read is there.
   bool is_bound() const { return presence == Presence::kWhole || presence == Presence::kRows; }
 

@@ -178,7 +178,30 @@ void ShardedAdam::defer(ParamState& param) {
   make_due(param, factor_, factor_tensor_);
 }
 
+void ShardedAdam::store(ParamState& param) {
+  param.bring_full_back();  // memory relief may have sent it to the host since
+  states_.need(param);
+  store_.before_change(param);
+  param.store_from_full();
+  param.forget_written();
+}
+
+void ShardedAdam::take_written(ParamState& param) {
+  if (!param.is_written()) return;
+  if (param.due) {
+    param.forget_written();  // it is said once
+    throw UserError("[runtime] parameter " + param.name +
+                    " was written to between steps while its update is due, which the plan leaves "
+                    "to the next forward. Write to it inside GatheredParameters with a "
+                    "modifier_rank, which brings it up to date first.");
+  }
+  const bool copied = param.trainable && param.dtype() != param.master_dtype();
+  if (copied && param.placement != Placement::kSharded) return store(param);
+  param.forget_written();
+}
+
 void ShardedAdam::update_early(ParamState& param) {
+  if (!param.due) take_written(param);
   const bool complete = param.gradient.defined() && !param.pending && !param.reduced_eagerly;
   if (complete && !param.due) {
     make_due(param, 1.0, {});
@@ -189,6 +212,7 @@ void ShardedAdam::update_early(ParamState& param) {
 
 void ShardedAdam::apply(ParamState& param) {
   if (!param.due) return;
+  take_written(param);
   store_.before_change(param);
   DueUpdate& due = *param.due;
   // Neighbours with equal settings are one stretch; the gaps between them hold

@@ -58,6 +58,11 @@ class ShardedAdam {
   // launches. For it the transport is given its batch of waits first.
   void set_batch(bool on);
   void launch();
+  // Masters := the weights of P, which is whole, where they are not what the masters round to.
+  void store(ParamState& param);
+  // The same of what was written to P in place, equally on every rank, if its values are kept
+  // between steps. Throws UserError if an update is due, which comes first.
+  void take_written(ParamState& param);
   // In a backward: applies P's gradient if it is complete, else nothing.
   void update_early(ParamState& param);
   bool early() const;  // some parameter has had its update before the step
