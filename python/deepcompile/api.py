@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,23 +76,20 @@ def initialize(
     source = _source_optimizer(model, settings, optimizer, model_parameters)
     optimizers.check_supported(source)
     given = {"optimizer": optimizer, "scheduler": lr_scheduler}
-    unused = [name for name, each in given.items() if each is not None]
-    _check_alike(ranks, settings, source, unused)
+    _check_alike(ranks, settings, source, given)
     table = ParamTable.build(
         model,
         stage=settings.stage,
         persistence_threshold=settings.zero_optimization.stage3_param_persistence_threshold,
         anywhere=True,
     )
-    settings = _with_reductions(table, settings)
+    settings = _for_types(table, settings)
     forms = FastForms(model, settings.compile, ranks.device)
     runtime = _runtime(settings, ranks)
     arrival.into(table, lambda index: _add_param(runtime, table, index), source)
     engine = Engine(model, settings, ranks, table, runtime, source, forms)
-    _warn_of_half(table, settings)
     engine.lr_scheduler = _scheduler(engine.optimizer, settings, lr_scheduler)
-    if engine.lr_scheduler is not None:
-        engine_state.check_schedule(engine.lr_scheduler)
+    engine_state.check_schedule(engine.lr_scheduler)
     if training_data is not None:
         engine.training_dataloader = _dataloader(training_data, settings, ranks, collate_fn)
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
@@ -109,10 +106,11 @@ def _check_given(model: Any, config: Any) -> None:
 
 
 def _check_alike(
-    ranks: Ranks, settings: Config, source: torch.optim.Optimizer, unused: Sequence[str]
+    ranks: Ranks, settings: Config, source: torch.optim.Optimizer, given: dict[str, Any]
 ) -> None:
     """UserError, on every rank, if another has other settings: it would train something else, or
-    wait for what does not come. `unused`: sections that have no effect, as arguments are given."""
+    wait for what does not come. `given`: sections, and arguments in their place if not None."""
+    unused = [section for section, argument in given.items() if argument is not None]
     mine: dict[tuple[str, Any], Any] = {
         ("param_groups", index): f"{len(group['params'])} parameters, {optimizers.numbers(group)}"
         for index, group in enumerate(source.param_groups)
@@ -145,21 +143,19 @@ def _check_parameters(model: nn.Module) -> None:
             )
 
 
-def _with_reductions(table: ParamTable, settings: Config) -> Config:
-    """f64 gradients are not rounded to f32 on their way, unless that is asked for."""
-    wide = any(s.trainable and s.dtype == torch.float64 for s in table.params)
-    if not wide or settings.communication_data_type or settings.compute_dtype:
+def _for_types(table: ParamTable, settings: Config) -> Config:
+    """The settings for the types of what is trained: f64 gradients are not rounded to f32 on their
+    way, unless that is asked for."""
+    trained = {spec.dtype: spec.name for spec in table.params if spec.trainable}
+    if torch.float16 in trained and not settings.fp16.enabled:
+        _warn(
+            f"fp16: is not enabled, and parameters such as {trained[torch.float16]} are in "
+            "float16, so that their loss is not scaled; enable it, or bf16"
+        )
+    asked = settings.communication_data_type or settings.compute_dtype
+    if torch.float64 not in trained or asked:
         return settings
     return dataclasses.replace(settings, communication_data_type="fp64")
-
-
-def _warn_of_half(table: ParamTable, settings: Config) -> None:
-    half = [s.name for s in table.params if s.trainable and s.dtype == torch.float16]
-    if half and not settings.fp16.enabled:
-        _warn(
-            f"fp16: is not enabled, and parameters such as {half[0]} are in float16, so that "
-            "their loss is not scaled; enable it, or bf16"
-        )
 
 
 def _runtime(config: Config, ranks: Ranks) -> Any:

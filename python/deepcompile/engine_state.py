@@ -151,7 +151,9 @@ def _of_schedule(scheduler: Any) -> Any:
 
 
 def check_schedule(scheduler: Any) -> None:
-    """UserError if a checkpoint could not keep this scheduler's state."""
+    """UserError if a checkpoint could not keep this scheduler's state, if there is one."""
+    if scheduler is None:
+        return
     if not all(hasattr(scheduler, name) for name in ("state_dict", "load_state_dict")):
         raise UserError(
             f"[initialize] lr_scheduler: {type(scheduler).__name__} has no state_dict() and "

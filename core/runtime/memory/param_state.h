@@ -124,10 +124,8 @@ class ParamState {
   // The part of a member inside this rank's owned range, in flat elements; may be empty.
   Range owned_range(const Member& member) const;
 
-  // By someone else than the optimizer, since that changed it.
-  bool is_written() const;
+  bool is_written() const;  // some member is
   void forget_written();
-
   // What regions read is there.
   bool is_bound() const { return presence == Presence::kWhole || presence == Presence::kRows; }
 
