@@ -130,7 +130,7 @@ def test_a_second_forward_before_the_backward_keeps_the_first_ones_values():
     assert toy.runtime.replays()["replayed"] >= 6  # of the two steps after it
 
 
-def test_an_open_call_of_the_step_before_keeps_its_values():
+def test_an_open_call_of_the_step_before_is_refused_and_leaves_nothing():
     toy, twin = after_recording()
     for each in (toy, twin):
         kept = each.runtime.new_call(each.graph)
@@ -140,8 +140,10 @@ def test_an_open_call_of_the_step_before_keeps_its_values():
         each.runtime.run(each.graph, 1, call, [torch.ones(())])
         each.step()
         each.micro_step(*batch(72))
-        each.runtime.run(each.graph, 1, kept[0], [torch.ones(())])
+        with pytest.raises(UserError, match="updated since its forward"):
+            each.runtime.run(each.graph, 1, kept[0], [torch.ones(())])
         each.step()
+        each.train(3)
     assert equal(toy, twin)
 
 
