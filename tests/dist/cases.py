@@ -307,7 +307,7 @@ def result_of(engine: Any, losses: list[float], norms: list[float]) -> dict[str,
     return {
         "losses": losses,
         "norms": norms,
-        "scales": engine.scales,
+        "scales": vars(engine).get("scales", []),
         "skipped": engine.skipped_steps,
         "state": {k: v.float().numpy().copy() for k, v in state.items()},
         "hook_reductions": engine.hooks.reduced,
