@@ -62,9 +62,9 @@ class Fp16Config:
     loss_scale_window: int = _key(_positive, 1000)
     """After so many steps in a row with finite gradients the factor is doubled."""
     hysteresis: int = _key(_positive, 2)
-    """It is halved at the so-manieth step without finite gradients."""
+    """It is halved at the n-th step without finite gradients, and then at each."""
     consecutive_hysteresis: bool = _key(check.boolean, False)
-    """Whether that count begins anew with each finite step, or when the factor is doubled."""
+    """Whether that count begins anew with each finite step, or only when the factor is doubled."""
     min_loss_scale: float = _key(check.number(float, 0, False), 1.0)
     """Where it would have to be smaller than this, step() is an error: training has diverged."""
 
