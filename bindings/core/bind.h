@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "ir/program.h"
@@ -40,6 +41,8 @@ InstrNames to_names(const StepProgram& program, const Instr& instr);
 // Throws UserError if a name is unknown or the operands do not fit the instruction.
 Instr from_names(const StepProgram& program, const InstrNames& names);
 
+// A parameter's name as a program writes it: other characters become `_`.
+std::string ir_name(std::string_view name);
 DType dtype_from(const std::string& word);
 std::vector<std::string> names_of(const StepProgram& program, const std::vector<ValueId>& ids);
 std::vector<ValueId> values_from(const StepProgram& program, const std::vector<std::string>& names);

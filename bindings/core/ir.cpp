@@ -438,6 +438,8 @@ void bind_steps(py::module_& m) {
       },
       py::arg("merged"), py::arg("graphs"), py::arg("update"),
       "The programs of merge_steps with the merged program's instructions; the update's last.");
+  m.def("ir_name", &ir_name, py::arg("name"),
+        "A parameter's name as a program writes it: [A-Za-z_][A-Za-z0-9_.:/-]*.");
   m.def("skeleton", &skeleton, py::arg("program"),
         "Hash of what ranks must share: which parameters each section's runs read, and which\n"
         "gradients they make, in order. No sizes.");

@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cctype>
+#include <string>
+#include <string_view>
+
 #include "base/error.h"
 #include "bind.h"
 
 namespace deepcompile::bindings {
 namespace {
+
+constexpr size_t kNone = std::string_view::npos;
 
 [[noreturn]] void wrong(const InstrNames& names, const std::string& text) {
   throw UserError("[ir] instruction " + names.op +
@@ -11,6 +17,19 @@ namespace {
 }
 
 }  // namespace
+
+std::string ir_name(std::string_view name) {
+  std::string out;
+  for (const char c : name) {
+    const auto byte = static_cast<unsigned char>(c);
+    if ((byte & 0xc0) == 0x80) continue;  // goes on with a character that is one `_` already
+    const bool stays = std::isalnum(byte) != 0 || std::string_view("_.:/-").find(c) != kNone;
+    out += stays ? c : '_';
+  }
+  const bool begins =
+      !out.empty() && (std::isalpha(static_cast<unsigned char>(out[0])) != 0 || out[0] == '_');
+  return begins ? out : "_" + out;
+}
 
 DType dtype_from(const std::string& word) {
   DType dtype;

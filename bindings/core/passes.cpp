@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cctype>
 #include <chrono>
-#include <string_view>
 #include <utility>
 
 #include "base/error.h"
@@ -16,16 +14,6 @@
 namespace deepcompile::bindings {
 namespace {
 
-// A parameter's name as a program can write it: params.ir_name in Python.
-std::string writable(std::string name) {
-  for (char& c : name) {
-    const bool word = std::isalnum(static_cast<unsigned char>(c)) != 0;
-    if (!word && std::string_view("_.:/-").find(c) == std::string_view::npos) c = '_';
-  }
-  const auto first = static_cast<unsigned char>(name.empty() ? '0' : name[0]);
-  return std::isalpha(first) != 0 || first == '_' ? name : "_" + name;
-}
-
 // The context of a pass written in Python. Holds the program that the pass
 // edits, which outlives the call if Python keeps it.
 struct PythonContext {
@@ -37,7 +25,7 @@ struct PythonContext {
   // `given`: a name of the program's, or the model's own.
   void because(const std::string& given, std::string text) const {
     const bool known = given.empty() || program->find_param(given) || program->find_region(given);
-    const std::string object = known ? given : writable(given);
+    const std::string object = known ? given : ir_name(given);
     if (known || program->find_param(object)) return add(object, std::move(text));
     for (const Param& param : program->params) {  // small ones are packed
       const auto& members = param.members;

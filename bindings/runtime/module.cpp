@@ -293,8 +293,6 @@ void bind_params(RuntimeClass& runtime) {
 
 void bind_steps(RuntimeClass& runtime) {
   runtime
-      .def("is_written", &Runtime::is_written, NoGil(), py::arg("member"),
-           "Whether someone changed it in place since its last update and store.")
       .def("load_plan", &load_plan, py::arg("plan_json"), py::arg("codes"),
            "Check a frozen plan against this job and keep it; returns its id. codes[i] is the\n"
            "boxed callable of code i: f(list) -> sequence of outputs, emptying the list.")

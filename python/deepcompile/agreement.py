@@ -21,6 +21,7 @@ from typing import Any
 from . import _core
 from .distributed import Ranks
 from .errors import UserError
+from .schedule import pass_name
 
 
 @dataclass(frozen=True)
@@ -198,8 +199,7 @@ def plan_step(
     agreed = Agreed(
         programs,
         str(planned_update),
-        [p if isinstance(p, str) else getattr(p, "__name__", type(p).__name__)
-         for p in request.passes],
+        [pass_name(each) for each in request.passes],
         reasons=[(r.pass_name, r.object, r.text) for r in merged.reasons],
         log=[str(line) for line in log],
         budget=request.budget,

@@ -337,11 +337,10 @@ class GatheredParameters:
 
     def _check_unchanged(self) -> None:
         for parameter, version in self._versions_now().items():
+            if version == self._versions[parameter]:
+                continue
             name = self._engine.table.member(self._engine.table.lookup(parameter)).name
-            changed = version != self._versions[parameter]
-            if changed and self._engine.runtime.is_written(
-                name
-            ):  # not by step() or with a modifier
+            if self._engine.runtime.is_written(name):  # else by step(), or with a modifier
                 raise UserError(
                     f"[engine] GatheredParameters: {name} was written to without a modifier_rank, "
                     "which says whose values count, and is lost in whole or in part; give "

@@ -35,14 +35,13 @@ import torch.distributed.checkpoint as dcp
 from . import checkpoint_files as files
 from .checkpoint_files import fail as _fail
 from .checkpoint_tensors import FlatShard, LoadPlanner, SavePlanner
-from .checkpoint_values import check_readable, pickled_to, plain
+from .checkpoint_values import check_readable, pickled_to
 from .distributed import Ranks
 from .errors import why_not_written
 
-__all__ = ["FlatShard", "plain"]
-
 FORMAT = 2
-_SAVE, _LOAD = "[checkpoint] save", "[checkpoint] load"
+SAVE, LOAD = "[checkpoint] save", "[checkpoint] load"
+"""Stages."""
 NAMES = {"groups": "optimizer.param_groups", "scheduler": "lr_scheduler.state_dict()"}
 """What the user knows parts of meta.pt by."""
 
@@ -119,7 +118,7 @@ def _check_tag(tag: str) -> str:
 def _agreed_tag(stage: str, tag: str | None, ranks: Ranks) -> str | None:
     """`tag`, once all ranks gave a good one and the same."""
     ranks.together(stage, lambda: tag is None or _check_tag(tag))
-    tags = ranks.gather(tag, stage.replace("[", "").replace("]", ""))
+    tags = ranks.gather(tag, stage)
     for rank, other in enumerate(tags):
         if other != tags[0]:
             raise _fail(
@@ -184,7 +183,7 @@ def save(
     rank 0's are written; `pickled`: "client" and "extra", which may be anything. Returns its
     folder."""
     root = Path(root)
-    tag = _agreed_tag(_SAVE, tag, ranks)
+    tag = _agreed_tag(SAVE, tag, ranks)
     mine = {k: t for k, t in tensors.items() if ranks.rank == 0 or isinstance(t, FlatShard)}
     try:
         _write(root, tag, mine, meta, pickled, ranks)
@@ -233,7 +232,7 @@ def _write(
                 files.write_sums(temporary, sums)
                 _publish(root, tag, ranks.world)
 
-    ranks.together(_SAVE, prepare)
+    ranks.together(SAVE, prepare)
     with _written(temporary), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no process group.*|.*single process.*")
         dcp.save(
@@ -243,8 +242,8 @@ def _write(
             process_group=ranks.group,
             no_dist=ranks.group is None,
         )
-    sums = ranks.gather(ranks.together(_SAVE, finish), "checkpoint save")
-    ranks.together(_SAVE, publish)
+    sums = ranks.gather(ranks.together(SAVE, finish), SAVE)
+    ranks.together(SAVE, publish)
 
 
 @contextlib.contextmanager
@@ -265,7 +264,7 @@ def _written(folder: Path) -> Iterator[None]:
 def find(root: str | Path, tag: str | None, ranks: Ranks) -> Path | None:
     """The folder to load, agreed by rank 0; None if `tag` is None and there is none yet."""
     root = Path(root)
-    _agreed_tag(_LOAD, tag, ranks)
+    _agreed_tag(LOAD, tag, ranks)
 
     def choose() -> Path | None:
         wanted = tag
@@ -286,7 +285,7 @@ def find(root: str | Path, tag: str | None, ranks: Ranks) -> Path | None:
             root / wanted, f"no complete checkpoint there; this folder has {there or 'none'}"
         )
 
-    chosen = ranks.together(_LOAD, lambda: choose() if ranks.rank == 0 else None)
+    chosen = ranks.together(LOAD, lambda: choose() if ranks.rank == 0 else None)
     return ranks.from_first(chosen)
 
 

@@ -53,7 +53,8 @@ class Ranks:
 
     def gather(self, value: Any, call: str = STEP) -> list[Any]:
         """Every rank's value, in rank order, on every rank. `call`: where this rank is, which has
-        to be where the others are."""
+        to be where the others are; with or without the brackets of a stage."""
+        call = call.replace("[", "").replace("]", "")
         if self.group is None:
             return [value]
         said: list[Any] = [None] * self.world
@@ -103,7 +104,7 @@ class Ranks:
         except Exception as caught:  # the other ranks must hear of anything
             error = caught
         text = None if error is None else f"{type(error).__name__}: {error}"
-        said = self.gather(text, stage.replace("[", "").replace("]", ""))
+        said = self.gather(text, stage)
         for rank, text in enumerate(said):
             if text is not None:
                 if error is not None and rank == self.rank:

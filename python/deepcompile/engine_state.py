@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import checkpoint
-from .checkpoint import FlatShard
+from .checkpoint import LOAD, SAVE
+from .checkpoint_tensors import FlatShard
 from .checkpoint_values import check_readable, plain, restored, without_program
 from .errors import UserError, writing
 from .params import MemberRef
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 STATES = ("master", "exp_avg", "exp_avg_sq")
-_SAVE, _LOAD = "[checkpoint] save", "[checkpoint] load"
 
 
 def _shapes(engine: Engine) -> dict[str, list[int]]:
@@ -95,10 +95,10 @@ def save(
 ) -> Path:
     """Engine.save_checkpoint."""
     engine.ranks.meet("save_checkpoint")
-    engine.ranks.together(_SAVE, lambda: _check_save(engine, client))
+    engine.ranks.together(SAVE, lambda: _check_save(engine, client))
     engine.planner.settle()
     steps = _member_steps(engine)
-    meta, extra = engine.ranks.together(_SAVE, lambda: _state(engine, steps))
+    meta, extra = engine.ranks.together(SAVE, lambda: _state(engine, steps))
     tensors: dict[str, Any] = dict(_shards(engine, STATES))
     tensors |= {f"buffer.{name}": tensor for name, tensor in _buffers(engine).items()}
     tag = f"global_step{engine.global_steps}" if tag is None else tag
@@ -181,7 +181,7 @@ def load(
     if folder is None:
         warnings.warn(f"[checkpoint] {directory}: has no checkpoint yet", stacklevel=3)
         return None, {}
-    meta, client, extra, generators = engine.ranks.together(_LOAD, lambda: _check(
+    meta, client, extra, generators = engine.ranks.together(LOAD, lambda: _check(
         engine, folder, strict_batch, load_optimizer))  # fmt: skip
     engine.planner.settle()
     kinds = STATES if load_optimizer else ("master",)
@@ -189,7 +189,7 @@ def load(
     tensors |= {f"buffer.{name}": tensor for name, tensor in _buffers(engine).items()}
     checkpoint.read_tensors(folder, tensors, engine.ranks)
     engine.runtime.masters_changed()
-    engine.ranks.together(_LOAD, lambda: _restore(
+    engine.ranks.together(LOAD, lambda: _restore(
         engine, meta, extra, load_optimizer, load_scheduler))  # fmt: skip
     if load_optimizer:
         engine.runtime.abandon_step()  # of a backward that failed: what it had updated is replaced

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint
+from .checkpoint_values import plain
 from .config import OptimizerConfig
 from .errors import UserError
 from .params import ParamTable
@@ -209,7 +209,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Each group's numbers and its members' names: what a checkpoint keeps."""
         kept = []
         for group in self.param_groups:
-            numbers = checkpoint.plain({k: v for k, v in group.items() if k != "params"})
+            numbers = plain({k: v for k, v in group.items() if k != "params"})
             if torch.is_tensor(numbers.get("lr")):
                 numbers["lr"] = float(numbers["lr"])
             kept.append({**numbers, "names": [self._member_of[id(p)] for p in group["params"]]})

@@ -9,13 +9,13 @@ size, so that a plan of stage 0 and one of stage 3 sum in the same order.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from deepcompile import _core
 from deepcompile.errors import UserError
 
 PERSISTENCE_THRESHOLD = 100_000
@@ -47,8 +47,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def ir_name(name: str) -> str:
     """``name`` as the step program can write it: ``[A-Za-z_][A-Za-z0-9_.:/-]*``."""
-    clean = re.sub(r"[^A-Za-z0-9_.:/-]", "_", name)
-    return clean if re.match(r"[A-Za-z_]", clean) else f"_{clean}"
+    return _core.ir_name(name)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from deepcompile import UserError, checkpoint
-from deepcompile.checkpoint import FlatShard
+from deepcompile.checkpoint_tensors import FlatShard
 from deepcompile.distributed import Ranks
 
 ONE = Ranks(0, 1, torch.device("cpu"))

@@ -13,6 +13,7 @@ from torch import nn
 
 import deepcompile
 from deepcompile import UserError, checkpoint
+from deepcompile.checkpoint_values import plain
 from deepcompile.distributed import Ranks
 
 
@@ -32,7 +33,7 @@ def test_learning_rates_of_numpy_are_saved_as_numbers(tmp_path):
 
 
 def test_numbers_of_other_libraries_become_pythons():
-    found = checkpoint.plain(
+    found = plain(
         {"a": np.float64(0.5), "b": [np.int64(3), (np.float32(2), True)], "c": {"d": np.bool_(1)}}
     )
     assert found == {"a": 0.5, "b": [3, (2.0, True)], "c": {"d": True}}
