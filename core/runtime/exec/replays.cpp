@@ -127,7 +127,7 @@ void Replays::release(const ParamState& param) {
   if (mode_ != Mode::kRecording || !param.full.defined()) return;
   const void* const buffer = storage_of(param.full);
   const auto is_its = [&](const auto& made) { return made.second._unsafe_get_target() == buffer; };
-  if (std::any_of(recording_->gathered.begin(), recording_->gathered.end(), is_its)) drop();
+  if (std::any_of(recording_->made.begin(), recording_->made.end(), is_its)) drop();
 }
 
 void Replays::fail_section() {
@@ -144,31 +144,26 @@ void Replays::finish_recording() {
   for (const auto& visit : recording_->visits) {
     report_.runs += static_cast<int64_t>(visit->runs.size());
   }
-  const auto lives = [](const WeakStorage& storage) { return storage.use_count() > 0; };
-  if (std::any_of(recording_->made.begin(), recording_->made.end(), lives)) {
-    // Before its turn comes again, its memory may be another's.
-    return give_up("a value that a run made outlives its step");
-  }
   if (report_.runs == 0) return give_up("no run of the step can be recorded");
   if (find_lasting()) {
     drop();
-    report_.why_not = "a parameter stays whole past the step's end: it is recorded anew";
+    report_.why_not = "something stays past the step's end: the next one is recorded without it";
     return;
   }
   keep_places();
   recording_->made.clear();
-  recording_->gathered.clear();
   recording_->read.clear();
   recording_->known.clear();
   ++report_.recordings;
   report_.why_not.clear();
 }
 
-// Whether there are gathers, not known before, whose buffers outlive the step.
+// Whether there are instructions, not known before, whose memory outlives the step: before its
+// turn comes again, it may be another's.
 bool Replays::find_lasting() {
   bool found = false;
-  for (const auto& [gather, buffer] : recording_->gathered) {
-    if (buffer.use_count() > 0) found = lasting_.insert(gather).second || found;
+  for (const auto& [maker, memory] : recording_->made) {
+    if (memory.use_count() > 0) found = lasting_.insert(maker).second || found;
   }
   return found;
 }
@@ -206,7 +201,7 @@ void Replays::give_up(const std::string& why) {
 
 void Replays::forget(int64_t plan) {
   refused_.clear();
-  std::erase_if(lasting_, [&](const Gather& gather) { return std::get<0>(gather) == plan; });
+  std::erase_if(lasting_, [&](const Maker& maker) { return std::get<0>(maker) == plan; });
   const auto uses = [&](const auto& visit) { return visit->of.plan == plan; };
   const bool used =
       recording_ && std::any_of(recording_->visits.begin(), recording_->visits.end(), uses);
@@ -237,6 +232,7 @@ std::optional<Replays::Values> Replays::run(size_t instr, const std::vector<Load
 
 bool Replays::is_recordable(size_t instr, const std::vector<LoadedInput>& wanted,
                             const Values& inputs) const {
+  if (lasting_.count(maker_of(instr)) != 0) return false;
   const PlanSection& section = loaded_->plan.sections[section_];
   const PlanRegion& region = region_at(instr);
   if (region.once || refused_.count(loaded_->codes[region.code].get()) != 0) return false;
@@ -295,7 +291,7 @@ std::optional<Replays::Values> Replays::record(size_t instr, const std::vector<L
     *workspace = run.workspace = meter_.end_run(recorded.outputs);
     Places shared;
     for (const RuntimeValue& output : recorded.outputs) {
-      run.outputs.push_back(output_rule(output, origins, &shared));
+      run.outputs.push_back(output_rule(instr, output, origins, &shared));
     }
     run.recorded = std::move(recorded.run);
     run.recorded->launch();
@@ -341,8 +337,8 @@ Replays::Input Replays::input_rule(const LoadedInput& wanted, RuntimeValue* inpu
   return rule;
 }
 
-Replays::Output Replays::output_rule(const RuntimeValue& output, const std::vector<Origin>& inputs,
-                                     Places* shared) {
+Replays::Output Replays::output_rule(size_t instr, const RuntimeValue& output,
+                                     const std::vector<Origin>& inputs, Places* shared) {
   Output rule;
   if (!is_tensor(output)) {
     rule.value = output;
@@ -364,7 +360,7 @@ Replays::Output Replays::output_rule(const RuntimeValue& output, const std::vect
     return rule;
   }
   rule.value = to_keep(tensor, shared);
-  recording_->made.push_back(weak_storage(tensor));
+  recording_->made.emplace_back(maker_of(instr), weak_storage(tensor));
   recording_->known.insert(storage_of(tensor));
   recording_->ours.insert(storage_of(tensor));
   return rule;
@@ -462,8 +458,7 @@ at::Tensor Replays::memory_like(const at::Tensor& tensor) {
 
 at::Tensor Replays::full_buffer(size_t instr, const ParamState& param) {
   if (visit_ == nullptr || param.world == 1 || param.full.defined()) return {};
-  const Gather gather{loaded_->id, section_, instr};
-  if (lasting_.count(gather) != 0) return {};
+  if (lasting_.count(maker_of(instr)) != 0) return {};
   if (mode_ == Mode::kReplaying) {
     const auto found = visit_->fulls.find(instr);
     return found == visit_->fulls.end() ? at::Tensor() : found->second;
@@ -473,7 +468,7 @@ at::Tensor Replays::full_buffer(size_t instr, const ParamState& param) {
     const at::Tensor full = recorder_->allocate(param.padded_numel() * item).view(param.dtype());
     Places alone;
     visit_->fulls.insert_or_assign(instr, to_keep(full, &alone));
-    recording_->gathered.emplace_back(gather, weak_storage(full));
+    recording_->made.emplace_back(maker_of(instr), weak_storage(full));
     return full;
   } catch (const c10::OutOfMemoryError&) {
     give_up("there was no memory to record");

@@ -11,7 +11,9 @@
 //
 // Not recorded: runs whose outputs the caller gets (he may keep them), that draw
 // random numbers, write to their inputs or talk to other ranks, that read more
-// than kCopyLimit bytes from outside, or read or make tensors on the host.
+// than kCopyLimit bytes from outside, that read or make tensors on the host, or
+// whose outputs outlive the step, as gradients of one rank that a plan leaves to
+// the next forward.
 //
 // Source of the idea: torch's CUDA graph trees, which record whole graphs. Here a
 // plan's transfers stay between the runs, and plans may change.
@@ -129,12 +131,11 @@ class Replays {
     std::map<size_t, Run> runs;          // by instruction
     std::map<size_t, at::Tensor> fulls;  // the same; they do not own their memory
   };
-  using Gather = std::tuple<int64_t, size_t, size_t>;  // plan, section, instruction
+  using Maker = std::tuple<int64_t, size_t, size_t>;  // plan, section, instruction
   struct Recording {
     std::shared_ptr<void> pool;
     std::vector<std::unique_ptr<Visit>> visits;
-    std::vector<WeakStorage> made;
-    std::vector<std::pair<Gather, WeakStorage>> gathered;
+    std::vector<std::pair<Maker, WeakStorage>> made;  // by runs, and the gathers' buffers
     std::map<ParamState*, WeakStorage> read;  // whose full buffers runs read, the first ones
     std::vector<ParamState*> placed;          // that have a place for their full buffers
     std::unordered_set<const void*> known;    // storages whose places the recording fixes
@@ -148,6 +149,7 @@ class Replays {
   void keep_places();
   void give_up(const std::string& why);
 
+  Maker maker_of(size_t instr) const { return {loaded_->id, section_, instr}; }
   const PlanRegion& region_at(size_t instr) const;
   bool is_recordable(size_t instr, const std::vector<LoadedInput>& wanted,
                      const Values& inputs) const;
@@ -157,7 +159,8 @@ class Replays {
                                int64_t* workspace);
   Input input_rule(const LoadedInput& wanted, RuntimeValue* input);
   static Origin origin_of(const RuntimeValue& input);
-  Output output_rule(const RuntimeValue& output, const std::vector<Origin>& inputs, Places* shared);
+  Output output_rule(size_t instr, const RuntimeValue& output, const std::vector<Origin>& inputs,
+                     Places* shared);
   bool fits(size_t instr, const Run& run, const Values& inputs);
   std::string name_of(size_t instr, size_t input) const;
   static Values launch(const Run& run, Values* inputs);
@@ -185,7 +188,7 @@ class Replays {
   MovedInput moved_;                     // what a step missed first
   int64_t given_up_ = 0;                 // recordings
   std::set<const RegionCode*> refused_;  // cannot be recorded
-  std::set<Gather> lasting_;             // whose buffers outlive a step
+  std::set<Maker> lasting_;              // what they make outlives a step
   ReplayReport report_;
 };
 
