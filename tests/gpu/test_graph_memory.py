@@ -13,6 +13,7 @@ import pytest
 import torch
 import toy_step
 from ranks import run_ranks
+from test_budget_nccl import digest, start, train
 from toy_step import Toy
 from worlds import GPUS, TWO_GPUS
 
@@ -202,6 +203,38 @@ assert all(torch.equal(x, y) for x, y in zip(outputs, expected, strict=True))
 
 def test_workspaces_of_recorded_kernels_stay():
     run_script(CLEARED)
+
+
+def short_for_some_steps(rank, world, hold):
+    """From step 4 to 11 the device is filled by someone else, but for half of what a step takes."""
+    engine = start(world, hidden=1024, layers=6)
+    losses = train(engine, rank, 0, 4)
+    torch.cuda.synchronize()
+    held = None
+    if hold:
+        most = max(torch.cuda.max_memory_allocated(), engine.runtime.replays()["peak_bytes"])
+        needed = most - torch.cuda.memory_allocated()
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+        held = torch.empty(free - needed // 2, dtype=torch.uint8, device="cuda")
+    losses += train(engine, rank, 4, 12)
+    del held
+    torch.cuda.empty_cache()
+    losses += train(engine, rank, 12, 24)
+    return losses, digest(engine), engine.compile_report()
+
+
+def test_memory_held_by_another_allocation_while_steps_are_recorded():
+    """The same bits; and what is left of the plan runs from graphs once there is room again."""
+    (free,), (held,) = (
+        run_ranks(short_for_some_steps, 1, hold, timeout=200, backend="nccl")
+        for hold in (False, True)
+    )
+    assert held[:2] == free[:2]
+    for report in (free[2], held[2]):
+        print(report["memory_relieved"], report["budgets_lowered"], report["cuda_graphs"])
+        assert report["cuda_graphs"]["runs"] > 0
+    assert held[2]["memory_relieved"] > free[2]["memory_relieved"] == 0
 
 
 NUMEL = 1 << 24
