@@ -7,7 +7,8 @@
 #include <utility>
 #include <vector>
 
-#include "base/error.h"
+#include "analysis/memory_timeline.h"
+#include "passes/section_edit.h"
 
 namespace deepcompile {
 namespace {
@@ -112,15 +113,22 @@ class SectionCoalescer {
 }  // namespace
 
 void coalesce(StepProgram* program) {
-  for (Section& section : program->sections) {
-    section.instrs = SectionCoalescer(*program, section.instrs).run();
+  const SectionInstrs before = instrs_of(*program);
+  const Bytes peak = memory_peak(*program);
+  SectionInstrs after;
+  for (const Instrs& instrs : before) after.push_back(SectionCoalescer(*program, instrs).run());
+  replace_instrs(after, program);
+  if (memory_peak(*program) <= peak) return;
+  replace_instrs(before, program);
+  for (size_t s = 0; s < after.size(); ++s) {
+    program->sections[s].instrs = after[s];
+    if (memory_peak(*program) > peak) program->sections[s].instrs = before[s];
   }
 }
 
 void Coalesce::run(StepProgram& program, PassContext& context) const {
   size_t moved = 0;
-  std::vector<Instrs> before;
-  for (const Section& section : program.sections) before.push_back(section.instrs);
+  const SectionInstrs before = instrs_of(program);
   coalesce(&program);
   for (size_t s = 0; s < before.size(); ++s) {
     for (size_t i = 0; i < before[s].size(); ++i) {

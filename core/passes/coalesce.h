@@ -15,9 +15,9 @@
 // wait for many. Of waits that stand together the one for the last gather comes first:
 // those behind it are over then.
 //
-// The memory at any time is no more than before, as what gives memory back moves
-// forward. Source of the idea: multi-tensor optimizers (Apex) and coalesced
-// collectives (NCCL's groups).
+// A section where the step's peak would be higher stays as it was: an accumulation, which makes
+// the gradient's shard, may come before a reduction, which gives the gradient back. Source of the
+// idea: multi-tensor optimizers (Apex) and coalesced collectives (NCCL's groups).
 #pragma once
 
 #include "passes/pass.h"

@@ -84,6 +84,54 @@ TEST(Coalesce, LargeTransfersDoNotWaitForEachOthersUpdates) {
   EXPECT_EQ(coalesced(instrs, 4, "52428800"), instrs);
 }
 
+// The sum of a's two gradients, in full precision, comes in while the gradient of b is there.
+TEST(Coalesce, ASectionThatWouldNeedMoreMemoryStays) {
+  const StepProgram before = parse_program(R"(step s world=2 reduce=bf16
+param a bf16 4096
+param b bf16 64
+value x 64B
+value l 4B
+value t 4B
+value g.a 8KiB grad=a
+value g.b 64KiB grad=b
+value y 64B
+value m 4B
+value u 4B
+value h.a 8KiB grad=a
+region f0 (x) -> (l)
+region f1 (y) -> (m)
+region b0 (t) -> (g.a)
+region b1 (t) -> (g.b)
+region b2 (u) -> (h.a)
+forward 0 (x) -> (l)
+  run f0
+end
+backward 0 (t) -> ()
+  run b0
+  reduce a (g.a)
+  run b1
+  reduce b (g.b)
+  accumulate a
+  accumulate b
+end
+forward 1 (y) -> (m)
+  run f1
+end
+backward 1 (u) -> ()
+  run b2
+  reduce a (h.a)
+  accumulate a
+end
+update
+  update a
+  update b
+end
+)");
+  StepProgram after = before;
+  coalesce(&after);
+  EXPECT_EQ(sections_text(after), sections_text(before));
+}
+
 TEST(Coalesce, RandomProgramsKeepTheirTransfersOrderAndPeak) {
   const UnitCost costs;
   int moved = 0;
