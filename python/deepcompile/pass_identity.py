@@ -14,8 +14,9 @@ from .passes.named import NamedPass
 
 def identity(pass_: Any) -> str:
     """A text that is equal for equal passes: a name, the source of a function with what it has
-    captured, of an object's class with what the object holds, or the digest of a library. What
-    says no more of itself than where it lies is another in each run."""
+    captured and what it reads of its module, of an object's class with what the object holds, or
+    the digest of a library. What says no more of itself than where it lies is another in each
+    run."""
     return _identity(pass_, ())
 
 
@@ -34,10 +35,12 @@ def _identity(pass_: Any, within: tuple[Any, ...]) -> str:
         return f"{_identity(pass_.__func__, within)} of {_identity(pass_.__self__, within)}"
     if inspect.isfunction(pass_):
         held = inspect.getclosurevars(pass_).nonlocals | {"defaults": pass_.__defaults__}
+        held |= {"keywords": pass_.__kwdefaults__, "module": _of_module(pass_)}
         return f"{_source(pass_)}{_held(held, within)}"
     if inspect.isclass(pass_):
-        return _source(pass_)
-    return f"{_source(type(pass_))}{_held(getattr(pass_, '__dict__', {'is': repr(pass_)}), within)}"
+        return f"{_source(pass_)}{_of_module(pass_)}"
+    held = _held(getattr(pass_, "__dict__", {"is": repr(pass_)}), within)
+    return f"{_identity(type(pass_), within)}{held}"
 
 
 def _held(values: dict[str, Any], within: tuple[Any, ...]) -> str:
@@ -45,6 +48,27 @@ def _held(values: dict[str, Any], within: tuple[Any, ...]) -> str:
         name: _identity(value, within) if callable(value) else repr(value)
         for name, value in sorted(values.items())
     })  # fmt: skip
+
+
+def _of_module(read_by: Any) -> str:
+    """What a function, or a class, reads of its own module, directly or through what it reads; of
+    others' things, the names."""
+    found: dict[str, str] = {}
+    waiting = [read_by]
+    while waiting:
+        each = waiting.pop()
+        functions = vars(each).values() if inspect.isclass(each) else [each]
+        for function in filter(inspect.isfunction, functions):
+            for name, value in inspect.getclosurevars(function).globals.items():
+                if name in found or inspect.ismodule(value):
+                    continue
+                ours = inspect.isfunction(value) or inspect.isclass(value)
+                if ours and value.__module__ == read_by.__module__:
+                    found[name] = _source(value)
+                    waiting.append(value)
+                else:
+                    found[name] = name if callable(value) else repr(value)
+    return str(sorted(found.items()))
 
 
 def _source(thing: Any) -> str:

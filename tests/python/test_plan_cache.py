@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import os
 import warnings
@@ -172,6 +173,36 @@ def test_passes_are_told_apart_by_all_that_they_hold():
     assert first == second and len(set(first)) == len(first)
     assert identity(prefetch.schedule_prefetch) == "prefetch"  # however it is written
     assert identity(made(object())) != identity(made(object()))  # cannot be known: never the same
+
+
+MODULE = """\
+HEAD = {head!r}
+def helper(program):
+    return {number}
+def keep(program, context):
+    return HEAD, inner(program)
+def inner(program):
+    return helper(program), keep
+class Keeps:
+    def __call__(self, program, context):
+        return keep
+"""
+
+
+def test_passes_are_told_apart_by_what_they_read_of_their_module(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def identities(name, **values):
+        (tmp_path / f"{name}.py").write_text(MODULE.format(**values))
+        module = importlib.import_module(name)
+        found = [identity(each) for each in (module.keep, module.Keeps, module.Keeps())]
+        return [text.replace(name, "") for text in found]
+
+    first = identities("first_", head="a", number=1)
+    assert first == identities("second_", head="a", number=1)
+    for at, values in enumerate(({"head": "b", "number": 1}, {"head": "a", "number": 2})):
+        others = identities(f"other_{at}", **values)
+        assert not set(others) & set(first)
 
 
 def test_passes_of_libraries_are_told_apart_by_their_files(tmp_path):
