@@ -351,6 +351,10 @@ class Engine(EngineFiles, EngineNumbers):
                 "step, so its gradients are wrong: the model takes different paths on different "
                 "ranks. Name the module around those paths in zero_optimization.leaf_module.classes"
             )
+        if self._compiled is not None and self._compiled_steps == 0:
+            self._backward_failed = True  # its gradients are wrong if transfers differed
+            self.planner.check_ranks()
+            self._backward_failed = False
         with self._clock("step"):
             result = self.optimizer.step_of_engine()
         self._grad_norm = result["grad_norm"]
@@ -378,8 +382,6 @@ class Engine(EngineFiles, EngineNumbers):
             profile = engine_state.collect_trace(self, time.perf_counter() - self._tracing_since)
             self.trace, self._tracing_since = profile, None
             self.runtime.trace(False)
-        if self._compiled_steps == 0:
-            self.planner.check_ranks()
         self._compiled_steps += 1
         if self.hooks.reduced != self._eager_reductions:
             # Parts that are not compiled read their parameters without a gather of the plan's.

@@ -193,6 +193,28 @@ def test_another_schedule_on_a_rank_is_an_error_after_the_first_step():
         assert "give engine.compile() the same on all ranks" in said and "(6, " in said
 
 
+def _gathers_in_its_order(rank: int, world: int) -> tuple[str, bool]:
+    def swap(program, context):
+        for section in program.sections if rank == 1 else []:
+            gathers = [i for i in section.instrs if i.op == "gather"]
+            if section.kind == "forward":
+                others = [i for i in section.instrs if i != gathers[1]]
+                section.set_instrs([gathers[1], *others])
+
+    engine = cases.start("sequential", cases.config_for(2, 3), None)
+    before = engine.state_dict()
+    engine.compile(backend="eager", schedule=[(0, ["zero3_compile", swap])])
+    engine.backward(cases.loss_of(engine, cases.samples(0)[:2]))
+    said = cases.said(engine.step)
+    engine.zero_grad()
+    return said, all(torch.equal(v, before[k]) for k, v in engine.state_dict().items())
+
+
+def test_a_pass_that_edits_otherwise_on_a_rank_is_an_error_before_the_update():
+    for said, same in run_ranks(_gathers_in_its_order, 2, timeout=60):
+        assert "or a pass of the schedule edits by more than the program" in said and same
+
+
 class Normed(nn.Module):
     def __init__(self):
         super().__init__()
