@@ -131,9 +131,22 @@ std::unique_ptr<Pass> python_pass(const py::object& callable) {
     } catch (py::error_already_set& error) {
       raise_of(error, name);
     }
+    if (!same_tables(program, *copy)) {
+      throw UserError("[passes] " + name +
+                      ": changed the program's tables. A pass edits instructions alone.");
+    }
     program = *copy;
   };
   return make_pass(name, contract_of(callable), std::move(run));
+}
+
+// A class is a pass by its objects.
+py::object object_of(const py::object& cls) {
+  try {
+    return cls();
+  } catch (py::error_already_set& error) {
+    raise_of(error, py::cast<std::string>(cls.attr("__name__")));
+  }
 }
 
 // The pass that `item` stands for: a built-in's name or its object of
@@ -152,9 +165,7 @@ const Pass& pass_of(const py::object& item, const PassRegistry& registry,
     throw UserError("[passes] " + std::string(py::repr(item)) +
                     ": is neither a pass's name nor a function of (program, context).");
   }
-  // A class is a pass by its objects.
-  const bool is_class = PyType_Check(item.ptr()) != 0;
-  owned.push_back(python_pass(is_class ? item() : item));
+  owned.push_back(python_pass(PyType_Check(item.ptr()) != 0 ? object_of(item) : item));
   return *owned.back();
 }
 
@@ -259,7 +270,7 @@ void bind_classes(py::module_& m) {
       .def("simulate", &PythonContext::simulate, py::arg("program"),
            "(ns, peak bytes) of a step of `program` on the machine that is planned for; None if\n"
            "no machine is known.")
-      .def("run", &run_in, py::arg("program"), py::arg("pass_"),
+      .def("run", &run_in, py::arg("program").none(false), py::arg("pass_"),
            "Runs another pass on `program` under the same memory budget and machine.")
       .def("duration_ns", &PythonContext::duration, py::arg("instr"),
            "What an Instr takes there when nothing disturbs it, or None.");

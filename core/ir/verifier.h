@@ -37,8 +37,11 @@ void verify_structure(const StepProgram& program);
 void verify_plan(const StepProgram& program);
 void verify_residency(const StepProgram& program);  // a part of verify_plan
 void verify_rows(const StepProgram& program);       // a part of verify_structure
-// verify_plan if any instruction other than `run` is there, else verify_structure.
+// verify_plan unless it is compute only, else verify_structure.
 void verify(const StepProgram& program);
+
+// Whether no instruction other than `run` is there.
+bool compute_only(const StepProgram& program);
 
 // The collectives of a step, in order: "backward 0: reduce L0.q". Two programs
 // may run on two ranks together only if these are equal; names of values and

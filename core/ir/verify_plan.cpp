@@ -304,13 +304,15 @@ void verify_plan(const StepProgram& program) {
   verify_residency(program);
 }
 
+bool compute_only(const StepProgram& program) {
+  return std::all_of(program.sections.begin(), program.sections.end(), [](const Section& section) {
+    return std::all_of(section.instrs.begin(), section.instrs.end(),
+                       [](const Instr& instr) { return instr.op == Op::kRun; });
+  });
+}
+
 void verify(const StepProgram& program) {
-  const bool compute_only =
-      std::all_of(program.sections.begin(), program.sections.end(), [](const Section& section) {
-        return std::all_of(section.instrs.begin(), section.instrs.end(),
-                           [](const Instr& instr) { return instr.op == Op::kRun; });
-      });
-  compute_only ? verify_structure(program) : verify_plan(program);
+  compute_only(program) ? verify_structure(program) : verify_plan(program);
 }
 
 }  // namespace deepcompile

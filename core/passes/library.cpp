@@ -9,9 +9,11 @@
 
 #include "base/error.h"
 #include "base/json_reader.h"
+#include "base/lists.h"
 #include "ir/text.h"
 #include "passes/library_abi.h"
 #include "passes/price_list.h"
+#include "passes/registry.h"
 
 namespace deepcompile {
 namespace {
@@ -41,14 +43,6 @@ Description read_description(const char* text, const std::string& where) {
   return result;
 }
 
-// All but instructions and reasons, which are what a pass edits: the code behind a region knows its
-// operands, and later passes and the budget rely on sizes and times.
-std::string tables_of(StepProgram program) {
-  for (Section& section : program.sections) section.instrs.clear();
-  program.reasons.clear();
-  return print(program);
-}
-
 class LibraryPass final : public Pass {
  public:
   LibraryPass(const DeepcompilePassLibrary* library, uint32_t number, Description description,
@@ -72,7 +66,7 @@ class LibraryPass final : public Pass {
     const JsonReader answer(document, where);
     if (const auto error = answer.find("error")) throw UserError(where + ": " + error->string());
     StepProgram result = parse_program(answer.at("program").string(), where + " returned");
-    if (tables_of(program) != tables_of(result)) {
+    if (!same_tables(program, result)) {
       throw UserError(where + ": changed the program's tables. A pass edits instructions alone.");
     }
     program = std::move(result);
@@ -121,9 +115,16 @@ std::vector<std::unique_ptr<Pass>> load_pass_library(const std::string& path) {
                     ". Build it again with the headers of this version.");
   }
   std::vector<std::unique_ptr<Pass>> passes;
+  std::vector<std::string> taken = PassRegistry::with_builtins().names();
   for (uint32_t i = 0; i < library->count; ++i) {
-    passes.push_back(std::make_unique<LibraryPass>(
-        library, i, read_description(library->describe(i), where), path));
+    Description description = read_description(library->describe(i), where);
+    if (!is_name(description.name) || contains(taken, description.name)) {
+      throw UserError(where + ": pass '" + description.name + "': " +
+                      (is_name(description.name) ? "there is one of that name." : "is no name.") +
+                      " Choose another name.");
+    }
+    taken.push_back(description.name);
+    passes.push_back(std::make_unique<LibraryPass>(library, i, std::move(description), path));
   }
   return passes;
 }

@@ -1,7 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "passes/pass.h"
 
+#include "ir/text.h"
+
 namespace deepcompile {
+namespace {
+
+std::string tables_of(StepProgram program) {
+  for (Section& section : program.sections) section.instrs.clear();
+  program.reasons.clear();
+  return print(program);
+}
+
+}  // namespace
 
 void PassContext::because(ParamId param, std::string text) {
   if (!environment_.reasons) return;
@@ -30,6 +41,10 @@ std::optional<Bytes> peak_above_budget(const StepProgram& program, PassContext& 
   context.because(what + ": the peak of " + pretty(peak) + " is within the budget of " +
                   pretty(*budget));
   return std::nullopt;
+}
+
+bool same_tables(const StepProgram& a, const StepProgram& b) {
+  return tables_of(a) == tables_of(b);
 }
 
 }  // namespace deepcompile

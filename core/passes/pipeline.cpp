@@ -47,9 +47,10 @@ void check_contracts(const StepProgram& program, const std::vector<const Pass*>&
   }
 }
 
-void verify_after(const Pass& pass, const StepProgram& program) {
+// `planned`: the program had transfers or updates, which it may not be without now.
+void verify_after(const Pass& pass, const StepProgram& program, bool planned) {
   try {
-    verify(program);
+    planned ? verify_plan(program) : verify(program);
   } catch (const UserError& error) {
     std::string_view cause = error.what();
     if (cause.starts_with("[ir] ")) cause.remove_prefix(5);
@@ -63,12 +64,13 @@ PassRecord run_one(StepProgram& program, const Pass& pass, const PipelineOptions
   record.instrs_before = count_instrs(program);
   const SectionInstrs instrs = instrs_of(program);
   const size_t reasons = program.reasons.size();
+  const bool planned = !compute_only(program);
   PassContext context(program, record.pass, options.environment);
   const std::optional<Nanos> start =
       options.clock ? std::optional<Nanos>(options.clock()) : std::nullopt;
   pass.run(program, context);
   if (start) record.time = options.clock() - *start;
-  verify_after(pass, program);
+  verify_after(pass, program, planned);
   const SectionInstrs now = instrs_of(program);
   if (const auto moved = moved_run(instrs, now, program)) fail(pass, *moved);
   record.changed = instrs != now;

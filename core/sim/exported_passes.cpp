@@ -11,6 +11,7 @@
 #include "base/error.h"
 #include "base/json_reader.h"
 #include "ir/text.h"
+#include "ir/verifier.h"
 #include "passes/price_list.h"
 #include "sim/simulator.h"
 
@@ -37,6 +38,12 @@ const char* describe(uint32_t number) {
   return table().at(number).description.c_str();
 }
 
+// A trial of a pass may be anything.
+SimSummary simulate_valid(const StepProgram& program, const Estimator& estimator) {
+  verify(program);
+  return simulate_summary(program, estimator);
+}
+
 std::string run_request(uint32_t number, const char* text) {
   const Pass& pass = *table().at(number).pass;
   const nlohmann::json document = parse_json(text, "request");
@@ -50,10 +57,15 @@ std::string run_request(uint32_t number, const char* text) {
   if (const auto list = request.at("prices"); !list.node().is_null()) {
     prices.emplace(list.string(), "request");
     environment.estimator = &*prices;
-    environment.simulator = simulate_summary;
+    environment.simulator = simulate_valid;
   }
   PassContext context(program, std::string(pass.name()), environment);
   pass.run(program, context);
+  try {
+    verify(program);  // before it is printed, which takes ids and operands on trust
+  } catch (const UserError& error) {
+    throw UserError("left a program that is not valid: " + std::string(error.what()));
+  }
   return nlohmann::json{{"program", print(program)}}.dump();
 }
 

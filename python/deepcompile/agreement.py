@@ -92,7 +92,7 @@ def deferred(update: Any) -> list[str]:
 
 def run_passes(program: Any, request: Request, held: Any = None) -> list[Any]:
     """Run a request's passes on a program in place; their log. `held`: see held_program."""
-    return _core.run_passes(
+    log = _core.run_passes(
         program,
         list(request.passes),
         machine=request.machine,
@@ -101,6 +101,20 @@ def run_passes(program: Any, request: Request, held: Any = None) -> list[Any]:
         early_updates=request.early_updates,
         held=held,
     )
+    check_complete(program, request.passes)
+    return log
+
+
+def check_complete(program: Any, passes: Sequence[Any]) -> None:
+    """UserError that names the passes if what all of them left cannot run."""
+    try:
+        program.verify_plan()
+    except UserError as error:
+        names = ", ".join(pass_name(each) for each in passes)
+        raise UserError(
+            f"[passes] {names}: together they leave a plan that is not complete: {error} Begin "
+            "with the stage's pass."
+        ) from None
 
 
 def held_program(name: str, graphs: list[Any], request: Request) -> Any:

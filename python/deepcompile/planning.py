@@ -94,7 +94,13 @@ class Planner:
         if not callable(function):
             raise UserError(f"[passes] {name}: is not callable; give a function of the program")
         if contract is not None:
-            function.contract = contract
+            try:
+                function.contract = contract
+            except AttributeError:
+                raise UserError(
+                    f"[passes] {name}: a {type(function).__name__} cannot hold a contract; give "
+                    "a function"
+                ) from None
         self._passes[name] = function
 
     def set_schedule(self, schedule: Sequence[Any] | str | None, now: int) -> None:
@@ -170,7 +176,7 @@ class Planner:
         """The update section of all trainable params, with the passes applied."""
         program = self.plain_update()
         _core.run_passes(program, list(passes))
-        program.verify()
+        agreement.check_complete(program, passes)
         return program
 
     def _load(self, program: Any, codes: list[Any]) -> tuple[int, str]:
@@ -199,6 +205,7 @@ class Planner:
         if self.agreed is None:
             program = installed.plain.copy()
             _core.run_passes(program, list(self._graph_passes))
+            agreement.check_complete(program, self._graph_passes)
             if self._ranks.world > 1 and installed.plan_id < 0 and not installed.captured.inference:
                 where = installed.captured.user_stack
                 alike = [g.program for g in self.graphs if g.captured.user_stack == where]
@@ -455,7 +462,7 @@ class Planner:
         """Compare the collectives of all plans between ranks; collective.
 
         Ranks whose collectives differ would hang sooner or later. Called once,
-        at the end of the first compiled step, where all ranks meet anyway.
+        before the first compiled step's update, where all ranks meet anyway.
         """
         orders = {"\n".join(_core.collective_order(i.program)) for i in self.graphs}
         mine = sorted(orders)
@@ -469,6 +476,6 @@ class Planner:
             if theirs != mine:
                 raise UserError(
                     f"[planning] rank {rank}'s transfers differ from rank {self._ranks.rank}'s: "
-                    "the model takes different paths on different ranks. Make its control flow "
-                    "depend on what all ranks share."
+                    "the model takes different paths on different ranks, or a pass of the schedule "
+                    "edits by more than the program. Make both depend on what all ranks share."
                 )

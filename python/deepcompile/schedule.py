@@ -13,6 +13,7 @@ Any other is applied to each graph by itself as it is captured.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -95,6 +96,11 @@ def _check_signature(given: Callable[..., Any], name: str) -> None:
         return
     if inspect.isclass(given):
         signature = signature.replace(parameters=list(signature.parameters.values())[1:])
+        if not _takes(inspect.signature(given), 0):
+            raise UserError(
+                f"[passes] schedule: {name}: its objects are made with arguments; give one, "
+                f"{name}(...)"
+            )
     takes_two = _takes(signature, 2)
     if list(signature.parameters)[:2] == ["gm", "graph_id"] or (
         not takes_two and _takes(signature, 8)
@@ -138,7 +144,7 @@ def _entry(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Entry:
     try:
         step, passes = given
         alone = isinstance(passes, str | ModuleType)
-        step, passes = int(step), [passes] if alone else list(passes)
+        step, passes = operator.index(step), [passes] if alone else list(passes)
     except (TypeError, ValueError):
         raise UserError(f"[passes] schedule: {given!r} is not (step, [passes])") from None
     resolved = tuple(_resolve(each, registered) for each in passes)
@@ -147,8 +153,8 @@ def _entry(given: Any, registered: Mapping[str, Callable[..., Any]]) -> Entry:
 
 
 def _check_stage(entry: Entry, stage: int) -> None:
-    for name in entry.names():
-        if name in STAGE_PASS.values() and name != STAGE_PASS[stage]:
+    for name in entry.passes:
+        if isinstance(name, str) and name in STAGE_PASS.values() and name != STAGE_PASS[stage]:
             raise UserError(
                 f"[passes] {name}: the engine is at ZeRO stage {stage}, whose pass is "
                 f"{STAGE_PASS[stage]}, and the entry at step {entry.step} plans for another. Use "
@@ -163,7 +169,13 @@ def _check_contracts(entry: Entry) -> None:
         if isinstance(given, str):
             contract = _core.pass_info(given).contract
         else:
-            contract = getattr(given, "contract", None) or _core.PassContract()
+            contract = getattr(given, "contract", None)
+            contract = _core.PassContract() if contract is None else contract
+            if not isinstance(contract, _core.PassContract):
+                raise UserError(
+                    f"[passes] schedule: {name}: its contract is a {type(contract).__name__}; "
+                    "give a deepcompile.passes.PassContract"
+                )
         missing = [fact for fact in contract.needs if fact not in facts]
         present = [fact for fact in contract.conflicts if fact in facts]
         if missing:

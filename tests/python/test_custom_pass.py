@@ -50,10 +50,33 @@ struct Early : Fails {
                     (known.early_updates ? " early" : "") + (known.estimator ? " priced" : ""));
   }
 };
+struct Strays : Fails {
+  std::string_view name() const override { return "strays"; }
+  void run(StepProgram& program, PassContext&) const override {
+    program.sections[0].instrs.push_back({Op::kGather, ParamId{99}});
+  }
+};
+struct Forgets : Fails {
+  std::string_view name() const override { return "forgets"; }
+  void run(StepProgram& program, PassContext&) const override {
+    program.sections[0].instrs.push_back({Op::kGather});
+  }
+};
+struct Tries : Fails {
+  std::string_view name() const override { return "tries"; }
+  void run(StepProgram& program, PassContext& context) const override {
+    StepProgram trial = program;
+    trial.sections[0].instrs = {{Op::kGather, ParamId{99}}};
+    context.environment().simulate(trial);
+  }
+};
 DEEPCOMPILE_PASS(Fails);
 DEEPCOMPILE_PASS(Renames);
 DEEPCOMPILE_PASS(Lightens);
 DEEPCOMPILE_PASS(Early);
+DEEPCOMPILE_PASS(Strays);
+DEEPCOMPILE_PASS(Forgets);
+DEEPCOMPILE_PASS(Tries);
 """
 STEP = """\
 step train world=2
@@ -136,7 +159,7 @@ def test_the_library_sees_the_hosts_costs(example: Path):
 
 
 def test_errors_name_pass_and_library(failing: Path):
-    fails, renames, lightens, early = load_library(failing)
+    fails, renames, lightens, early, *invalid = load_library(failing)
     program = _core.StepProgram.parse(STEP)
     with pytest.raises(UserError, match=r'fails \(.*custom_pass.so\): on "purpose"'):
         _core.run_passes(program, [fails])
@@ -150,6 +173,34 @@ def test_errors_name_pass_and_library(failing: Path):
         early_updates=True,
     )
     assert program.reasons[-1].text == "123456 early"
+    machine = _core.Machine.builtin("2x-cpu")
+    for pass_ in invalid:
+        with pytest.raises(UserError, match=rf"{pass_.pass_name} \(.*\): .*unknown operand"):
+            _core.run_passes(program, [pass_], machine=machine)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["auto"], "pass 'auto': there is one of that name"),
+        (["mine", "mine"], "pass 'mine': there is one of that name"),
+        (["a b"], "pass 'a b': is no name"),
+    ],
+)
+def test_passes_of_a_library_have_names_of_their_own(tmp_path: Path, names, words):
+    fields = {"summary": "", "needs": [], "provides": [], "conflicts": []}
+    texts = ", ".join(json.dumps(json.dumps({"name": n, **fields})) for n in names)
+    source, library = tmp_path / "named.cpp", tmp_path / "named.so"
+    source.write_text(
+        f"static const char* texts[] = {{{texts}}};"
+        "static const char* describe(unsigned i) {return texts[i];}"
+        "struct T {unsigned abi, count; const char* (*d)(unsigned); void *r, *f;};"
+        f"static T table = {{1, {len(names)}, describe, nullptr, nullptr}};"
+        'extern "C" void* deepcompile_pass_library(void) {return &table;}'
+    )
+    subprocess.run(["c++", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    with pytest.raises(UserError, match=words):
+        load_library(library)
 
 
 def test_what_is_no_pass_library_is_refused(tmp_path: Path):

@@ -195,6 +195,64 @@ def test_an_exception_names_the_pass_and_leaves_the_program():
         assert str(program) == STEP or "gather" not in str(program)
 
 
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda p, c: setattr(p, "reduce_dtype", "bf16"),
+        lambda p, c: setattr(p, "accumulation", 3),
+        lambda p, c: p.set_region_time("f.a", 1),
+        lambda p, c: p.read_rows("x", "a", 4096),
+        lambda p, c: p.add_value("more", 4),
+    ],
+)
+def test_a_pass_that_changes_more_than_instructions_is_refused(edit):
+    program = step()
+    with pytest.raises(UserError, match="<lambda>: changed the program's tables"):
+        run(program, "zero3_compile", edit)
+    assert str(program) == str(step())
+
+
+def test_a_step_that_clips_still_clips_after_a_pass():
+    def unclipped(program, context):
+        program.clip = False
+        update = program.sections[2]
+        update.set_instrs([i for i in update.instrs if i.op != "norm"])
+
+    program = _core.StepProgram.parse(STEP.replace("world=2", "world=2 clip"))
+    with pytest.raises(UserError, match="unclipped: changed the program's tables"):
+        run(program, "zero3_compile", unclipped)
+
+
+def test_a_pass_that_takes_the_plan_apart_is_named():
+    def strips(program, context):
+        for section in program.sections:
+            section.set_instrs([i for i in section.instrs if i.op == "run"])
+
+    with pytest.raises(UserError, match="strips: left a program that is not valid: .*gather a"):
+        run(step(), "zero3_compile", strips)
+
+
+def test_what_a_pass_hands_on_has_to_be_a_program():
+    def hands_none(program, context):
+        context.run(None, "prefetch")
+
+    with pytest.raises(UserError, match="hands_none: raised TypeError"):
+        run(step(), "zero3_compile", hands_none)
+
+
+def test_a_class_whose_objects_take_arguments_is_named():
+    class Sized:
+        def __init__(self, size):
+            self.size = size
+
+        def __call__(self, program, context):
+            pass
+
+    with pytest.raises(UserError, match=r"\[passes\] Sized: raised TypeError: .*size"):
+        run(step(), "zero3_compile", Sized)
+    run(step(), "zero3_compile", Sized(3))
+
+
 def test_reasons_take_the_models_own_names():
     text = STEP.replace(" a ", " _0.a ").replace("=a", "=_0.a").replace(" a)", " _0.a)")
     program = _core.StepProgram.parse(text)

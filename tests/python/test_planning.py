@@ -14,7 +14,7 @@ from torch import nn
 from deepcompile import UserError, _core, agreement, budget, planning
 from deepcompile.config import CompileConfig
 from deepcompile.distributed import Ranks
-from deepcompile.passes import from_deepspeed
+from deepcompile.passes import PassContract, from_deepspeed
 from deepcompile.schedule import WARMUP, check_schedule, default_schedule, entry_at
 
 SEED_STYLE = [
@@ -47,6 +47,25 @@ class Named:
     native = "prefetch"
 
 
+def sorted_contract(program, context):
+    pass
+
+
+sorted_contract.contract = ["gathers_placed"]
+
+
+class Sized:
+    def __init__(self, size):
+        pass
+
+    def __call__(self, program, context):
+        pass
+
+
+def zero1_compile(program, context):
+    """Named like another stage's pass."""
+
+
 def test_default_schedule_is_the_stages_pass_and_then_the_planner():
     assert default_schedule(2) == [(0, ["zero1_compile"]), (WARMUP, ["auto"])]
     for given in (None, "auto", ["auto"]):
@@ -62,6 +81,29 @@ def test_entries_take_names_functions_and_objects():
     assert later.measured and later.passes == ("zero3_compile", "prefetch", mine)
 
 
+def test_a_function_may_be_named_like_another_stages_pass():
+    (entry,) = check_schedule([(0, ["zero3_compile", zero1_compile])], 3, {})
+    assert entry.passes == ("zero3_compile", zero1_compile)
+
+
+def test_passes_that_leave_no_whole_plan_are_named():
+    """At once, and an engine goes on with another schedule."""
+    engine = start(config=config())
+    with pytest.raises(UserError, match=r"\[passes\] mine: together they leave a plan that is not"):
+        engine.compile(backend="eager", schedule=[(0, [mine])])
+    engine.compile(backend="eager", schedule=[(0, ["zero3_compile", mine])])
+    twin = compiled(schedule=[(0, ["zero3_compile"])])
+    assert [step(engine, n) for n in range(2)] == [step(twin, n) for n in range(2)]
+
+
+def test_what_cannot_hold_a_contract_is_named():
+    engine = start(config=config())
+    with pytest.raises(
+        UserError, match="mine: a builtin_function_or_method cannot hold a contract"
+    ):
+        engine.register_compile_pass("mine", print, PassContract())
+
+
 def test_an_entry_holds_from_the_first_step_that_is_not_before_it():
     schedule = check_schedule(SEED_STYLE, 3, {})
     assert [entry_at(schedule, step).step for step in (0, 1, 2, 1000)] == [0, 0, 2, 2]
@@ -74,6 +116,10 @@ def test_an_entry_holds_from_the_first_step_that_is_not_before_it():
         ([(0, ["zero3_compile", "auto"])], "auto: conflicts with"),
         ([(0, ["order_link"])], "no pass that provides reductions_placed"),
         ([(0, ["zero3_compile"]), (3, ["zero1_compile"])], "zero1_compile: the engine is at ZeRO"),
+        ([(0, ["zero3_compile"]), (2.5, ["auto"])], "is not (step, [passes])"),
+        ([(0, ["zero3_compile"]), (float("inf"), ["auto"])], "is not (step, [passes])"),
+        ([(0, ["zero3_compile", sorted_contract])], "schedule: sorted_contract: its contract is"),
+        ([(0, ["zero3_compile", Sized])], "schedule: Sized: its objects are made with arguments"),
     ],
 )
 def test_schedules_that_are_refused(given, expected):
