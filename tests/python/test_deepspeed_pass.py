@@ -98,6 +98,26 @@ def test_releases_can_be_taken_out():
     assert any(i.startswith("release") for i in instrs(program, 1))
 
 
+def test_every_operator_of_deepspeeds_can_be_looked_for():
+    """Its own prefetch asks each node whether it is a reload_parameter."""
+    others = (
+        "free_tensors", "offload_tensor", "reload_tensor", "wait_offload", "wait_reload",
+        "offload_parameter", "reload_parameter", "end_backward",
+    )  # fmt: skip
+
+    def look(gm, graph_id, order, profiles, create_inputs_fn, budget, managers, bwd):
+        packets = [getattr(torch.ops.dc, name) for name in others]
+        assert not any(n.target in (p, p.default) for p in packets for n in gm.graph.nodes)
+
+    run(look)
+
+
+def offload(gm, graph_id, *_):
+    first = next(iter(gm.graph.nodes))
+    with gm.graph.inserting_after(first):
+        gm.graph.call_function(torch.ops.dc.offload_parameter.default, (first, graph_id, 0))
+
+
 def erase_run(gm, *_):
     last = [n for n in gm.graph.nodes if n.name.startswith("run_")][-1]
     last.replace_all_uses_with(last.args[-1])
@@ -128,6 +148,7 @@ def ask_tensor(gm, graph_id, order, profiles, inputs, budget, managers, bwd):
     ("bad", "words"),
     [
         (erase_run, "erase_run: forward 0: region f.b no longer runs once"),
+        (offload, "calls dc.offload_parameter.default, which has no counterpart"),
         (add_compute, "calls aten.relu.default, which has no counterpart"),
         (reduce_again, "whose gradient is not made here"),
         (ask_inputs, "create_inputs_fn: nothing runs while a plan is made"),

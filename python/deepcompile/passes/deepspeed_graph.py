@@ -16,12 +16,22 @@ from ..params import DTYPES
 
 _SCHEMAS = {
     "allgather_param": "(Tensor a, int graph_id, int id, ScalarType? dtype = None) -> Tensor",
-    "prefetch_params_fused": "(int graph_id, Tensor[] params, int[] ids) -> ()",
+    "prefetch_params_fused": (
+        "(int graph_id, Tensor[] params, int[] ids, ScalarType[]? dtypes = None) -> ()"
+    ),
     "wait_allgather": "(Tensor(a) a, int graph_id, int id) -> Tensor(a)",
     "release_param": "(Tensor(a) a, int graph_id, int id, int n_users) -> Tensor(a)",
     "reduce_grad": "(Tensor a, int graph_id, int id) -> Tensor",
+    "free_tensors": "(Tensor[] a) -> ()",
+    "offload_tensor": "(Tensor a, int graph_id, int id) -> Tensor",
+    "reload_tensor": "(Tensor a, int graph_id, int id) -> Tensor",
+    "wait_offload": "(Tensor a, int graph_id, int id) -> Tensor",
+    "wait_reload": "(Tensor a, int graph_id, int id) -> Tensor",
+    "offload_parameter": "(Tensor a, int graph_id, int id) -> ()",
+    "reload_parameter": "(Tensor a, int graph_id, int id) -> ()",
+    "end_backward": "(Any deps, int graph_id, bool release_reduce_buckets) -> ()",
 }
-"""DeepSpeed's operators that have a meaning here."""
+"""DeepSpeed's operators: passes look for nodes of any. The first five have a meaning here."""
 _OPS = {
     "gather": "allgather_param",
     "wait": "wait_allgather",
