@@ -41,6 +41,12 @@ def masking_itself(model: nn.Module) -> nn.Module:
     return model
 
 
+def with_second_name(model: nn.Module) -> nn.Module:
+    """A model that has one of its modules twice, as those of PEFT's prompt tuning have."""
+    model.word_embeddings = model.model.embed_tokens
+    return model
+
+
 def engine_for(model, bf16=False, **settings):
     engine = start(model, config=config(compile=settings, bf16={"enabled": bf16}))
     engine.compile(backend="eager")
@@ -135,12 +141,14 @@ def test_a_window_is_the_models_own_where_the_sequence_is_longer(captured):
         ),
         (lambda: build("gpt2", n_embd=32, n_layer=1, n_head=4), None),
         (lambda: build("qwen3", head_dim=8), None),
+        (lambda: with_second_name(build("llama", tie_word_embeddings=True)), None),
     ],
 )  # fmt: skip
 def test_models_that_cannot_are_left_alone_and_named(make, reason):
     model = make()
-    state = torch.random.get_rng_state()
+    state, parameters = torch.random.get_rng_state(), list(model.parameters())
     found = why_not(model, torch.device("cpu"))
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert found is None if reason is None else reason in found
     assert torch.equal(torch.random.get_rng_state(), state)
     if hasattr(model, "config"):

@@ -139,15 +139,17 @@ def _source_asks_for_sdpa(model: nn.Module) -> str | None:
 
 
 def _stand_ins(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
-    """Zeros of the parameters' shapes that take no memory, and the buffers, on ``device``."""
-    found = {
-        name: torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
-        for name, p in model.named_parameters()
-    }
-    for name, buffer in model.named_buffers():
-        found[name] = (
-            torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-        )
+    """Zeros of the parameters' shapes that take no memory, and the buffers, on ``device``; once for
+    each place that has one, tied or not, even if its module has two names."""
+    found = {}
+    for prefix, module in model.named_modules():
+        places = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
+        for name, p in module.named_parameters(**places):
+            found[name] = torch.zeros((), dtype=p.dtype, device=device).expand(p.shape)
+        for name, buffer in module.named_buffers(**places):
+            found[name] = (
+                torch.zeros_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+            )
     return found
 
 
@@ -163,7 +165,9 @@ def _try(model: nn.Module, configs: list[Any], device: torch.device) -> str | No
             warnings.simplefilter("ignore")
             with implementation(configs, _PROBE):
                 inputs = {"input_ids": tokens, "use_cache": False}
-                functional_call(model, _stand_ins(model, device), (), inputs)
+                # It would tie by name, and leave a stand-in in a module that has two names.
+                stand_ins = _stand_ins(model, device)
+                functional_call(model, stand_ins, (), inputs, tie_weights=False)
     except _Attention:
         if not _asked:
             return "it makes no mask before its first attention"
