@@ -83,7 +83,9 @@ def _present(hooks: weakref.ref[EagerHooks]) -> EagerHooks:
 
 def take_part(hooks: weakref.ref[EagerHooks]) -> None:
     """A compiled graph's backward begins: UserError unless an engine's runs, which this joins."""
-    _present(hooks)._take_part("a compiled forward")
+    present = _present(hooks)
+    present._take_part("a compiled forward")
+    present._finish_reductions()  # the graph may reduce the same parameters
 
 
 class EagerHooks:
@@ -299,7 +301,11 @@ class EagerHooks:
         def release(_gradient: torch.Tensor) -> None:
             _present(hooks)._release(names)
 
-        for tensor in tensors_in(output):
+        # What is written in place to a view bypasses the hooks of the view, not those of its base:
+        # a Linear's output of three dimensions is a view of what the matmul made.
+        outputs = list(tensors_in(output))
+        bases = [t._base for t in outputs if t._is_view() and t._base.grad_fn is not None]
+        for tensor in [*outputs, *bases]:
             if tensor.requires_grad:
                 tensor.register_hook(gather)
         needing = [t for t in tensors_in(inputs) if t.requires_grad]
@@ -342,12 +348,17 @@ class EagerHooks:
         self._in_backward = True
         _running[:] = [self]
 
+    def _finish_reductions(self) -> None:
+        while self._reducing:
+            self._runtime.accumulate(self._reducing.popleft())
+
     def _take_part(self, what: str) -> None:
         self._join()
         if not self._in_backward:
             raise UserError(
                 f"[engine] gradient of {what}: made outside engine.backward(loss). Call that "
-                "instead of loss.backward()."
+                "instead of loss.backward(). A forward that calls torch.autograd.grad trains "
+                "without engine.compile() only."
             )
 
     def _join(self) -> None:

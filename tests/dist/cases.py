@@ -120,6 +120,25 @@ def skipping() -> nn.Module:
     return TakesLabels(Broken())
 
 
+class ReadTwice(nn.Module):
+    """Reads one weight in a captured part, and again in one that is skipped."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Embedding(VOCABULARY, 32), nn.Linear(32, 32))
+        self.skipped, self.last = Skipped(), nn.Linear(32, VOCABULARY)
+        self.up = nn.Linear(32, 64)
+        self.up.weight = self.skipped.up.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.up(torch.relu(self.first(ids))).unflatten(-1, (2, 32)).sum(-2)
+        return self.last(self.skipped(x))
+
+
+def read_twice() -> nn.Module:
+    return TakesLabels(ReadTwice())
+
+
 class Attends(nn.Module):
     """nn.MultiheadAttention reads its out_proj's weights without calling it."""
 
@@ -171,6 +190,7 @@ MODELS = {
     "gpt2": gpt2,
     "sequential": sequential,
     "skipping": skipping,
+    "read_twice": read_twice,
     "attention": attention,
     "frozen": frozen_llama,
 }

@@ -264,6 +264,32 @@ def test_a_backward_that_is_not_the_engines_is_refused(backend):
     assert losses[0] == losses[1]
 
 
+class Penalised(nn.Module):
+    """Adds the gradient of its output for its input, as a gradient penalty does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_()
+        y = self.last(torch.tanh(self.first(x)))
+        (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return y + gradient.pow(2).mean()
+
+
+def test_a_forward_that_asks_for_gradients_trains_uncompiled_alone():
+    engine, plain = start(seeded(Penalised, 3)), seeded(Penalised, 3)
+    loss = engine(batch()).pow(2).mean()
+    assert torch.equal(loss, plain(batch()).pow(2).mean())
+    engine.backward(loss)
+    engine.step()
+    engine = start(seeded(Penalised, 3))
+    engine.compile(backend="eager")
+    said = error_of(lambda: engine(batch()))
+    assert "torch.autograd.grad trains without engine.compile() only" in said
+
+
 def test_a_layer_frozen_in_evaluation_mode_is_not_trained():
     engine = start()
     engine.compile(backend="eager")
