@@ -377,7 +377,8 @@ class Planner:
         if profile.records:
             machine = links.machine_for(self._config, self._ranks)
             slowdown = _core.compute_slowdown(profile.plans[-1][1], machine, self.costs)
-            traced = trace_costs(profile.records, profile.plans, slowdown)
+            ends = self._ranks.device.type != "cpu"
+            traced = trace_costs(profile.records, profile.plans, slowdown, ends)
             traced.put_into(self.costs)
             take_times(profile.costs, traced.runs)
         return self.costs

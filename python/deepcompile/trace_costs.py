@@ -14,7 +14,7 @@ from __future__ import annotations
 import statistics
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,17 +77,24 @@ class _Event:
 
 
 class _Link:
-    """When the link was busy."""
+    """When the link was busy. `size` says how much an event moves."""
 
-    def __init__(self, events: Iterable[_Event]) -> None:
+    def __init__(self, events: Iterable[_Event], size: Callable[[_Event], int]) -> None:
         self.transfers: list[tuple[_Event, int]] = []
-        """(event, ns on the link), in the order of issue: one at a time."""
+        """(event, ns on the link), in the order in which they end: one at a time. Gloo carries
+        two, and the later one may end first."""
         free = 0
-        for event in events:
-            if event.op in LINK and event.end > event.start:
+        for event in sorted(events, key=lambda event: event.end):
+            if event.end > event.start:
                 self.transfers.append((event, event.end - max(event.start, min(free, event.end))))
                 free = max(free, event.end)
-        spans = sorted((e.end - ns, e.end) for e, ns in self.transfers if ns > 0)
+        alike: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for event, ns in self.transfers:
+            alike[event.op, size(event)].append(ns)
+        usual = {key: statistics.median_low(each) for key, each in alike.items()}
+        # What one takes longer it waits for a rank that is late, and disturbs nothing.
+        moving = [(e.end - min(ns, usual[e.op, size(e)]), e.end) for e, ns in self.transfers]
+        spans = sorted((start, end) for start, end in moving if end > start)
         self.starts: list[int] = []
         self.ends: list[int] = []
         for start, end in spans:
@@ -110,7 +117,11 @@ class _Reader:
     """The records of one step, read once."""
 
     def __init__(
-        self, records: Iterable[Sequence[int]], plans: Iterable[tuple[int, Any]], slowdown: float
+        self,
+        records: Iterable[Sequence[int]],
+        plans: Iterable[tuple[int, Any]],
+        slowdown: float,
+        reductions_end: bool,
     ) -> None:
         self.programs = dict(plans)
         self.slowdown = slowdown
@@ -136,11 +147,15 @@ class _Reader:
         }
         nothing = self._of_nothing()
         self.link = _Link(
-            e
-            for e in self.events
-            if id(e) not in nothing
-            and not self.sums_locally(e.plan)
-            and self.programs[e.plan].world > 1
+            (
+                e
+                for e in self.events
+                if e.op in (LINK if reductions_end else ("gather",))
+                and id(e) not in nothing
+                and not self.sums_locally(e.plan)
+                and self.programs[e.plan].world > 1
+            ),
+            self.moved_bytes,
         )
 
     def _of_nothing(self) -> set[int]:
@@ -168,6 +183,11 @@ class _Reader:
     def undisturbed(self, start: int, end: int) -> float:
         beside = self.link.beside(start, end)
         return end - start - beside + beside / self.slowdown
+
+    def moved_bytes(self, event: _Event) -> int:
+        """Of a transfer between ranks."""
+        param = self.params[event.plan, event.instr.operand]
+        return param.gather_bytes if event.op == "gather" else param.reduce_bytes
 
     def reduced_bytes(self, event: _Event) -> int:
         """What goes on the wire of this reduce: the gradient's whole, or all ranks' rows of it, in
@@ -289,12 +309,16 @@ class _Gaps:
 
 
 def trace_costs(
-    records: Iterable[Sequence[int]], plans: Iterable[tuple[int, Any]], slowdown: float = 1.0
+    records: Iterable[Sequence[int]],
+    plans: Iterable[tuple[int, Any]],
+    slowdown: float = 1.0,
+    reductions_end: bool = True,
 ) -> TraceCosts:
     """From the runtime's records (plan, section, instruction, start ns, end ns, ...) of one step,
     times from its start, in the order of issue; `plans` is [(plan id, program)], `slowdown` what
-    the simulator multiplies kernels beside transfers by."""
-    reader = _Reader(records, plans, slowdown)
+    the simulator multiplies kernels beside transfers by. `reductions_end`: their records end when
+    they do, not when they are waited for, as Gloo's; of these nothing is taken."""
+    reader = _Reader(records, plans, slowdown, reductions_end)
     if not reader.events:
         return TraceCosts()
     gaps = _Gaps(reader)

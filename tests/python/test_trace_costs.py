@@ -128,6 +128,51 @@ def test_the_parts_are_found():
     assert found.curves["norm"][0][1] == pytest.approx(44_000, rel=0.1)
 
 
+def _places(program, section):
+    instrs = program.sections[section].instrs
+    return {(i.op, i.region or i.param): k for k, i in enumerate(instrs)}
+
+
+def test_a_transfer_that_waits_for_a_late_rank_disturbs_no_kernels():
+    program = planned(["zero3_compile"])
+    at = _places(program, 0)
+    records, ms = [], 1_000_000
+    for i in range(LAYERS):  # 0.1 ms each, but the other rank comes to the last 4.9 ms late
+        end = (i + 1) * ms // 10 if i < LAYERS - 1 else LAYERS * ms // 10 + 49 * ms // 10
+        records.append((0, 0, at["gather", f"w.{i}"], i * ms // 10, end, -1))
+    for i in range(LAYERS):
+        start = ms // 2 + i * ms
+        records.append((0, 0, at["run", f"f.{i}"], start, start + ms, -1))
+        records.append((0, 0, at["release", f"w.{i}"], start + ms, start + ms, -1))
+    found = trace_costs(records, [(0, program)], 1.5)
+    assert found.runs[1] == ms
+    assert dict(found.curves["gather"])[2 << 20] == ms // 10
+
+
+def test_transfers_that_overtake_each_other_take_time_too():
+    program = planned(["zero3_compile"])
+    at, us = _places(program, 0), 1000
+    ends = [400, 300, 200, 700, 600, 500]  # three at a time, from 100 on
+    records = [(0, 0, at["gather", f"w.{i}"], 100 * us, end * us, -1) for i, end in enumerate(ends)]
+    records += [(0, 0, at["release", f"w.{i}"], 800 * us, 800 * us, -1) for i in range(LAYERS)]
+    found = trace_costs(records, [(0, program)])
+    assert dict(found.curves["gather"]) == {2 << 20: 100 * us}
+
+
+def test_reductions_that_end_when_they_are_waited_for_say_nothing():
+    program = planned(["zero3_compile"])
+    at, ms = _places(program, 1), 1_000_000
+    records = []
+    for i in reversed(range(LAYERS)):
+        start = (LAYERS - i) * ms
+        records.append((0, 1, at["run", f"b.{i}"], start, start + ms, -1))
+        records.append((0, 1, at["reduce", f"w.{i}"], start + ms, start + 2 * ms, -1))
+    assert "reduce" in trace_costs(records, [(0, program)], 1.5).curves
+    found = trace_costs(records, [(0, program)], 1.5, reductions_end=False)
+    assert "reduce" not in found.curves
+    assert found.runs[2] == ms
+
+
 def _one(program, costs):
     return traced(program, costs)[0], [(0, program)]
 
