@@ -102,10 +102,6 @@ def _ms(nanos: int) -> str:
     return f"{nanos / 1e6:,.2f} ms"
 
 
-def _bytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:,.1f} KiB"
-
-
 def _budget_fact(planner: Planner) -> str | None:
     """What the budget took, and what that costs."""
     free, program = unlimited_plan(planner), agreed_program(planner)
@@ -116,13 +112,13 @@ def _budget_fact(planner: Planner) -> str | None:
     what = "; ".join(given_up(program, other))
     if lost <= 0:
         return "no time" + (f": {what}" if what else "")
-    against = f"{_ms(simulated.time_ns)} with a peak of {_bytes(simulated.peak_bytes)}"
+    against = f"{_ms(simulated.time_ns)} with a peak of {_core.pretty_bytes(simulated.peak_bytes)}"
     return f"{_ms(lost)} a step, against {against}: {what or 'transfers run later'}"
 
 
 def plan_facts(engine: Engine) -> dict[str, str]:
     """What the newest plan is, what its budget was, and what that cost."""
-    planner, counts = engine.planner, engine.compile_report()
+    planner, counts, size = engine.planner, engine.compile_report(), _core.pretty_bytes
     agreed = planner.agreed
     if agreed is None:
         return {"Plan": f"each graph by itself: {planner.stage_pass}"}
@@ -135,9 +131,9 @@ def plan_facts(engine: Engine) -> dict[str, str]:
     if chosen:
         facts["Chosen"] = chosen[0].removeprefix("chosen: ")
     if agreed.predicted_ns is not None:
-        facts["Planned step"] = f"{_ms(agreed.predicted_ns)}, peak {_bytes(agreed.predicted_peak)}"
+        facts["Planned step"] = f"{_ms(agreed.predicted_ns)}, peak {size(agreed.predicted_peak)}"
     if agreed.budget is not None:
-        facts["Memory budget"] = _bytes(agreed.budget)
+        facts["Memory budget"] = size(agreed.budget)
         lost = _budget_fact(planner)
         if lost is not None:
             facts["Given up for the budget"] = lost

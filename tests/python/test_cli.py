@@ -102,7 +102,20 @@ def test_sim_prints_a_table_or_json_and_writes_a_trace(plan: Path, tmp_path: Pat
     assert {"run f", "gather a"} <= {event["name"] for event in events}
     facts = json.loads(deepcompile("sim", str(plan), "--machine", "2x-cpu", "--json").stdout)
     assert facts["ranks"] == 2 and facts["fits"] is True
+    assert facts["memory_budget"] == facts["memory_bytes"]
     assert facts["step_ns"] > facts["compute_busy_ns"] > 100_000
+
+
+def test_a_simulated_step_has_to_fit_its_budget():
+    from deepcompile import _core
+    from deepcompile.cli.output import as_table, summary
+
+    program, machine = _core.StepProgram.parse(PROGRAM), _core.Machine.builtin("2x-cpu")
+    sim = _core.simulate(program, machine)
+    assert summary(program, machine, sim, sim.peak_bytes)["fits"]
+    facts = summary(program, machine, sim, sim.peak_bytes - 1)
+    assert not facts["fits"] and facts["memory_bytes"] == machine.memory_bytes
+    assert f"of {_core.pretty_bytes(sim.peak_bytes - 1)}: DOES NOT FIT" in as_table(facts)
 
 
 def test_passes_can_run_before_a_simulation(program: Path, plan: Path):
@@ -327,6 +340,8 @@ TINY = ["plan", "--model", "llama-tiny", "--machine", "2x-cpu", "--seq", "8"]
         (["launch", "--standalone", "--nproc-per-node=2"], ["[launch] script: is missing"]),
         (["launch", "--nproc-per-node", "two", __file__], ["[launch] --nproc-per-node two: give"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--ranks", "3"], ["2x-cpu has 2 ranks"]),
+        (["plan", "--model", "m", "--machine", "4x8-a100", "--ranks", "12"], ["a multiple of 8"]),
+        ([*TINY, "--passes", ""], ["give at least one pass"]),
         (["sim", "-", "--machine", "2x-cpu", "--memory-budget", "-1GiB"], ["--option=-1"]),
         (["bench", "nope"], ["invalid choice: 'nope'", "See deepcompile bench --help"]),
         (["bench", "--simulate"], ["required: --machine", "deepcompile bench --simulate --help"]),

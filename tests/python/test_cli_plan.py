@@ -75,6 +75,14 @@ def test_the_table_has_bars(model: Path, tmp_path: Path):
     assert "<svg" in page.read_text() and page.read_text().startswith("<!doctype html>")
 
 
+def test_another_depth_is_said(model: Path, tmp_path: Path):
+    page = tmp_path / "plans.svg"
+    passes = ["--passes", "zero3_compile"]
+    result = plan(model, "--seq", "32", "--layers", "1", *passes, "--chart", str(page))
+    assert f"{model} with 1 layer on 2x-cpu" in result.stdout
+    assert f"{model} with 1 layer on 2x-cpu" in page.read_text()
+
+
 @pytest.mark.parametrize(("stage", "names"), [(0, ["replicated"]), (1, ["ZeRO1"]), (2, ["ZeRO2"])])
 def test_other_stages(model: Path, stage: int, names: list[str]):
     plans = plans_of(

@@ -51,7 +51,7 @@ def test_compute_and_idle_times_make_up_the_step(tmp_path):
             "idle: waits for gathers": 2.0,
             "idle: waits for reductions": 2.5,
             "sum": 0.5,
-            "idle: between instructions": 0.5,
+            "between instructions": 0.5,
         }
     )
     assert sum(found.values()) == pytest.approx(9.5)

@@ -6,15 +6,16 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _core
+from ..report.units import model_text
 
 BAR = 40
 """Columns of the longest bar in the terminal's chart."""
 
 
 def summary(
-    program: _core.StepProgram, machine: _core.Machine, sim: _core.SimResult
+    program: _core.StepProgram, machine: _core.Machine, sim: _core.SimResult, budget: int | None
 ) -> dict[str, Any]:
-    """What a simulation says, as JSON can hold it."""
+    """What a simulation says, as JSON can hold it. Without a budget the machine's memory is it."""
     return {
         "program": program.name,
         "machine": machine.name,
@@ -28,7 +29,8 @@ def summary(
         "peak_bytes": sim.peak_bytes,
         "resident_bytes": sim.resident_bytes,
         "memory_bytes": machine.memory_bytes,
-        "fits": sim.peak_bytes <= machine.memory_bytes,
+        "memory_budget": budget or machine.memory_bytes,
+        "fits": sim.peak_bytes <= (budget or machine.memory_bytes),
     }
 
 
@@ -40,7 +42,7 @@ def as_table(facts: dict[str, Any]) -> str:
         return f"{_core.pretty_nanos(facts[key])} ({100 * facts[key] / step:.0f}%)"
 
     size = _core.pretty_bytes
-    peak = f"{size(facts['peak_bytes'])} of {size(facts['memory_bytes'])}"
+    peak = f"{size(facts['peak_bytes'])} of {size(facts['memory_budget'])}"
     rows = [
         ("program", facts["program"]),
         ("machine", f"{facts['machine']}, {facts['ranks']} ranks"),
@@ -82,7 +84,8 @@ def plans_table(facts: dict[str, Any]) -> str:
     """All plans of `deepcompile plan`, by sequence length, with bars for tokens a second."""
     size = _core.pretty_bytes
     lines = [
-        f"{facts['model']} on {facts['machine']}: {count_text(facts['parameters'])} parameters, "
+        f"{model_text(facts['model'], facts['layers'])} on {facts['machine']}: "
+        f"{count_text(facts['parameters'])} parameters, "
         f"{facts['ranks']} ranks, batch {facts['batch']} a rank, {facts['dtype']}, AdamW with fp32 "
         f"master weights, memory budget {size(facts['memory_budget'])} a rank"
     ]

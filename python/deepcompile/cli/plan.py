@@ -96,7 +96,7 @@ def add_to(commands: Any) -> None:
 def variants(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
     """(name, passes) of the plans to compare."""
     if options.passes is not None:
-        return [("+".join(options.passes) or "none", options.passes)]
+        return [("+".join(options.passes), options.passes)]
     return named_plans(options.stage)
 
 
@@ -113,6 +113,8 @@ def run(options: argparse.Namespace) -> None:
             f"[cli] --ranks {options.ranks}: {machine.name} has {machine.ranks} ranks. Choose "
             "fewer ranks or a larger machine."
         )
+    ranks = _core.StepProgram.parse(f"step ranks world={options.ranks or machine.ranks}\n")
+    _core.analytic_costs(ranks, machine)  # an error if they do not fill whole nodes
     if options.early_updates and options.dtype == "fp16":
         raise UserError(
             "[cli] plan --early-updates: a step in fp16 may be left out, which is known after its "
@@ -138,6 +140,7 @@ def run(options: argparse.Namespace) -> None:
         "stage": options.stage,
         "memory_budget": budget,
         "seqs": options.seq,
+        "layers": options.layers,
         **planned[0]["facts"],
         "plans": [plan for each in planned for plan in each["plans"]],
     }

@@ -112,7 +112,7 @@ def run_sim(options: argparse.Namespace) -> None:
     program, sim, by = simulate_file(options)
     if options.trace:
         write(options.trace, _core.perfetto_trace([(f"predicted on {by.machine.name}", sim)]))
-    facts = summary(program, by.machine, sim)
+    facts = summary(program, by.machine, sim, by.budget)
     if not is_planned(program):
         facts["note"] = NOT_PLANNED
     print(json.dumps(facts, indent=2) if options.json else as_table(facts))

@@ -12,7 +12,7 @@ from typing import Any
 
 import jinja2
 
-from deepcompile.report.units import format_bytes, format_nanos
+from deepcompile.report.units import format_bytes, format_nanos, model_text
 
 COLORS = ("#a3abb5", "#2f6fd0", "#d9772b", "#2b9a72", "#b0428f")
 BAR, GAP, GROUP_GAP = 64, 8, 36
@@ -23,12 +23,16 @@ def write_sweep(facts: Mapping[str, Any], path: str) -> None:
     """Write the facts of `deepcompile plan --json` as a picture (.svg) or a page (.html)."""
     svg = sweep_svg(facts)
     if path.endswith(".html"):
-        title = html.escape(f"{facts['model']} on {facts['machine']}")
+        title = html.escape(_subject(facts))
         svg = (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
             f'<body style="margin:24px;max-width:1240px">{svg}</body></html>\n'
         )
     Path(path).write_text(svg, encoding="utf-8")
+
+
+def _subject(facts: Mapping[str, Any]) -> str:
+    return f"{model_text(facts['model'], facts.get('layers'))} on {facts['machine']}"
 
 
 def sweep_svg(facts: Mapping[str, Any]) -> str:
@@ -54,7 +58,7 @@ def sweep_svg(facts: Mapping[str, Any]) -> str:
     template = resources.files("deepcompile.report") / "sweep.svg.j2"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(template.read_text(encoding="utf-8")).render(
-        title=f"{facts['model']} on {facts['machine']}: simulated tokens/s/GPU",
+        title=f"{_subject(facts)}: simulated tokens/s/GPU",
         subtitle=(
             f"{facts['ranks']} ranks, batch {facts['batch']}, {facts['dtype']}; peak memory "
             f"below each plan, budget {format_bytes(facts['memory_budget'])}; dashed: does not fit"

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, writing
 
 LANES = ("compute", "link", "to host", "to device")
 COLORS = {
@@ -117,7 +117,8 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
 
 
 def times(items: Sequence[Item]) -> dict[str, float]:
-    """Milliseconds of compute by instruction, and of its idle time by cause: together the step."""
+    """Milliseconds of compute by instruction, of its idle time by cause, and of what is between
+    instructions (launches, copies of gradients into a reduction's buffer): together the step."""
     found: dict[str, float] = {}
     for item in items:
         if item.op in WAITS:
@@ -130,7 +131,7 @@ def times(items: Sequence[Item]) -> dict[str, float]:
     here = [i for i in items if i.op in WAITS or i.lane == "compute"]
     length = max(i.end for i in items) - min(0.0, items[0].start)
     rest = (length - covered((i.start, i.end) for i in here)) / 1e3
-    return found | {f"idle: {BETWEEN}": rest}
+    return found | {BETWEEN: rest}
 
 
 def lanes_of(items: Sequence[Item]) -> dict[str, list[Item]]:
@@ -170,9 +171,8 @@ def draw(items: Sequence[Item], path: str | Path, title: str) -> Path:
         axes.spines[side].set_visible(False)
     target = Path(path)
     try:
-        figure.savefig(target, dpi=130)
-    except (OSError, ValueError) as error:
-        raise UserError(f"[report] {target}: cannot be written: {error}") from None
+        with writing("report", target, (ValueError,)):
+            figure.savefig(target, dpi=130)
     finally:
         pyplot.close(figure)
     return target

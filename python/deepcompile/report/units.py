@@ -35,6 +35,13 @@ def format_seconds(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
 
 
+def model_text(model: str, layers: int | None) -> str:
+    """A model, and its depth where that is another than its own."""
+    if layers is None:
+        return model
+    return f"{model} with {layers} layer{'s' * (layers != 1)}"
+
+
 def format_value(value: float | None, unit: str) -> str:
     """A value of a comparison row in its unit."""
     if value is None:
