@@ -75,13 +75,14 @@ def test_a_written_plan_has_its_reasons_and_its_costs(tmp_path):
 
     # Alone, it is simulated as it was planned; with a machine that has nothing of the run.
     alone = json.loads(deepcompile_here("sim", str(path), "--json").stdout)
-    assert alone["step_ns"] == agreed.predicted_ns
+    assert alone["step_ns"] == agreed.predicted_ns and alone["memory_budget"] == agreed.budget
     told = deepcompile_here("explain", str(path)).stdout
     assert "plan.run.json" in told and "chosen: zero3_compile" in told
     other = deepcompile_here("explain", str(path), "--machine", "4xh200")
     assert other.returncode == 0 and "plan.run.json" not in other.stdout
     costs = ("--machine", "2x-cpu", "--costs", str(tmp_path / "plan.run.json"), "--json")
-    assert json.loads(deepcompile_here("sim", str(path), *costs).stdout) == alone
+    named = json.loads(deepcompile_here("sim", str(path), *costs).stdout)
+    assert named == alone | {"memory_budget": alone["memory_bytes"]}
 
     # The page's program is the same.
     assert report_data(engine)["plan"] == path.read_text(encoding="utf-8")
