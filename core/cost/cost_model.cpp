@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <string_view>
 
 #include "analysis/footprint.h"
 #include "base/error.h"
@@ -13,10 +14,13 @@ namespace {
 
 constexpr double kNanosPerSecond = 1e9;
 
-Nanos from_seconds(double seconds) {
+// By the machine's figure `part`.`key`.
+Nanos from_seconds(double seconds, const Machine& machine, std::string_view part,
+                   std::string_view key) {
   if (!(seconds * kNanosPerSecond < static_cast<double>(kLongestTime.value))) {
-    throw UserError("[cost] something takes " + std::to_string(seconds) +
-                    " s by the machine's figures. Correct its bandwidths and rates.");
+    throw UserError("[cost] " + machine.name + ": " + std::string(part) + "." + std::string(key) +
+                    ": something takes more than a day by it. Correct it: it is bytes or "
+                    "operations a second, as in 319e9.");
   }
   return {static_cast<int64_t>(std::ceil(seconds * kNanosPerSecond - 1e-6))};
 }
@@ -65,18 +69,20 @@ Layout layout(const Machine& machine, int64_t world) {
 
 Nanos collective_time(const Machine& machine, Collective kind, int64_t world, Bytes whole) {
   const auto [nodes, ranks] = layout(machine, world);
-  const auto transfer = [&](const Link& link, double bytes) {
-    const bool gather = kind == Collective::kAllGather;
-    return bytes / (gather ? link.gather_bandwidth : link.reduce_bandwidth);
+  const bool gather = kind == Collective::kAllGather;
+  const auto transfer = [&](const Link& link, double bytes, std::string_view part) {
+    return from_seconds(bytes / (gather ? link.gather_bandwidth : link.reduce_bandwidth), machine,
+                        part, gather ? "gather_bandwidth" : "reduce_bandwidth");
   };
   const double n = static_cast<double>(nodes), g = static_cast<double>(ranks);
   Nanos time = machine.intra.latency * (ranks - 1);
-  double seconds = transfer(machine.intra, to_double(whole) * (g - 1) / g);
+  Nanos moving = transfer(machine.intra, to_double(whole) * (g - 1) / g, "links.intra");
   if (nodes > 1) {
     time += machine.inter->latency * (nodes - 1);
-    seconds = std::max(seconds, transfer(*machine.inter, to_double(whole) * (n - 1) / (n * g)));
+    const double between = to_double(whole) * (n - 1) / (n * g);
+    moving = std::max(moving, transfer(*machine.inter, between, "links.inter"));
   }
-  return time + from_seconds(seconds);
+  return time + moving;
 }
 
 Bytes norm_bytes(const StepProgram& program) {
@@ -98,18 +104,21 @@ double MachineCosts::compute_slowdown(const StepProgram& program) const {
 
 Nanos MachineCosts::memory_time(double bytes) const {
   const Device& device = machine_.device;
-  return from_seconds(bytes / (device.memory_bandwidth * device.memory_efficiency)) +
+  return from_seconds(bytes / (device.memory_bandwidth * device.memory_efficiency), machine_,
+                      "device", "memory_bandwidth") +
          device.launch_overhead;
 }
 
 Nanos MachineCosts::roofline(const StepProgram& program, const Region& region) const {
   const Device& device = machine_.device;
-  double seconds = to_double(region.moved) / (device.memory_bandwidth * device.memory_efficiency);
+  Nanos time = memory_time(to_double(region.moved));
   if (region.flops > 0) {
     const double rate = flops_rate(machine_, compute_dtype(program, region));
-    seconds = std::max(seconds, static_cast<double>(region.flops) / rate);
+    const double seconds = static_cast<double>(region.flops) / rate;
+    time =
+        std::max(time, from_seconds(seconds, machine_, "device", "flops") + device.launch_overhead);
   }
-  return from_seconds(seconds) + device.launch_overhead;
+  return time;
 }
 
 // Every owner sends what it owns of the rows that all ranks number: a sum with zeros.
@@ -180,7 +189,9 @@ Nanos MachineCosts::update_time(const StepProgram& program, ParamId id) const {
 Nanos MachineCosts::host_time(bool to_host, Bytes bytes, int64_t tensors) const {
   const HostLink& host = machine_.host;
   const double bandwidth = to_host ? host.to_host_bandwidth : host.to_device_bandwidth;
-  return from_seconds(to_double(bytes) / bandwidth) + machine_.device.launch_overhead * tensors;
+  const std::string_view key = to_host ? "to_host_bandwidth" : "to_device_bandwidth";
+  return from_seconds(to_double(bytes) / bandwidth, machine_, "host", key) +
+         machine_.device.launch_overhead * tensors;
 }
 
 // Both moments, and the master copy if there is one.

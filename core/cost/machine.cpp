@@ -106,8 +106,10 @@ Machine parse_machine(std::string_view json, const std::string& where) {
 Machine load_machine(const std::string& path) {
   std::ifstream file(path, std::ios::binary);
   std::ostringstream text;
-  if (file) text << file.rdbuf();
-  if (!file || !text) {
+  // An empty file fails `text`; a folder opens, and fails the first look.
+  const bool readable = file && (file.peek(), !file.bad());
+  if (readable) text << file.rdbuf();
+  if (!readable) {
     throw UserError(
         "[cost] machine file " + path +
         ": cannot be read. Give the path of a JSON file, or a built-in machine's name.");

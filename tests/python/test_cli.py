@@ -305,8 +305,13 @@ def test_a_negative_bandwidth_is_one_clear_error(plan: Path, tmp_path: Path):
     path.write_text(json.dumps(machine))
     result = deepcompile("sim", str(plan), "--machine", str(path))
     expect_error(result, str(path), "links.intra.gather_bandwidth", "-1000000000.0")
-    path.write_text(text[:200])
-    expect_error(deepcompile("sim", str(plan), "--machine", str(path)), "ends too early")
+    machine["links"]["intra"]["gather_bandwidth"] = 1e-300
+    path.write_text(json.dumps(machine))
+    result = deepcompile("sim", str(plan), "--machine", str(path))
+    expect_error(result, "2x-cpu: links.intra.gather_bandwidth: something takes more than a day")
+    for cut in (text[:200], ""):
+        path.write_text(cut)
+        expect_error(deepcompile("sim", str(plan), "--machine", str(path)), "ends too early")
 
 
 TINY = ["plan", "--model", "llama-tiny", "--machine", "2x-cpu", "--seq", "8"]
