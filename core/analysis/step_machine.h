@@ -30,7 +30,7 @@ enum class MemoryPart : uint8_t {
   kMasters,     // fp32 copies that the optimizer works on
   kMoments,     // Adam's averages
   kGathered,    // full buffers of sharded parameters
-  kReductions,  // what reductions send and receive
+  kReductions,  // what reductions send and receive; a gradient read after its reduce counts twice
   kGradients,   // gradient shards, and full-size local sums
   kValues,
   kWorkspace,

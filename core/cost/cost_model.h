@@ -12,7 +12,8 @@
 //   by rows     a gather is an all-gather of row numbers and a reduce-scatter of the rows that
 //               all ranks read, a reduction an all-gather of these
 //   accumulate, norm, update   device memory traffic over bandwidth, plus a launch; so does the
-//               copy of a gradient into a reduction's buffer, with a launch a member
+//               copy of a gradient into a reduction's buffer, with a launch a member; of a
+//               parameter that several graphs reduce as if one did
 //   offload_states, reload_states, offload, reload   bytes over the host link's
 //               bandwidth in that direction, plus a launch a tensor
 // What only waits or gives memory back is free. MeasuredCosts (measured_costs.h)
