@@ -46,11 +46,11 @@ demo: $(READY)  ## train a small Llama on 2 ranks, write demo-output/report.html
 	  --nproc-per-node $(RANKS) examples/demo/train.py --out $(OUT) $(if $(STEPS),--steps $(STEPS))
 
 bench: $(READY)  ## the benchmark's sweep as this machine can run it, with charts, in 25 minutes at most
-	@$(PY) -m deepcompile.bench.sweep here --time-limit $(TIME_LIMIT) --result_dir $(BENCH) \
-	  --logs $(BENCH)/logs $(SWEEP); \
+	@$(PY) -m deepcompile.bench.sweep here --time-limit $(TIME_LIMIT) --result_dir "$(BENCH)" \
+	  --logs "$(BENCH)/logs" $(SWEEP); \
 	code=$$?; [ $$code -le 1 ] || [ $$code -eq 3 ] || exit $$code; \
 	if $(PY) -c 'import matplotlib' 2>/dev/null; then \
-	  $(PY) -m deepcompile plot --result_dir $(BENCH) || exit 2; \
+	  $(PY) -m deepcompile plot --result_dir "$(BENCH)" || exit 2; \
 	else echo "no charts, as matplotlib is not installed: pip install 'deepcompile[bench]'"; fi; \
 	[ $$code -ne 3 ] || echo "the time was over: make bench again measures what is left"; \
 	exit $$code

@@ -36,7 +36,11 @@ def refused(tmp_path, monkeypatch, capsys):
 
     def run(*words: str) -> str:
         capsys.readouterr()
-        assert cli.main(["bench", *words]) == 2
+        try:
+            code = cli.main(["bench", *words])
+        except SystemExit as ended:  # argparse's way
+            code = ended.code
+        assert code == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and [p.name for p in tmp_path.iterdir()] == ["file"]
         return error
@@ -72,6 +76,29 @@ def test_what_frameworks_have():
                  "ds_deepcompile:prefetch@best", "deepcompile/budget=0.5", "deepcompile/name=x",
                  "deepcompile/budget=fsdp_c"):  # fmt: skip
         assert suites.parse_spec(text)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--frameworks", ""], "--frameworks: give at least one name"),
+        (["--models", " , "], "--models/--model: give at least one name"),
+        (["--once", ""], "--once '': names"),
+        (["--time-limit", "nan"], "--time-limit: 'nan' is not a number above 0"),
+        (["--time-limit=-5"], "--time-limit: '-5' is not a number above 0"),
+        (["--condition-limit", "0"], "--condition-limit: '0' is not a number above 0"),
+        (["--timeout", "0"], "--timeout: '0' is not a number above 0"),
+        (["--learning_rate", "inf"], "learning_rate inf: must not be negative, nor infinite"),
+    ],
+)
+def test_values_that_cannot_be(words, said, refused):
+    """What a variable that is not set leaves is no wish for all of a suite."""
+    assert said in refused("tiny", *words)
+
+
+def test_values_that_a_search_cannot_have(refused):
+    for words in (["--frameworks", ""], ["--host-reserve", "1.5"], ["--host-reserve", "nan"]):
+        assert f"argument {words[0]}: " in refused("depth", "--model", "llama-tiny", *words)
 
 
 def test_models_that_are_not_there(refused):

@@ -188,9 +188,13 @@ def test_a_folder_with_rows_and_other_lines(tmp_path):
     with (tmp_path / LINES).open("a") as file:
         file.write(SEED_LINE + "\n")
     results = Results.load(tmp_path)
-    assert [r.condition.framework for r in results] == ["fsdp_c", "fsdp_c", "ds_deepcompile"]
-    assert results.rows[0] == first and results.rows[1].failure == "OOM"
+    assert [r.condition.framework for r in results] == ["ds_deepcompile", "fsdp_c", "fsdp_c"]
+    assert results.rows[1] == first and results.rows[2].failure == "OOM"
     assert Results.load(tmp_path / LINES).rows[0].condition == first.condition
+    save(tmp_path / "more", [row(framework="ddp")])  # a copy of other rows, whose name sorts behind
+    (tmp_path / "more" / ROWS).rename(tmp_path / "z.jsonl")
+    append(tmp_path, row(framework="zero3"))
+    assert Results.load(tmp_path).rows[-1].condition.framework == "zero3"  # the new one is last
 
 
 def test_latest_keeps_success_and_tells_predictions_apart():

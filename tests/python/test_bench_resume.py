@@ -109,6 +109,33 @@ def test_rows_of_older_versions_are_taken_as_before(tmp_path):
     assert runner.ran == []
 
 
+def test_a_folder_with_lines_of_deepspeeds_runner(tmp_path):
+    """Its result.txt beside our rows takes none of them for another's."""
+    line = (
+        "20250301120102 org/Model ds=True np=32 batch_size=1 seq=512 zero_stage=3 acc=1 ac=True "
+        "compile=False backend=inductor deepcompile=False passes=None compile_time=0.0 "
+        "iteration time: 2.0480 alloc_mem: 1 peak_mem: 2\n"
+    )
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / results.LINES).write_text(line)
+    found, runner = [tiny(), tiny(seq_length=32)], Fake()
+    assert make(tmp_path, found, runner).run(quiet=True) == 0
+    assert [(r.condition.world, r.ok) for r in rows_of(tmp_path)] == [(32, True), *[(2, True)] * 2]
+    assert runner.ran == found
+
+
+def test_rows_of_another_sweep_in_the_same_folder_are_not_counted(tmp_path):
+    runner = Fake()
+
+    def beside(place, arguments, log, timeout, on_line, watch) -> Outcome:
+        other = Row.measured(tiny(seq_length=999), [[0.1]] * 2)
+        results.append(str(tmp_path / "results"), other)
+        return runner(place, arguments, log, timeout, on_line, watch)
+
+    swept = make(tmp_path, [tiny()], beside)
+    assert swept.run(quiet=True) == 0 and swept.counts["measured"] == 1
+
+
 def test_options_that_cannot_be_are_errors_before_anything_is_written(tmp_path):
     runner = Fake()
     for found, options, said in (

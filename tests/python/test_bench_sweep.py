@@ -393,6 +393,10 @@ def test_the_table_of_a_folder(tmp_path, capsys):
     assert lines[3].endswith("| 6.00 | - |") and "| 4 | DeepCompile (auto) | 400" in lines[6]
     assert lines[8].endswith("| FSDP (C) | OOM | - | - | - | - | - | - |")
     assert "9 conditions; 2 x Chip; torch 2.11; commit abc; 20 steps after 10." in said
+    results.append(tmp_path / "lines", Row.measured(found[0], [[0.3, 0.4]]))
+    (tmp_path / "lines" / results.ROWS).unlink()  # a line has a mean, and no spread
+    assert table.main(["--table", str(tmp_path / "lines")]) == 0
+    assert "| FSDP (C) | 350.0 | 11,703 |" in capsys.readouterr().out
     assert table.main(["--table"]) == 2 and "needs a folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     assert table.main(["--table", str(tmp_path / "empty")]) == 2

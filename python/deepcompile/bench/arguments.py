@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _core
-from ..cli.arguments import Parser, comma_separated, not_negative, positive
+from ..cli.arguments import (
+    Parser,
+    comma_separated,
+    not_negative,
+    positive,
+    positive_number,
+)
 from ..errors import UserError
 from .conditions import SETTINGS, Condition, model_file_word
 from .options import ATTENTION, Options, engine_settings, merge
@@ -103,7 +109,7 @@ def learning_arguments(parser: argparse.ArgumentParser, unclipped: str = "") -> 
     add("--load_weights", action="store_true", help="begin with those that were written")
     add("--engine_config", metavar="JSON", help="text or file, merged into the engine's "
         "configuration (deepcompile and deepspeed)")  # fmt: skip
-    add("--timeout", type=float, default=default.timeout,
+    add("--timeout", type=positive_number, default=default.timeout,
         help=f"seconds until a collective that cannot complete is an error; {shown}")  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..cli.arguments import Parser, comma_separated, not_negative, positive
+from ..cli.arguments import Parser, names, not_negative, part, positive
 from ..errors import UserError, exit_code, writing
 from . import beforehand, process, results, suites, sweep
 from .arguments import dtype_of, learning_arguments, options_from
@@ -297,7 +297,7 @@ def parser() -> Parser:
     )
     add = made.add_argument
     add("--model", default="llama-3-70b", help="its geometry; default: %(default)s")
-    add("--frameworks", type=comma_separated, default=list(FRAMEWORKS), metavar="A,B",
+    add("--frameworks", type=names, default=list(FRAMEWORKS), metavar="A,B",
         help=f"default: {','.join(FRAMEWORKS)}")  # fmt: skip
     add("--batch-size", type=positive, default=1, help="sequences a rank; default: %(default)s")
     add("--seq-length", type=positive, default=1024, help="default: %(default)s")
@@ -311,7 +311,7 @@ def parser() -> Parser:
         help="default: bf16 on GPUs, fp32 on CPUs")  # fmt: skip
     add("--backend", choices=("inductor", "eager"), default="inductor",
         help="torch.compile's; default: %(default)s")  # fmt: skip
-    add("--host-reserve", type=float, default=HOST_RESERVE, metavar="PART",
+    add("--host-reserve", type=part, default=HOST_RESERVE, metavar="PART",
         help="of the host's memory: a trial that leaves less is stopped, out of memory; default: "
         "%(default)s")  # fmt: skip
     add("--logs", type=Path, default=Path(os.environ.get("LOG_BASE") or "logs"),

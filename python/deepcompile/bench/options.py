@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,8 +70,10 @@ class Options:
                 "Raise it."
             )
         for name in ("learning_rate", "max_grad_norm", "in_a_row"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"[bench] {name} {getattr(self, name)}: must not be negative.")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(
+                    f"[bench] {name} {getattr(self, name)}: must not be negative, nor infinite."
+                )
         for name in ("num_epochs", "print_interval"):
             if getattr(self, name) < 1:
                 raise UserError(f"[bench] {name} {getattr(self, name)}: must be at least 1.")

@@ -284,25 +284,25 @@ class Results:
     @staticmethod
     def load(path: str | os.PathLike) -> Results:
         """From one file, or a folder's ``*.jsonl`` and those lines of its result.txt that no row
-        there says already. A folder without such files is empty results; a path that does not
-        exist is an error."""
+        there says already: these first and rows.jsonl last, so that a new row is the last one. A
+        folder without such files is empty results; a path that does not exist is an error."""
         place = Path(path)
         if not place.exists():
             raise UserError(f"[bench] {place}: does not exist. Give a folder of results, or a file")
         if not place.is_dir():
             return _load_file(place)
-        results = Results()
-        for file in sorted(place.glob("*.jsonl")):
-            results._add(_load_file(file))
-        known = {(row.timestamp, row.condition, row.predicted) for row in results}
+        others, rows = Results(), Results()
+        for file in sorted(place.glob("*.jsonl"), key=lambda file: (file.name == ROWS, file)):
+            rows._add(_load_file(file))
+        known = {(row.timestamp, row.condition, row.predicted) for row in rows}
         for file in (place / LINES, place / SEED_LINES):
             if file.is_file():
                 lines = _load_file(file)
                 lines.rows = [
                     r for r in lines if (r.timestamp, r.condition, r.predicted) not in known
                 ]
-                results._add(lines)
-        return results
+                others._add(lines)
+        return Results(others.rows + rows.rows, rows.problems + others.problems)
 
     def _add(self, other: Results) -> None:
         self.rows += other.rows

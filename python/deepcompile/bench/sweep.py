@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..cli.arguments import Parser, comma_separated, positives
+from ..cli.arguments import Parser, comma_separated, names, positive_number, positives
 from ..errors import UserError, exit_code, writing
 from . import beforehand, process, results, suites
 from .arguments import dtype_of, learning_arguments, log_name, options_from
@@ -194,10 +194,13 @@ class Sweep:
             log = self.logs / log_name(group[0])
             known = len(self.rows())
             done: dict[Condition, Row] = {}
+            mine = set(group)  # another sweep may write into the same folder
 
-            def look(watch: Watch, known: int = known, done: dict = done) -> None:
+            def look(
+                watch: Watch, known: int = known, done: dict = done, mine: set = mine
+            ) -> None:
                 for row in self.rows().rows[known:]:
-                    if row.ok and row.condition not in done:
+                    if row.ok and row.condition in mine and row.condition not in done:
                         done[row.condition] = row
                         self.counts["measured"] += 1
                         self._remember(row)
@@ -323,9 +326,9 @@ class Watch:
 
 def limit_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--time-limit", type=float, metavar="SECONDS", default=math.inf,
+    add("--time-limit", type=positive_number, metavar="SECONDS", default=math.inf,
         help="for all of it, then the same command goes on; default: none")  # fmt: skip
-    add("--condition-limit", type=float, metavar="SECONDS", default=1800.0,
+    add("--condition-limit", type=positive_number, metavar="SECONDS", default=1800.0,
         help="for one condition, which then has failed; default: 1800")  # fmt: skip
 
 
@@ -342,12 +345,12 @@ def parser() -> Parser:
     add = made.add_argument
     add("suite", nargs="+", choices=[*sorted(suites.SUITES), HERE],
         help="one or several, see below; here: cut where there are GPUs, else tiny")  # fmt: skip
-    add("--models", "--model", type=comma_separated, help="instead of the suite's; default: $MODEL")
+    add("--models", "--model", type=names, help="instead of the suite's; default: $MODEL")
     add("--num-layers", type=int, help="cut every model; -N: at most N, as memory allows")
     for name, what in (("batch-sizes", "sequences a rank"), ("seq-lengths", "tokens in each"),
                        ("accumulations", "micro-batches a step")):  # fmt: skip
         add(f"--{name}", type=positives, metavar="N,M", help=f"{what}; default: the suite's")
-    add("--frameworks", type=comma_separated, metavar="A,B", help="instead of the suite's")
+    add("--frameworks", type=names, metavar="A,B", help="instead of the suite's")
     add("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
         help="auto, the default: bf16 on GPUs, fp32 on CPUs")  # fmt: skip
     add("--backend", choices=("inductor", "eager"), help="torch.compile's; default: the suite's")
@@ -418,7 +421,7 @@ def plan(argv: Sequence[str], place: Place | None = None) -> list[Sweep]:
             found, _options(args, suite, given), place, args.logs, args.condition_limit, deadline,
             share, args.force, args.retry, name=suite_name,
         ))  # fmt: skip
-    if args.once:
+    if args.once is not None:
         everything = [c for s in sweeps for c in s.conditions]
         (only,) = _only(list(dict.fromkeys(everything)), args.once)
         sweeps = [next(s for s in sweeps if only in s.conditions)]

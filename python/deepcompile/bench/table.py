@@ -41,6 +41,9 @@ sizes."""
 
 
 def milliseconds(row: Row) -> str:
+    """The median and the spread, where the row has one: a line of result.txt has none."""
+    if row.fastest is None or row.slowest is None:
+        return f"{row.median * 1e3:.{1 if row.median >= 0.1 else 2}f}"
     digits = 1 if row.slowest >= 0.1 else 2
     low, high = (f"{t * 1e3:.{digits - 1}f}" for t in (row.fastest, row.slowest))
     return f"{row.median * 1e3:.{digits}f} ({low}-{high})"

@@ -120,6 +120,26 @@ def not_negative(text: str) -> int:
     return value
 
 
+def positive_number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def part(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a part of one, such as 0.05")
+    return value
+
+
 def memory_budget(text: str) -> int | float:
     """As compile.memory_budget has it: bytes, or a fraction that settle_budget() resolves."""
     try:
@@ -155,6 +175,14 @@ def pass_names(text: str) -> list[str]:
 
 def comma_separated(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def names(text: str) -> list[str]:
+    """As comma_separated, but an empty text, such as a variable that is not set, is no list."""
+    words = comma_separated(text)
+    if not words:
+        raise argparse.ArgumentTypeError("give at least one name")
+    return words
 
 
 def dtype(*names: str) -> Callable[[str], str]:

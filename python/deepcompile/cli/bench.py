@@ -68,7 +68,7 @@ def add_to(commands: Any) -> None:
     add(
         "--models",
         metavar="M,N",
-        type=types.comma_separated,
+        type=types.names,
         default=["llama-3-70b", "mixtral-8x7b"],
         help="built-in names, the Hugging Face names of the same models, folders, config.json "
         "files; default: llama-3-70b, mixtral-8x7b",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .arguments import Parser, add_command
+from .arguments import Parser, add_command, positive_number
 
 EXAMPLES = """\
 Reads rows.jsonl and result.txt of a folder, DeepSpeed's too. Charts go to
@@ -59,16 +59,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=positive_number,
         help="the device's peak for mfu, where it is not known",
     )
-
-
-def positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
 
 
 def run(options: argparse.Namespace) -> None:
