@@ -86,13 +86,31 @@ def test_causal_pairs_accumulation_and_cut_depth():
     assert condition_flops(cut) == pytest.approx(condition_flops(whole) + head, rel=1e-9)
     mixtral = Condition("mistralai/Mixtral-8x7B-v0.1", "fsdp", seq_length=512)
     assert condition_flops(mixtral) == pytest.approx(6 * 12.75e9 * 512, rel=0.02)
+    same = dataclasses.replace(mixtral, model="mistralai/Mixtral-8x7B-Instruct-v0.1")
+    assert condition_flops(same) == condition_flops(mixtral)
     with pytest.raises(UserError, match="config is not on this machine"):
         condition_flops(Condition("nobody/nothing", "fsdp"))
     with pytest.raises(UserError, match="'t5'"):
         Geometry.of(transformers.T5Config())
 
 
+def test_windows_of_some_layers():
+    """Gemma-2's slide in every other layer; of the others all pairs count."""
+    config = transformers.Gemma2Config(num_hidden_layers=4, sliding_window=4)
+    shape = Geometry.of(config)
+    assert shape.slides == (True, False, True, False)
+    wide = shape.heads * shape.head_dim
+    plain = dataclasses.replace(shape, window=0)
+    # Of 10 tokens 4 * 5 / 2 + 6 * 4 = 34 pairs instead of 55, in two layers of four.
+    assert forward_flops(plain, 1, 10) - forward_flops(shape, 1, 10) == 2 * 2 * wide * 2 * (55 - 34)
+    cut = dataclasses.replace(plain, layers=3), dataclasses.replace(shape, layers=3)
+    assert forward_flops(cut[0], 1, 10) - forward_flops(cut[1], 1, 10) == 2 * 2 * wide * 2 * 21
+    assert Geometry.of(transformers.Qwen2Config()).window == 0
+
+
 def test_peaks():
+    assert peak_flops("NVIDIA H200 NVL", "bf16") == peak_flops("NVIDIA H100 NVL", "bf16") == 835e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16") is None
     assert peak_flops("NVIDIA A100-SXM4-80GB", "bf16") == 312e12
     assert peak_flops("NVIDIA H200", "bf16") == peak_flops("NVIDIA H200 SXM", "bf16") == 989e12
     assert peak_flops("NVIDIA H100 PCIe", "bf16") == 756e12
@@ -131,6 +149,9 @@ def test_metrics_and_their_spread():
     assert [gain for _, _, gain in gains([row, theirs], metric("throughput"))] == [1.25]
     assert len(gains([row, theirs, ours], metric("throughput"))) == 2
     assert gains([row, made("deepcompile", 0.25, True)], metric("throughput")) == []
+    elsewhere, line = made(device="NVIDIA A100-SXM4-80GB"), made(device="")
+    assert gains([elsewhere, ours], metric("throughput")) == []  # it is the device that is faster
+    assert len(gains([line, ours], metric("throughput"))) == 1
 
 
 def deepcompile(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -190,6 +211,19 @@ def test_conditions_of_one_name_are_told_apart():
     (chart,) = charts(Results(rows), by_accumulation=False)
     assert chart.bars == ["ZeRO3", "FSDP (C) seed=1", "FSDP (C) seed=2"]
     assert chart.find(512, "FSDP (C) seed=2").median == 0.4
+
+
+def test_models_of_one_name_have_a_chart_each(tmp_path):
+    """Folders may end alike; the same model by two names is one chart."""
+    names = {"/a/small/config.json": 0.5, "/b/small": 0.25}
+    rows = [made(model=name, median=m, num_layers=2) for name, m in names.items()]
+    found = charts(Results(rows), by_accumulation=False)
+    assert sorted(chart.rows[0].median for chart in found) == [0.25, 0.5]
+    assert len({chart.name for chart in found}) == 2
+    assert all(chart.title.startswith("small-") and chart.title.endswith("-2L") for chart in found)
+    same = [made(), made("fsdp", model="meta-llama/Meta-Llama-3-8B-Instruct")]
+    (chart,) = charts(Results(same), by_accumulation=False)
+    assert chart.name == "Llama-3-8B_np4_bs1" and len(chart.bars) == 2
 
 
 def test_gaps_hatches_and_error_bars_are_drawn(tmp_path, monkeypatch):

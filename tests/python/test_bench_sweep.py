@@ -363,6 +363,9 @@ def test_the_table():
     assert first[5].startswith("100.0 (100-100)")
     assert second[3:7] == ["-", "-", "-", "-"]
     assert table.markdown([first]).count("\n") == 2
+    for row in rows:  # another device is no peer's fault
+        row.machine = {"device": "A" if row.condition.ours else "B"}
+    assert table.table("w3", found, rows)[0][6:] == ["-", "-"]
 
 
 def test_the_table_of_a_folder(tmp_path, capsys):

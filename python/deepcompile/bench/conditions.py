@@ -43,6 +43,7 @@ MODEL_NAMES = {
     "Meta-Llama-3-70B": "Llama-3-70B",
     "Meta-Llama-3-70B-Instruct": "Llama-3-70B",
     "Mixtral-8x7B-v0.1": "Mixtral-8x7B",
+    "Mixtral-8x7B-Instruct-v0.1": "Mixtral-8x7B",
     "llama-3-8b": "Llama-3-8B",
     "llama-3-70b": "Llama-3-70B",
     "mixtral-8x7b": "Mixtral-8x7B",

@@ -49,7 +49,9 @@ class Geometry:
     experts_in_use: int = 1
     """For each token."""
     window: int = 0
-    """Of sliding attention in all layers; 0: none."""
+    """Of sliding attention; 0: none."""
+    slides: tuple[bool, ...] = ()
+    """Which layers have that window, in turn; empty: all."""
 
     @staticmethod
     def of(config: Any) -> Geometry:
@@ -64,6 +66,7 @@ class Geometry:
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
         ffn = getattr(config, "ffn_dim", None) if inner is None else inner
         uses_window = getattr(config, "use_sliding_window", True)
+        kinds = getattr(config, "layer_types", None) or ()
         return Geometry(
             layers=config.num_hidden_layers,
             hidden=hidden,
@@ -76,6 +79,7 @@ class Geometry:
             experts=getattr(config, "num_local_experts", 0) or 0,
             experts_in_use=getattr(config, "num_experts_per_tok", 1) or 1,
             window=(uses_window and getattr(config, "sliding_window", None)) or 0,
+            slides=tuple(kind == "sliding_attention" for kind in kinds),
         )
 
 
@@ -88,9 +92,11 @@ def forward_flops(shape: Geometry, batch: int, seq: int, causal: bool = True) ->
     feed_forward = matrices * shape.hidden * shape.ffn
     if shape.experts:
         feed_forward = feed_forward * shape.experts_in_use + shape.hidden * shape.experts
-    attention = 2 * wide * batch * attention_pairs(seq, causal, shape.window)
-    products = tokens * (projections + feed_forward) + attention
-    return 2 * (shape.layers * products + tokens * shape.hidden * shape.vocabulary)
+    slides = shape.slides or (True,)
+    windows = [shape.window * slides[at % len(slides)] for at in range(shape.layers)]
+    pairs = sum(windows.count(w) * attention_pairs(seq, causal, w) for w in set(windows))
+    layers = shape.layers * tokens * (projections + feed_forward) + 2 * wide * batch * pairs
+    return 2 * (layers + tokens * shape.hidden * shape.vocabulary)
 
 
 def attention_pairs(seq: int, causal: bool = True, window: int = 0) -> int:
@@ -142,6 +148,7 @@ def _config(model: str) -> Any:
 PEAKS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bGB200\b", {"bf16": 2500e12, "fp32": 80e12}),
     (r"\bB200\b", {"bf16": 2250e12, "fp32": 75e12}),
+    (r"\bH200 NVL\b", {"bf16": 835e12, "fp32": 60e12}),
     (r"\bGH200\b|\bH200\b", {"bf16": 989e12, "fp32": 67e12}),
     (r"\bH100 PCIe\b", {"bf16": 756e12, "fp32": 51e12}),
     (r"\bH100 NVL\b", {"bf16": 835e12, "fp32": 60e12}),
@@ -158,14 +165,16 @@ fp32 without TF32."""
 
 
 def peak_flops(device: str, dtype: str) -> float | None:
-    """A device's peak, operations a second: from its machine file, else PEAKS; None if unknown."""
+    """A device's peak, operations a second: from its machine file, else PEAKS; None if unknown, as
+    a part of one (MIG) is."""
     key = {"bf16": "bf16", "fp32": "f32"}.get(dtype)
     for path in sorted((Path(__file__).parent.parent / "machines").glob("*.json")):
         described = json.loads(path.read_text())["device"]
         if described["name"] == device:
             return described["flops"].get(key)
+    words = re.sub(r"[-_]", " ", device)
     for pattern, peaks in PEAKS:
-        if re.search(pattern, re.sub(r"[-_]", " ", device)):
+        if re.search(pattern, words) and not re.search(r"\bMIG\b", words):
             return peaks.get(dtype)
     return None
 

@@ -92,9 +92,14 @@ def spread(what: Metric, row: Row) -> tuple[float, float]:
     return max(0.0, value - ends[0]), max(0.0, ends[1] - value)
 
 
+def other_device(a: Row, b: Row) -> bool:
+    """Whether two rows are of different devices, as far as they say: lines of result.txt do not."""
+    return len({row.machine.get("device") for row in (a, b)} - {None, ""}) > 1
+
+
 def gains(rows: Sequence[Row], what: Metric) -> list[tuple[Row, Row, float]]:
-    """(ours, peer, how many times better ours is) for rows of one group; more than 1 is better.
-    Among results without ours, DeepSpeed's DeepCompile takes its place, as in the seed."""
+    """(ours, peer, how many times better ours is) for rows of one group on one kind of device; more
+    than 1 is better. Among results without ours, DeepSpeed's DeepCompile takes its place, as in the seed."""
     own = any(row.condition.ours for row in rows)
 
     def is_mine(row: Row) -> bool:
@@ -103,7 +108,7 @@ def gains(rows: Sequence[Row], what: Metric) -> list[tuple[Row, Row, float]]:
     found = []
     for mine in filter(is_mine, rows):
         for peer in rows:
-            if is_mine(peer) or mine.predicted != peer.predicted:
+            if is_mine(peer) or mine.predicted != peer.predicted or other_device(mine, peer):
                 continue
             a, b = what.of(mine), what.of(peer)
             if a and b:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError, writing
-from .conditions import Condition, order_of
+from .conditions import Condition, local_model, model_file_word, model_label, order_of
 from .metrics import Metric, gains, metric, spread
 from .results import Results, Row
 
@@ -47,6 +47,8 @@ class Chart:
     rows: list[Row] = field(default_factory=list)
     mixed: bool = False
     """Holds measured and predicted rows."""
+    title: str = ""
+    """The model in its title, if not as conditions call it."""
     differences: dict[str, set[str]] = field(default_factory=dict)
     """Of a label that several conditions share: the fields in which they differ."""
 
@@ -110,9 +112,14 @@ def charts(results: Results, by_accumulation: bool) -> list[Chart]:
     """Pictures for all rows. Without ``by_accumulation`` each number of accumulation steps is a
     picture of its own, and with it each length."""
     found: dict[tuple, Chart] = {}
+    models: dict[str, set[str]] = {}
+    for row in results.latest():
+        models.setdefault(row.condition.model_label, set()).add(local_model(row.condition.model))
     for row in results.latest():
         c = row.condition
         name = c.model_label
+        if len(models[name]) > 1:  # other folders of the same name
+            name = f"{model_file_word(c.model)}{name.removeprefix(model_label(c.model))}"
         if by_accumulation:
             key: tuple = (name, c.world, c.batch_size, c.seq_length)
         else:
@@ -124,6 +131,7 @@ def charts(results: Results, by_accumulation: bool) -> list[Chart]:
         fixed.setdefault(key[:3], set()).add(key[3])
     for key, chart in found.items():
         chart.tell_apart()
+        chart.title = chart.model
         if len(fixed[key[:3]]) > 1:  # or one picture would overwrite the other
             chart.model += f"_seq{key[3]}" if by_accumulation else f"_acc{key[3]}"
     return [found[key] for key in sorted(found)]
@@ -253,7 +261,7 @@ def _title(chart: Chart) -> str:
     machines = sorted({str(r.machine.get("name", "")) for r in chart.rows} - {""})
     predicted = [row.predicted for row in chart.rows]
     how = "hatched: simulated" if chart.mixed else "simulated" if all(predicted) else ""
-    parts = [one.model_label, f"{chart.world} {chart.device}s", f"batch {chart.batch_size}", fixed,
+    parts = [chart.title or one.model_label, f"{chart.world} {chart.device}s", f"batch {chart.batch_size}", fixed,
              ", ".join(machines[:2]), how]  # fmt: skip
     return " · ".join(part for part in parts if part)
 

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 
 from ..errors import UserError, fail
 from . import sweep
-from .conditions import Condition, order_of
+from .conditions import Condition, local_model, order_of
+from .metrics import other_device
 from .results import Results, Row
 
 WORKLOADS = ("w1", "w2", "w3")
@@ -69,7 +70,7 @@ def _cell(row: Row | None) -> str:
 
 
 def _ratio(peer: Row | None, ours: Row | None) -> float | None:
-    if peer is None or ours is None or not (peer.ok and ours.ok):
+    if peer is None or ours is None or not (peer.ok and ours.ok) or other_device(peer, ours):
         return None
     return peer.median / ours.median
 
@@ -116,7 +117,8 @@ def _sizes(condition: Condition) -> tuple:
 def _place(row: Row) -> tuple:
     """Only rows that agree in it are compared."""
     c = row.condition
-    return (*_sizes(c), c.world, c.nodes, c.dtype, c.backend, row.predicted)
+    model = local_model(c.model)
+    return (*_sizes(c), model, c.world, c.nodes, c.dtype, c.backend, row.predicted)
 
 
 def _times(peer: Row | None, row: Row) -> str:
