@@ -361,6 +361,23 @@ def test_one_file_of_results(tmp_path, capsys):
     assert code == 0 and str(tmp_path / "throughput" / "chart_throughput_") in out
 
 
+def test_long_names_stay_in_the_picture(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    row = made("deepcompile", model="/x/" + "long-name-" * 12, variant="name=" + "x" * 150)
+    row.model_flops, row.machine["name"] = 1e12, "8 x a processor of many words " * 3
+    plot(Results([row]), tmp_path, "throughput")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    for artist in (figure._suptitle, *figure.legends):
+        box = artist.get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.width, artist
+    (bar,) = figure.axes[0].patches
+    assert bar.get_width() < 0.35
+
+
 def test_ranks_on_a_cpu_are_not_called_gpus():
     ours = Condition("llama-3-8b", "deepcompile", compile=True)
     peer = Condition("llama-3-8b", "fsdp_c", compile=True)

@@ -124,6 +124,17 @@ def test_a_folder_with_lines_of_deepspeeds_runner(tmp_path):
     assert runner.ran == found
 
 
+def test_rows_of_another_device_are_named(tmp_path, capsys):
+    make(tmp_path, [tiny()], Fake()).run(quiet=True)
+    elsewhere = {"device": "NVIDIA H100 80GB HBM3"}
+    results.append(tmp_path / "results", Row.measured(OURS, [[0.1]] * 2, machine=elsewhere))
+    again = Fake()
+    make(tmp_path, [tiny(), OURS], again).run()
+    out = " ".join(capsys.readouterr().out.split())
+    assert again.ran == [] and "2 conditions are measured already" in out
+    assert "1 of them on another device (NVIDIA H100 80GB HBM3): --force measures" in out
+
+
 def test_rows_of_another_sweep_in_the_same_folder_are_not_counted(tmp_path):
     runner = Fake()
 

@@ -8,6 +8,7 @@ the seed benchmark: ``{result_dir}/{metric}/chart_{metric}_{model}_np{N}_bs{B}.p
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,10 @@ HATCHES = {"": "", "overlap": "..", "copy_engine": "xx", "prefetch": "\\\\"}
 TONES = ((0, 0.0), (0, 0.35), (255, 0.45), (0, 0.6), (255, 0.7))
 """(black or white, how much of it) mixed into a framework's colour: its default settings, its best,
 and more."""
+WIDEST = 0.3
+"""Of a bar, where a group takes 1."""
+LETTER = 0.075
+"""Inches that a letter of the legend takes."""
 Look = tuple[str, str]
 """A bar's colour and hatch."""
 
@@ -189,7 +194,7 @@ def draw(chart: Chart, what: Metric, path: Path) -> None:
     from matplotlib.patches import Patch
 
     places, bars = chart.places, chart.bars
-    width = 0.84 / len(bars)
+    width = min(0.84 / len(bars), WIDEST)
     figure = Figure(figsize=(max(7.5, 1.2 + 0.42 * len(bars) * len(places)), 5), dpi=110,
                     layout="constrained")  # fmt: skip
     axes = figure.add_subplot()
@@ -209,14 +214,16 @@ def draw(chart: Chart, what: Metric, path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(length=0)
     notes = [text for text in (left_out_note(chart, what), what.caution) if text]
-    title = "\n".join([_title(chart), *notes])
+    inches = figure.get_figwidth()
+    title = "\n".join(textwrap.fill(text, int(inches / 0.11)) for text in [_title(chart), *notes])
     figure.suptitle(title, fontsize=12, x=0.02, ha="left")
-    widest = 0.6 + 0.075 * max(map(len, bars))  # inches, the patch with it
-    columns = min(len(bars), max(1, int(figure.get_figwidth() / widest)))
+    widest = 0.6 + LETTER * max(map(len, bars))  # the patch with it
+    columns = min(len(bars), max(1, int(inches / widest)))
     handles = [
-        Patch(facecolor=color, hatch=hatch, edgecolor="white", linewidth=0, label=label)
+        Patch(facecolor=color, hatch=hatch, edgecolor="white", linewidth=0,
+              label=textwrap.fill(label, int((inches - 0.6) / LETTER)))
         for label, (color, hatch) in ((label, shades[label]) for label in bars)
-    ]
+    ]  # fmt: skip
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, fontsize=9, frameon=False
     )
@@ -261,7 +268,7 @@ def _title(chart: Chart) -> str:
     machines = sorted({str(r.machine.get("name", "")) for r in chart.rows} - {""})
     predicted = [row.predicted for row in chart.rows]
     how = "hatched: simulated" if chart.mixed else "simulated" if all(predicted) else ""
-    parts = [chart.title or one.model_label, f"{chart.world} {chart.device}s", f"batch {chart.batch_size}", fixed,
+    parts = [chart.title or one.model_label, f"{chart.world} {chart.device}{'s' * (chart.world > 1)}", f"batch {chart.batch_size}", fixed,
              ", ".join(machines[:2]), how]  # fmt: skip
     return " · ".join(part for part in parts if part)
 

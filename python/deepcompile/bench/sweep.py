@@ -152,6 +152,7 @@ class Sweep:
         failed = [row for row in map(rows.find, kept) if row is not None and not row.ok]
         if len(kept) > len(failed):
             display.say(f"{len(kept) - len(failed)} conditions are measured already")
+            self._say_where(rows, kept, display)
         for row in failed:
             said = f"failed before ({row.failure}), and not tried again without --retry"
             display.say(f"{suites.name(row.condition)}: {said}")
@@ -160,6 +161,19 @@ class Sweep:
             if row is not None and row.ok:
                 said = "; ".join(self.options.differences(row.options, condition))
                 display.say(f"{suites.name(condition)}: measured anew, as its row has {said}")
+
+    def _say_where(self, rows: Results, kept: list[Condition], display: Display) -> None:
+        """Names other devices than this host's; of other hosts' it knows nothing."""
+        from . import measure
+
+        if self.place.nodes > 1 or self.place.slurm:
+            return
+        found = [row.machine.get("device") for row in map(rows.find, kept) if row and row.ok]
+        others = {device for device in found if device} - {measure.machine(kept[0])["device"]}
+        if others:
+            count = sum(device in others for device in found)
+            names = ", ".join(sorted(others))
+            display.say(f"{count} of them on another device ({names}): --force measures them here")
 
     def _skip(self, conditions: list[Condition], display: Display) -> None:
         """What cannot run here is recorded with the reason, once."""
@@ -196,9 +210,7 @@ class Sweep:
             done: dict[Condition, Row] = {}
             mine = set(group)  # another sweep may write into the same folder
 
-            def look(
-                watch: Watch, known: int = known, done: dict = done, mine: set = mine
-            ) -> None:
+            def look(watch: Watch, known: int = known, done: dict = done, mine: set = mine) -> None:
                 for row in self.rows().rows[known:]:
                     if row.ok and row.condition in mine and row.condition not in done:
                         done[row.condition] = row
