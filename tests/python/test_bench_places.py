@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -154,13 +155,14 @@ def test_scripts_on_several_hosts(tmp_path):
 
 
 def test_make_bench_has_an_end_and_draws_all_that_is_known():
-    """25 minutes, of which stopping and drawing take the last."""
+    """25 minutes, of which stopping and drawing take the last; its folder may have blanks."""
     done = subprocess.run(
-        ["make", "-n", "-C", str(ROOT), "bench", "SKIP_INSTALL=1", "PYTHON=python3"],
+        ["make", "-n", "-C", str(ROOT), "bench", "SKIP_INSTALL=1", "PYTHON=python3", "BENCH=a b"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     limit = int(done.stdout.partition("--time-limit ")[2].split()[0])
     assert limit + process.GRACE_S + 60 < 25 * 60
     (plot,) = [line for line in done.stdout.splitlines() if "deepcompile plot" in line]
-    assert plot.split("||")[0].split()[-2:] == ["--result_dir", "bench-output"]
+    assert shlex.split(plot.split("||")[0])[-2:] == ["--result_dir", "a b"]
+    assert '--logs "a b/logs"' in done.stdout and '--result_dir "a b" ' in done.stdout

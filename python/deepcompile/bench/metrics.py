@@ -99,7 +99,8 @@ def other_device(a: Row, b: Row) -> bool:
 
 def gains(rows: Sequence[Row], what: Metric) -> list[tuple[Row, Row, float]]:
     """(ours, peer, how many times better ours is) for rows of one group on one kind of device; more
-    than 1 is better. Among results without ours, DeepSpeed's DeepCompile takes its place, as in the seed."""
+    than 1 is better. Among results without ours, DeepSpeed's DeepCompile takes its place, as in the
+    seed."""
     own = any(row.condition.ours for row in rows)
 
     def is_mine(row: Row) -> bool:

@@ -268,7 +268,8 @@ def _title(chart: Chart) -> str:
     machines = sorted({str(r.machine.get("name", "")) for r in chart.rows} - {""})
     predicted = [row.predicted for row in chart.rows]
     how = "hatched: simulated" if chart.mixed else "simulated" if all(predicted) else ""
-    parts = [chart.title or one.model_label, f"{chart.world} {chart.device}{'s' * (chart.world > 1)}", f"batch {chart.batch_size}", fixed,
+    ranks = f"{chart.world} {chart.device}" + ("s" if chart.world > 1 else "")
+    parts = [chart.title or one.model_label, ranks, f"batch {chart.batch_size}", fixed,
              ", ".join(machines[:2]), how]  # fmt: skip
     return " · ".join(part for part in parts if part)
 
