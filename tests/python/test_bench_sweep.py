@@ -421,3 +421,14 @@ def test_one_condition_refuses_what_it_cannot_run(monkeypatch, capsys):
     assert "deepspeed is not installed" in capsys.readouterr().err
     assert one.main(["--backend", "singlegpu"]) == 2
     assert "takes one rank, not 2" in capsys.readouterr().err
+
+
+def test_one_condition_says_what_the_launcher_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NGPUS_PER_NODE", "2")
+    tail = ["deepcompile: error: [launch] node-1: cannot be reached over ssh: no route.\n"]
+    monkeypatch.setattr(process, "run", lambda *_, **__: Outcome(2, 0.1, tail=tail))
+    assert one.main(["--backend", "fsdp", "--model", "llama-tiny"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("deepcompile: error: [launch] node-1: cannot be reached over ssh: no")
+    assert "(log: logs/debug_n0_llama-tiny_fsdp" in said

@@ -38,6 +38,8 @@ def run(argv: Sequence[str]) -> int:
         log,
         on_line=lambda line: print(line, flush=True),
     )
+    if not outcome.errors and outcome.launch_error:
+        raise UserError(f"{outcome.launch_error} (log: {log})")
     if outcome.error is not None:
         raise UserError(f"[bench] {condition.label}: {outcome.error}")
     return 0
