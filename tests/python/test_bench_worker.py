@@ -21,6 +21,7 @@ from deepcompile.bench.options import Options
 from deepcompile.bench.peers import deepcompile as ours
 from deepcompile.bench.peers import deepspeed as theirs
 from deepcompile.bench.peers import overlap
+from deepcompile.bench.peers.local import Local
 from deepcompile.bench.results import Results, Row
 from deepcompile.distributed import Ranks
 from deepcompile.errors import UserError
@@ -502,6 +503,20 @@ def test_steps_in_a_row_wait_for_the_device_once(tmp_path):
     assert Row.from_json(row.to_json()).in_a_row == 0.125
     with pytest.raises(UserError, match="in_a_row"):
         Row.from_json(row.to_json().replace('"in_a_row": 0.125', '"in_a_row": -1'))
+
+
+def test_an_evaluation_is_not_in_the_rows_memory_and_compile_time(tmp_path, monkeypatch):
+    order = []
+
+    def noted(owner, name: str) -> None:
+        usual = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a: order.append(name) or usual(*a))
+
+    for owner, name in ((worker, "_row"), (worker, "_compile_seconds"), (Local, "evaluate")):
+        noted(owner, name)
+    options = Options(bench_step=2, warmup_step=1, eval=True, result_dir=str(tmp_path))
+    worker.run_conditions([TINY], options, CPU)
+    assert order == ["_row", "_compile_seconds", "evaluate"]
 
 
 def test_lengths_of_one_model_share_it(tmp_path, monkeypatch):

@@ -226,12 +226,12 @@ def train(
     before = sum(s for _, s in peer.compile_times() or ()) if condition.compile else 0.0
     run = run_steps(peer, condition, options, ranks, batches)
     in_a_row = _in_a_row(peer, condition, options, ranks, batches)
-    if options.eval:
-        loss = peer.evaluate(on_device(next(batches), ranks.device))
-        facts["eval_loss"] = statistics.fmean(ranks.gather(float(loss)))
     row = _row(peer, condition, options, ranks, run, facts)
     row.in_a_row = in_a_row
     row.compile_seconds = _compile_seconds(peer, condition, run, options, before)
+    if options.eval:  # last: it compiles, and leaves parameters whole, which is none of the steps'
+        loss = peer.evaluate(on_device(next(batches), ranks.device))
+        row.effective["eval_loss"] = statistics.fmean(ranks.gather(float(loss)))
     return row
 
 
