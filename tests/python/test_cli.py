@@ -346,7 +346,7 @@ TINY = ["plan", "--model", "llama-tiny", "--machine", "2x-cpu", "--seq", "8"]
         (["launch", "--nproc-per-node", "two", __file__], ["[launch] --nproc-per-node two: give"]),
         (["plan", "--model", "m", "--machine", "2x-cpu", "--ranks", "3"], ["2x-cpu has 2 ranks"]),
         (["plan", "--model", "m", "--machine", "4x8-a100", "--ranks", "12"], ["a multiple of 8"]),
-        ([*TINY, "--passes", ""], ["give at least one pass"]),
+        ([*TINY, "--passes", ""], ["give at least one name"]),
         (["sim", "-", "--machine", "2x-cpu", "--memory-budget", "-1GiB"], ["--option=-1"]),
         (["bench", "nope"], ["invalid choice: 'nope'", "See deepcompile bench --help"]),
         (["bench", "--simulate"], ["required: --machine", "deepcompile bench --simulate --help"]),

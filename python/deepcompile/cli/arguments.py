@@ -73,7 +73,7 @@ def add_passes(command: argparse.ArgumentParser, help: str, required: bool = Fal
     command.add_argument(
         "--passes",
         metavar="P,Q",
-        type=pass_names,
+        type=names,
         required=required,
         help=f"{help}, in order: {', '.join(_core.pass_names())}",
     )
@@ -164,13 +164,6 @@ def settle_budget(options: argparse.Namespace) -> None:
             "--machine too, or a size such as 40GiB."
         )
     options.memory_budget = max(1, int(budget * read_machine(options.machine).memory_bytes))
-
-
-def pass_names(text: str) -> list[str]:
-    names = comma_separated(text)
-    if not names:
-        raise argparse.ArgumentTypeError("give at least one pass")
-    return names
 
 
 def comma_separated(text: str) -> list[str]:
