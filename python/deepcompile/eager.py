@@ -63,6 +63,27 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tenso
         yield from tensors_in(part, seen)
 
 
+@contextlib.contextmanager
+def views_named() -> Iterator[None]:
+    """What torch says of a view of a sharded parameter, as an error that names the class to be
+    named: torch looks at the size of its memory before it asks for bytes, which has our words."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of bounds for storage of size 0" not in str(error):
+            raise
+        at, reader = error.__traceback__, None
+        while at is not None:
+            owner = at.tb_frame.f_locals.get("self")
+            reader = owner if isinstance(owner, nn.Module) else reader
+            at = at.tb_next
+        name = type(reader).__name__ if reader is not None else "the module that reads it"
+        raise UserError(
+            f"[engine] forward: {name} reads a sharded parameter that it does not own, which has "
+            f'no memory there. Name the class in zero_optimization.leaf_module.classes: ["{name}"]'
+        ) from error
+
+
 _running: list[EagerHooks] = []
 """Engines in the backward that runs in this process: the one that was asked for it comes first."""
 

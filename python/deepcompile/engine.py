@@ -27,7 +27,7 @@ from . import engine_state, foreign
 from .capture import CaptureBackend, EqualLayers, make_entry, output_of, surface_errors
 from .config import Config
 from .distributed import Ranks
-from .eager import EagerHooks, take_part
+from .eager import EagerHooks, take_part, views_named
 from .engine_files import EngineFiles
 from .engine_numbers import EngineNumbers
 from .errors import UserError
@@ -224,7 +224,8 @@ class Engine(EngineFiles, EngineNumbers):
             self.hooks.check_uncompiled()
         with self._clock("forward"):
             if self._compiled is None:
-                return output_of(self._entry(*args, **kwargs))
+                with views_named():
+                    return output_of(self._entry(*args, **kwargs))
             with surface_errors(), self.fast_forms.applied(args, kwargs):
                 if self._compiled is not self._variants.first:  # layers may differ by now
                     return output_of(self._compiled(*args, **kwargs))

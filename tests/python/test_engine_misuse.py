@@ -10,7 +10,7 @@ from test_engine import LR, batch, config, error_of, seeded, small, start, step
 from test_engine_failures import update_early
 from torch import nn
 
-from deepcompile import GatheredParameters
+from deepcompile import GatheredParameters, UserError
 from deepcompile.config import ConfigWarning
 
 BF16 = {"bf16": {"enabled": True}}
@@ -42,6 +42,30 @@ def begun(compiled: bool, *model, **settings):
 def same(one, other) -> bool:
     theirs = other.state_dict(fp32=True)
     return all(torch.equal(v, theirs[k]) for k, v in one.state_dict(fp32=True).items())
+
+
+class Reader(nn.Module):
+    """Takes a part of what its child has, without calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(16, 16)
+
+    def forward(self, x):
+        return x @ self.child.weight[:4].T
+
+
+def test_a_view_of_what_a_child_has_names_the_class_to_be_named():
+    settings = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    x = torch.randn(2, 16)
+    engine = start(nn.Sequential(Reader()), config=config(zero_optimization=settings))
+    with pytest.raises(UserError, match=r'Reader reads a .*leaf_module.classes: \["Reader"\]'):
+        engine(x)
+    leaf = {"leaf_module": {"classes": ["Reader"]}}
+    model = nn.Sequential(Reader())
+    expected = model(x)
+    engine = start(model, config=config(zero_optimization=settings | leaf))
+    assert torch.equal(engine(x), expected)
 
 
 def test_rates_change_between_steps_that_update_in_the_backward():
