@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -57,6 +58,8 @@ from deepcompile.params import ParamTable
 RECOMPILE_LIMIT = 64
 """Variants of one function that Dynamo may compile; its own default, 8, is less than the blocks
 of a model whose block breaks the graph."""
+MANY_VARIANTS = 8
+"""From one place in the model: said then, and whenever they are twice as many."""
 STAGES = ("dynamo", "aot", "partition", "cut", "compile")
 
 
@@ -125,11 +128,26 @@ class CaptureBackend:
         self.cloned_views: list[str] = []
         """Parameters of which a view leaves a graph: the view is a copy (see limits)."""
         self._breaks_before = Counter(counters["graph_break"])
+        self._captures: Counter[str] = Counter()
+        """By the place in the model where a graph begins."""
 
     @property
     def graph_breaks(self) -> dict[str, int]:
         """Reason to number of graph breaks since this backend was made."""
         return dict(Counter(counters["graph_break"]) - self._breaks_before)
+
+    def _say_how_many(self, where: str) -> None:
+        self._captures[where] += 1
+        count = self._captures[where]
+        if count < MANY_VARIANTS or count & (count - 1):
+            return
+        warnings.warn(
+            f"[capture] {where}: captured and compiled {count} times by now, at last as "
+            f"{_recompile_reason()}. Each time takes as long as the first, and more than "
+            f"{RECOMPILE_LIMIT} are an error. If it goes on with the steps, keep what changes out "
+            "of the forward, or pad batches to fewer shapes.",
+            stacklevel=2,
+        )
 
     def times(self) -> dict[str, float]:
         """Seconds by stage, over all graphs."""
@@ -145,6 +163,7 @@ class CaptureBackend:
         try:
             compiled = _Capture(self, gm).run(example_inputs)
             self._owned.append(compiled)
+            self._say_how_many(_where(gm))
             return borrowed(compiled)
         except exceptions_allowed_to_be_fallback as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -163,6 +182,13 @@ def _where(gm: fx.GraphModule) -> str:
         if lines:
             return lines[-1].removeprefix("File ").replace('"', "").replace(", line ", ":")
     return "graph"
+
+
+def _recompile_reason() -> str:
+    """Of the frame that Dynamo captures now, in its words."""
+    found = getattr(get_metrics_context(), "_metrics", {}).get("recompile_reason")
+    reason, _, _ = str(found or "Dynamo says no reason").partition("User stack trace")
+    return " ".join(reason.split())
 
 
 def _dynamo_seconds() -> float:
