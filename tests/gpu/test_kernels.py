@@ -104,7 +104,7 @@ def assert_same_bits(found, expected):
 
 
 @pytest.mark.parametrize("decoupled", [True, False])
-@pytest.mark.parametrize(("gradient", "weight"), itertools.product(GRADIENTS, WEIGHTS))
+@pytest.mark.parametrize(("gradient", "weight"), list(itertools.product(GRADIENTS, WEIGHTS)))
 def test_adamw_equals_torch_in_f64(kernels, gradient, weight, decoupled):
     numel, scale, factor = 100_003, 0.25, 0.7
     arrays = Arrays(numel, gradient, weight)
@@ -134,7 +134,7 @@ def test_adamw_equals_torch_in_f64(kernels, gradient, weight, decoupled):
 
 
 @pytest.mark.parametrize("factor", [None, 0.3])
-@pytest.mark.parametrize(("gradient", "weight"), itertools.product(GRADIENTS, WEIGHTS))
+@pytest.mark.parametrize(("gradient", "weight"), list(itertools.product(GRADIENTS, WEIGHTS)))
 def test_adamw_has_the_bits_of_a_cpu(kernels, gradient, weight, factor):
     """For any size and alignment."""
     draw = random.Random(f"{gradient} {weight}")
