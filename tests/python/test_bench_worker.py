@@ -365,6 +365,18 @@ def test_deepspeeds_configuration_is_the_seeds():
     assert config["optimizer"]["params"]["betas"] == [0.9, 0.999]
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_deepspeed_at_its_best_overlaps_reductions_at_each_stage(stage):
+    condition = Condition("llama-tiny", f"zero{stage}", zero_stage=stage)
+    best = dataclasses.replace(condition, settings="best")
+    usual, config = (
+        theirs.configuration(peers.Setup(each, Options(), CPU)) for each in (condition, best)
+    )
+    zero = usual["zero_optimization"]  # DeepSpeed's own default is on at stage 3 alone
+    assert config["zero_optimization"] == zero | ({"overlap_comm": True} if stage == 1 else {})
+    assert config["optimizer"]["type"] == "AdamW" and "optimizer" not in usual
+
+
 def test_deepspeeds_builder_gets_architectures_that_it_reads():
     assert theirs.plain_architectures("9.0a") == "9.0"
     assert theirs.plain_architectures("8.0;9.0a 10.0f+PTX") == "8.0;9.0 10.0+PTX"

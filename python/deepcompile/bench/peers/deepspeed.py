@@ -3,7 +3,8 @@
 
 The package `deepspeed` is an optional extra. ``default`` is its configuration as
 the seed benchmark writes it; ``best`` uses its fused Adam, where the seed uses
-torch's own. ZeRO runs on CPUs too; its DeepCompile needs GPUs, and no test covers it.
+torch's own, and overlaps reductions at stage 1 too. ZeRO runs on CPUs too; its
+DeepCompile needs GPUs, and no test covers it.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ def configuration(setup: Setup) -> dict[str, Any]:
     condition, options = setup.condition, setup.options
     ours = condition.framework == "ds_deepcompile"
     zero: dict[str, Any] = {"stage": condition.zero_stage, "sub_group_size": 100_000_000}
+    if condition.settings == "best" and condition.zero_stage < 3 and not ours:
+        zero["overlap_comm"] = True  # stage 3's default
     if condition.offload_adam:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if condition.offload_params and condition.zero_stage == 3:
