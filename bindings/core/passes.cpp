@@ -131,10 +131,7 @@ std::unique_ptr<Pass> python_pass(const py::object& callable) {
     } catch (py::error_already_set& error) {
       raise_of(error, name);
     }
-    if (!same_tables(program, *copy)) {
-      throw UserError("[passes] " + name +
-                      ": changed the program's tables. A pass edits instructions alone.");
-    }
+    check_tables(program, *copy, "[passes] " + name);
     program = *copy;
   };
   return make_pass(name, contract_of(callable), std::move(run));

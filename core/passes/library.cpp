@@ -66,9 +66,7 @@ class LibraryPass final : public Pass {
     const JsonReader answer(document, where);
     if (const auto error = answer.find("error")) throw UserError(where + ": " + error->string());
     StepProgram result = parse_program(answer.at("program").string(), where + " returned");
-    if (!same_tables(program, result)) {
-      throw UserError(where + ": changed the program's tables. A pass edits instructions alone.");
-    }
+    check_tables(program, result, where);
     program = std::move(result);
   }
 

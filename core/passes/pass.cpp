@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "passes/pass.h"
 
+#include "base/error.h"
 #include "ir/text.h"
 
 namespace deepcompile {
@@ -43,8 +44,9 @@ std::optional<Bytes> peak_above_budget(const StepProgram& program, PassContext& 
   return std::nullopt;
 }
 
-bool same_tables(const StepProgram& a, const StepProgram& b) {
-  return tables_of(a) == tables_of(b);
+void check_tables(const StepProgram& before, const StepProgram& after, const std::string& pass) {
+  if (tables_of(before) == tables_of(after)) return;
+  throw UserError(pass + ": changed the program's tables. A pass edits instructions alone.");
 }
 
 }  // namespace deepcompile

@@ -45,10 +45,10 @@ class PassContext {
 std::optional<Bytes> peak_above_budget(const StepProgram& program, PassContext& context,
                                        const std::string& what);
 
-// Whether the two differ in instructions and reasons alone, which are what a pass edits: the code
-// behind a region knows its operands, the ranks agreed on the step's header, and later passes and
-// the budget rely on sizes and times.
-bool same_tables(const StepProgram& a, const StepProgram& b);
+// Throws UserError, of `pass`, unless the two differ in instructions and reasons alone, which are
+// what a pass edits: the code behind a region knows its operands, the ranks agreed on the step's
+// header, and later passes and the budget rely on sizes and times.
+void check_tables(const StepProgram& before, const StepProgram& after, const std::string& pass);
 
 class Pass {
  public:

@@ -20,6 +20,7 @@ import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from traceback import walk_tb
 from typing import Any
 
 import torch
@@ -72,12 +73,8 @@ def views_named() -> Iterator[None]:
     except RuntimeError as error:
         if "out of bounds for storage of size 0" not in str(error):
             raise
-        at, reader = error.__traceback__, None
-        while at is not None:
-            owner = at.tb_frame.f_locals.get("self")
-            reader = owner if isinstance(owner, nn.Module) else reader
-            at = at.tb_next
-        name = type(reader).__name__ if reader is not None else "the module that reads it"
+        owners = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+        name = [type(owner).__name__ for owner in owners if isinstance(owner, nn.Module)][-1]
         raise UserError(
             f"[engine] forward: {name} reads a sharded parameter that it does not own, which has "
             f'no memory there. Name the class in zero_optimization.leaf_module.classes: ["{name}"]'
@@ -369,9 +366,12 @@ class EagerHooks:
         self._in_backward = True
         _running[:] = [self]
 
-    def _finish_reductions(self) -> None:
+    def _finish_reductions(self, failed: bool = False) -> None:
         while self._reducing:
-            self._runtime.accumulate(self._reducing.popleft())
+            name = self._reducing.popleft()
+            # A compiled part that failed has dropped all reductions, these among them.
+            with contextlib.suppress(UserError) if failed else contextlib.nullcontext():
+                self._runtime.accumulate(name)
 
     def _take_part(self, what: str) -> None:
         self._join()
@@ -410,11 +410,7 @@ class EagerHooks:
         every = self._all_packs if self.every_pack and not failed else sorted(self._packs)
         for index in every:
             self._reduce(self._table.params[index].name, self._packs.pop(index, {}))
-        while self._reducing:
-            name = self._reducing.popleft()
-            # A compiled part that failed has dropped all reductions, these among them.
-            with contextlib.suppress(UserError) if failed else contextlib.nullcontext():
-                self._runtime.accumulate(name)
+        self._finish_reductions(failed)
         self._release(sorted(self._gathered))
 
     def _gradient_made(self, ref: MemberRef, parameter: torch.Tensor) -> None:

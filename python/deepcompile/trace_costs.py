@@ -185,14 +185,10 @@ class _Reader:
         return end - start - beside + beside / self.slowdown
 
     def moved_bytes(self, event: _Event) -> int:
-        """Of a transfer between ranks."""
+        """What goes on the wire of this gather or reduce: the whole parameter, or the gradient's
+        whole in the reduction's type, or all ranks' rows of them."""
         param = self.params[event.plan, event.instr.operand]
         return param.gather_bytes if event.op == "gather" else param.reduce_bytes
-
-    def reduced_bytes(self, event: _Event) -> int:
-        """What goes on the wire of this reduce: the gradient's whole, or all ranks' rows of it, in
-        the reduction's type."""
-        return self.params[event.plan, event.instr.operand].reduce_bytes
 
     def result_bytes(self, event: _Event) -> int:
         """What a reduction leaves on this rank."""
@@ -210,7 +206,7 @@ class _Reader:
         if self.params[event.plan, event.instr.operand].rows_read:
             return True
         return not (
-            len(names) == 1 and self.values[event.plan][names[0]] == self.reduced_bytes(event)
+            len(names) == 1 and self.values[event.plan][names[0]] == self.moved_bytes(event)
         )
 
     def visits(self) -> list[list[_Event]]:
@@ -295,7 +291,7 @@ class _Gaps:
         if known and not staged:
             self.before[op].append(chain)
         elif known and len(staged) == 1:
-            self.staged.append((op, self.reader.reduced_bytes(staged[0]), chain))
+            self.staged.append((op, self.reader.moved_bytes(staged[0]), chain))
 
     def launch(self, op: str) -> float:
         found = self.before.get(op)

@@ -10,13 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import _core
-from ..cli.arguments import (
-    Parser,
-    comma_separated,
-    not_negative,
-    positive,
-    positive_number,
-)
+from ..cli.arguments import Parser, comma_separated, not_negative, positive, positive_number
 from ..errors import UserError
 from .conditions import SETTINGS, Condition, model_file_word
 from .options import ATTENTION, Options, engine_settings, merge

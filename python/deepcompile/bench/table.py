@@ -43,11 +43,13 @@ sizes."""
 
 def milliseconds(row: Row) -> str:
     """The median and the spread, where the row has one: a line of result.txt has none."""
+    longest = row.median if row.slowest is None else row.slowest
+    digits = 1 if longest >= 0.1 else 2
+    median = f"{row.median * 1e3:.{digits}f}"
     if row.fastest is None or row.slowest is None:
-        return f"{row.median * 1e3:.{1 if row.median >= 0.1 else 2}f}"
-    digits = 1 if row.slowest >= 0.1 else 2
+        return median
     low, high = (f"{t * 1e3:.{digits - 1}f}" for t in (row.fastest, row.slowest))
-    return f"{row.median * 1e3:.{digits}f} ({low}-{high})"
+    return f"{median} ({low}-{high})"
 
 
 def aligned(

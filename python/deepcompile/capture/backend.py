@@ -128,8 +128,6 @@ class CaptureBackend:
         self.cloned_views: list[str] = []
         """Parameters of which a view leaves a graph: the view is a copy (see limits)."""
         self._breaks_before = Counter(counters["graph_break"])
-        self._captures: Counter[str] = Counter()
-        """By the place in the model where a graph begins."""
 
     @property
     def graph_breaks(self) -> dict[str, int]:
@@ -137,8 +135,7 @@ class CaptureBackend:
         return dict(Counter(counters["graph_break"]) - self._breaks_before)
 
     def _say_how_many(self, where: str) -> None:
-        self._captures[where] += 1
-        count = self._captures[where]
+        count = sum(graph.user_stack == where for graph in self.graphs)
         if count < MANY_VARIANTS or count & (count - 1):
             return
         warnings.warn(
@@ -161,9 +158,10 @@ class CaptureBackend:
 
     def __call__(self, gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         try:
-            compiled = _Capture(self, gm).run(example_inputs)
+            capture = _Capture(self, gm)
+            compiled = capture.run(example_inputs)
             self._owned.append(compiled)
-            self._say_how_many(_where(gm))
+            self._say_how_many(capture.where)
             return borrowed(compiled)
         except exceptions_allowed_to_be_fallback as error:
             cause = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -120,24 +121,19 @@ def not_negative(text: str) -> int:
     return value
 
 
+def _number(text: str, fits: Callable[[float], bool], what: str) -> float:
+    with contextlib.suppress(ValueError):
+        if fits(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+
 def positive_number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    return _number(text, lambda value: 0 < value < 1e9, "a number above 0")
 
 
 def part(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a part of one, such as 0.05")
-    return value
+    return _number(text, lambda value: 0 <= value < 1, "a part of one, such as 0.05")
 
 
 def memory_budget(text: str) -> int | float:
